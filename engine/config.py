@@ -1,0 +1,33 @@
+"""EngineConfig: everything the engine can be told. Frozen: what is found out at load time lives elsewhere."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    device: str = "auto"                 # auto | cuda | cuda:N | cpu
+    dtype: str = "auto"                  # auto: bfloat16 on CUDA, float32 on CPU
+    max_model_len: int | None = None     # longest prompt + output, in tokens; None: what the model was trained for, at most 8192
+    max_rows: int | None = None          # rows running at once; None: 1024 on CUDA, 32 on CPU
+    max_step_tokens: int | None = None   # tokens of one step; None: 16384 on CUDA, 1024 on CPU
+    gpu_memory: float = 0.92             # share of the GPU's memory for weights, activations and keys and values
+    cpu_kv_gib: float = 2.0              # size of the KV pool on CPU
+    kv_pages: int | None = None          # fixed size of the KV pool, in pages (tests); None: from the memory left
+    page_size: int = 32                  # token slots of a KV page
+    depth: int = 2                       # steps in flight; 1: synchronous
+    cuda_graphs: bool = True
+    prefix_sharing: bool = True
+    autonomous_steps: int = 8            # most decode steps per launch where no row needs the CPU
+    window: int = 8192                   # requests held ahead of admission, ordered by prefix
+
+    def __post_init__(self) -> None:
+        if self.depth not in (1, 2):
+            raise ValueError("engine.depth must be 1 or 2")
+        if self.page_size < 16 or self.page_size & (self.page_size - 1):
+            raise ValueError("engine.page_size must be a power of two of at least 16")
+        if not 0.05 <= self.gpu_memory <= 0.99:
+            raise ValueError("engine.gpu_memory must lie between 0.05 and 0.99")
+        if self.autonomous_steps < 1:
+            raise ValueError("engine.autonomous_steps must be at least 1")
