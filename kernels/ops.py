@@ -1,0 +1,72 @@
+"""The only door to the kernels: one function per op, Triton on CUDA, the torch twin elsewhere. The contracts stand in ref.py."""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from kernels import ref
+
+attention: ModuleType = ref
+kv_cache: ModuleType = ref
+pointwise: ModuleType = ref
+sampling: ModuleType = ref
+step: ModuleType = ref
+if torch.cuda.is_available():
+    from kernels import attention, kv_cache, pointwise, step
+    from kernels import sample as sampling
+
+QUERY_TILE = 64     # queries of one tile of prefill_attention's work list
+
+
+def apply_writes(state: Tensor, packed: Tensor, segments: Tensor) -> None:
+    (step if state.is_cuda else ref).apply_writes(state, packed, segments)
+
+
+def expand(tokens: Tensor, block_table: Tensor, rows: Tensor, starts: Tensor, cu_q: Tensor, max_q: int, page_size: int,
+           ids: Tensor, positions: Tensor, slots: Tensor) -> None:
+    (step if tokens.is_cuda else ref).expand(tokens, block_table, rows, starts, cu_q, max_q, page_size, ids, positions, slots)
+
+
+def commit(tokens: Tensor, rows: Tensor, positions: Tensor, sampled: Tensor, out: Tensor) -> None:
+    (step if tokens.is_cuda else ref).commit(tokens, rows, positions, sampled, out)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, plus_one: bool = False) -> Tensor:
+    return (pointwise if x.is_cuda else ref).rms_norm(x, weight, eps, plus_one)
+
+
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float, plus_one: bool = False) -> Tensor:
+    return (pointwise if x.is_cuda else ref).add_rms_norm(x, residual, weight, eps, plus_one)
+
+
+def gated_act(x: Tensor, activation: str) -> Tensor:
+    return (pointwise if x.is_cuda else ref).gated_act(x, activation)
+
+
+def rope_and_cache(qkv: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, eps: float, plus_one: bool, cos_sin: Tensor,
+                   positions: Tensor, slots: Tensor, k_cache: Tensor, v_cache: Tensor, num_heads: int) -> Tensor:
+    return (kv_cache if qkv.is_cuda else ref).rope_and_cache(
+        qkv, q_weight, k_weight, eps, plus_one, cos_sin, positions, slots, k_cache, v_cache, num_heads)
+
+
+def decode_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, rows: Tensor, positions: Tensor,
+                     scale: float, window: int, softcap: float, max_context: int) -> Tensor:
+    return (attention if q.is_cuda else ref).decode_attention(
+        q, k_cache, v_cache, block_table, rows, positions, scale, window, softcap, max_context)
+
+
+def prefill_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, rows: Tensor, starts: Tensor, cu_q: Tensor,
+                      tiles: Tensor, scale: float, window: int, softcap: float) -> Tensor:
+    return (attention if q.is_cuda else ref).prefill_attention(
+        q, k_cache, v_cache, block_table, rows, starts, cu_q, tiles, scale, window, softcap)
+
+
+def mask_logits(logits: Tensor, mask: Tensor, index: Tensor) -> None:
+    (sampling if logits.is_cuda else ref).mask_logits(logits, mask, index)
+
+
+def sample(logits: Tensor, params: Tensor, rows: Tensor, positions: Tensor) -> Tensor:
+    return (sampling if logits.is_cuda else ref).sample(logits, params, rows, positions)
