@@ -1,0 +1,43 @@
+# Everything from a bare machine with Python 3.11 or newer. PYTHON names the interpreter to start from.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+# Compiling every file of every package ahead takes longer than compiling the few that get imported.
+INSTALL := $(BIN)/python -m pip install --quiet --quiet --no-compile --disable-pip-version-check
+ARGS ?=
+
+.PHONY: run test test-gpu lint soak
+
+# Label the bundled customer messages with the embedded SmolLM2. More keys: make run ARGS='input.limit=20'
+run: $(VENV)/.installed
+	$(BIN)/python -m pipeline.run task=classify output.flatten=true $(ARGS)
+
+# Everything that needs no GPU; a GPU that is there is hidden. One file: make test ARGS=tests/engine/test_scheduler.py
+test: $(VENV)/.installed-dev
+	CUDA_VISIBLE_DEVICES= $(BIN)/python -m pytest $(ARGS)
+
+# What needs CUDA, with the interpreter at hand and the packages it has.
+test-gpu:
+	$(PYTHON) -m pytest tests/gpu $(ARGS)
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/lint-imports --no-logo
+	$(BIN)/mypy
+
+# The property tests again, with many more examples. How many: make soak EXAMPLES=20000
+EXAMPLES ?= 2000
+soak: $(VENV)/.installed-dev
+	CUDA_VISIBLE_DEVICES= GRISTMILL_EXAMPLES=$(EXAMPLES) $(BIN)/python -m pytest --timeout=0 -m hypothesis $(ARGS)
+
+$(VENV)/.installed: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed: make PYTHON=/path/to/python" * (sys.version_info < (3, 11)))'
+	@echo "installing torch and the other packages into $(VENV), once; this takes a minute or more"
+	@$(PYTHON) -m venv $(VENV)
+	@$(INSTALL) -e .
+	@touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	@echo "installing the development tools into $(VENV), once"
+	@$(INSTALL) -e '.[dev]'
+	@touch $@

@@ -1,0 +1,27 @@
+"""What all tests share: which folders this machine can run, and how many examples the property tests draw."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+
+import torch
+
+# Triton decides at import whether it compiles or interprets, so one process cannot do both: with a GPU the kernels are tested
+# compiled (tests/gpu), without one interpreted (tests/kernels).
+CUDA = torch.cuda.is_available()
+collect_ignore = ["kernels"] if CUDA else ["gpu"]
+
+if importlib.util.find_spec("hypothesis"):    # GPU machines need not have it: no test under tests/gpu uses it
+    from hypothesis import settings
+
+    # No deadline: two cores shared with other jobs pause for long. Fixed examples: a run can be repeated; `make soak` draws new ones.
+    settings.register_profile("fixed", deadline=None, derandomize=True, database=None)
+    settings.register_profile("soak", deadline=None, max_examples=int(os.environ.get("GRISTMILL_EXAMPLES", "1000")), print_blob=True)
+    settings.load_profile("soak" if "GRISTMILL_EXAMPLES" in os.environ else "fixed")
+
+
+def pytest_report_header() -> str:
+    if CUDA:
+        return f"{torch.cuda.get_device_name()}: tests/kernels left out (make test runs them without the GPU)"
+    return "no CUDA: tests/gpu left out"
