@@ -1,0 +1,149 @@
+"""Checkpoints on disk: config, model spec and tensors by Hugging Face's names, whatever the file format.
+
+Safetensors and GGUF only. Pickled weights run code when they are loaded, so they are refused.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from engine.gguf import GgufFile
+from engine.gguf_hf import GgufTensors
+from engine.models.spec import ModelError, ModelSpec, merge_token_ids
+
+_SAMPLES, _SAMPLE_BYTES = 64, 1 << 16     # what fingerprint() reads of each file
+
+
+class TensorSource(Protocol):
+    def names(self) -> set[str]: ...
+    def tensor(self, name: str) -> torch.Tensor: ...
+
+
+class Checkpoint:
+    """A model on disk. Nothing is read before it is asked for.
+
+    `config`: Hugging Face style config.json, its `eos_token_id` joined with generation_config.json's; `spec`: the same as a
+    ModelSpec; `files`: what holds the weights.
+    """
+
+    def __init__(self, path: Path, config: dict[str, Any], source: TensorSource, files: list[Path]) -> None:
+        self.path, self.config, self.files, self._source = path, config, files, source
+        self.spec = ModelSpec.from_hf(config)
+
+    def names(self) -> set[str]:
+        return self._source.names()
+
+    def has(self, name: str) -> bool:
+        return name in self._source.names()
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """One tensor on the CPU in its stored dtype, a view of the file where possible; GGUF's packed types as float32."""
+        if not self.has(name):
+            raise ModelError(f"{self.path} has no tensor {name}, which its config.json asks for: the files do not belong together")
+        return self._source.tensor(name)
+
+    def fingerprint(self) -> str:
+        """Hex digest of the config and of samples spread over the files: cheap, the same on every machine, blind to file names."""
+        digest = hashlib.blake2b(json.dumps(self.config, sort_keys=True).encode(), digest_size=16)
+        for path in self.files:
+            size = path.stat().st_size
+            digest.update(size.to_bytes(8, "little"))
+            with open(path, "rb") as file:
+                for i in range(_SAMPLES):
+                    file.seek(max(0, size - _SAMPLE_BYTES) * i // (_SAMPLES - 1))
+                    digest.update(file.read(_SAMPLE_BYTES))
+        return digest.hexdigest()
+
+
+def open_checkpoint(path: str | Path) -> Checkpoint:
+    """Open a .gguf file, a folder that holds one, or a folder of config.json and *.safetensors. Raises ModelError."""
+    path = Path(path)
+    if path.is_file() and path.suffix == ".gguf":
+        return _open_gguf(path)
+    if not path.is_dir():
+        raise ModelError(f"no model at {path}: give a folder with config.json and *.safetensors, or a .gguf file")
+    ggufs, tensors = sorted(path.glob("*.gguf")), sorted(path.glob("*.safetensors"))
+    if len(ggufs) == 1 and not tensors:
+        return _open_gguf(ggufs[0])
+    if ggufs and not tensors:
+        raise ModelError(f"{path} holds {len(ggufs)} .gguf files: give the path of one of them")
+    if (path / "adapter_config.json").exists() and not (path / "config.json").exists():
+        raise ModelError(f"{path} is a LoRA adapter, not a model: give its base model")
+    if not (path / "config.json").exists():
+        raise ModelError(f"{path} has no config.json: it is not a model folder")
+    if not tensors:
+        pickled = any(path.glob("*.bin")) or any(path.glob("*.pt")) or any(path.glob("*.pth"))
+        why = "only pickled weights, which are never loaded: convert them to safetensors" if pickled else "no *.safetensors"
+        raise ModelError(f"{path} has {why}")
+    config = _read_json(path / "config.json")
+    if (path / "generation_config.json").exists():
+        ends = _read_json(path / "generation_config.json").get("eos_token_id")
+        config["eos_token_id"] = list(merge_token_ids(config.get("eos_token_id"), ends))
+    source = SafetensorsFolder(path, multimodal="text_config" in config)
+    return Checkpoint(path, config, source, source.files)
+
+
+def _open_gguf(path: Path) -> Checkpoint:
+    source = GgufTensors(GgufFile(path))
+    return Checkpoint(path, source.config, source, [path])
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ModelError(f"{path} is not valid JSON ({error}): fetch the model again") from None
+
+
+class SafetensorsFolder:
+    """The tensors of one folder, sharded or not, mapped from the files on first use.
+
+    `multimodal`: the folder holds more than a language model; its language part is then shown under a plain decoder's names.
+    """
+
+    def __init__(self, folder: Path, multimodal: bool) -> None:
+        self._shard: dict[str, Path] = {}        # by stored name
+        self._handles: dict[Path, Any] = {}
+        index = folder / "model.safetensors.index.json"
+        if index.exists():
+            self._shard = {name: folder / file for name, file in _read_json(index)["weight_map"].items()}
+            for path in sorted(set(self._shard.values())):
+                if not path.exists():
+                    raise ModelError(f"{folder}: {path.name} is missing, which {index.name} names: fetch the model again")
+        else:
+            single = folder / "model.safetensors"
+            for path in [single] if single.exists() else sorted(folder.glob("*.safetensors")):
+                self._shard.update(dict.fromkeys(self._open(path).keys(), path))
+        self.files = sorted(set(self._shard.values()))
+        shown = {name: _text_name(name) if multimodal else name for name in self._shard}
+        self._stored = {name: stored for stored, name in shown.items() if name}
+
+    def names(self) -> set[str]:
+        return set(self._stored)
+
+    def tensor(self, name: str) -> torch.Tensor:
+        stored = self._stored[name]
+        return self._open(self._shard[stored]).get_tensor(stored)
+
+    def _open(self, path: Path) -> Any:
+        if path not in self._handles:
+            try:
+                self._handles[path] = safe_open(path, framework="pt")
+            except SafetensorError as error:
+                raise ModelError(f"{path} is cut short or damaged ({error}): fetch it again") from None
+        return self._handles[path]
+
+
+def _text_name(stored: str) -> str | None:
+    """A multimodal checkpoint's tensor name as a plain decoder's; None for vision towers and projectors."""
+    renames = (("language_model.model.", "model."), ("model.language_model.", "model."), ("language_model.lm_head.", "lm_head."))
+    for prefix, plain in renames:
+        if stored.startswith(prefix):
+            return plain + stored.removeprefix(prefix)
+    return stored if stored.startswith("lm_head.") else None
