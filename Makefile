@@ -10,7 +10,7 @@ ARGS ?=
 
 # Label the bundled customer messages with the embedded SmolLM2. More keys: make run ARGS='input.limit=20'
 run: $(VENV)/.installed
-	$(BIN)/python -m pipeline.run task=classify output.flatten=true $(ARGS)
+	$(BIN)/python -m pipeline.run $(ARGS)
 
 # Everything that needs no GPU; a GPU that is there is hidden. One file: make test ARGS=tests/engine/test_scheduler.py
 test: $(VENV)/.installed-dev
@@ -31,7 +31,7 @@ soak: $(VENV)/.installed-dev
 	CUDA_VISIBLE_DEVICES= GRISTMILL_EXAMPLES=$(EXAMPLES) $(BIN)/python -m pytest --timeout=0 -m hypothesis $(ARGS)
 
 $(VENV)/.installed: pyproject.toml
-	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed: make PYTHON=/path/to/python" * (sys.version_info < (3, 11)))'
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or newer is needed: make PYTHON=/path/to/python")'
 	@echo "installing torch and the other packages into $(VENV), once; this takes a minute or more"
 	@$(PYTHON) -m venv $(VENV)
 	@$(INSTALL) -e .
