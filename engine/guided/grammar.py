@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -14,6 +14,9 @@ class SchemaError(ValueError):
     def __init__(self, pointer: str, reason: str) -> None:
         super().__init__(f"{pointer or '/'}: {reason}")
         self.pointer, self.reason = pointer, reason
+
+    def __reduce__(self) -> tuple[type[SchemaError], tuple[str, str]]:
+        return type(self), (self.pointer, self.reason)
 
 
 class Guide(Protocol):
@@ -42,6 +45,10 @@ class Grammar(Protocol):
     """A compiled schema. Immutable, shared by rows and threads."""
 
     min_tokens: int      # an upper bound on the fewest tokens a valid output needs
+    minimal: np.ndarray  # such an output: int32 [min_tokens]
+
+    def check(self, text: str) -> Any:
+        """The value of a finished output: parsed JSON, or the text itself for regex and choice. ValueError if it is not valid."""
 
     def start(self) -> Guide:
         """A fresh guide at the start of the output."""
@@ -61,4 +68,4 @@ class GrammarBackend(Protocol):
     def compile_choice(self, choices: Sequence[str]) -> Grammar: ...
 
     def fill(self, guides: Sequence[Guide], mask: np.ndarray) -> None:
-        """Write row i of `mask` (int32 [n, ceil(vocab / 32)], bit set = allowed, little-endian bits) from guides[i], in parallel."""
+        """Write row i of `mask` from guides[i], in parallel: int32 [n, ceil(vocab / 32)], bit set = allowed, low bits first."""

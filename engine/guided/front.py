@@ -1,0 +1,102 @@
+"""What a user may give as a guide, and the three kinds it comes down to: JSON Schema, regex, choice."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import re
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from engine.guided.grammar import SchemaError
+
+_IMPORT_PATH = re.compile(r"[A-Za-z_]\w*(\.\w+)*:[A-Za-z_]\w*(\.\w+)*")
+
+
+@dataclass(frozen=True, slots=True)
+class GuideSpec:
+    """`text`: canonical JSON of the schema or of the list of choices, or the regex. Equal specs share a grammar."""
+
+    kind: Literal["schema", "regex", "choice"]
+    text: str
+
+    @classmethod
+    def regex(cls, pattern: str) -> GuideSpec:
+        return cls("regex", pattern)
+
+    @classmethod
+    def choice(cls, options: list[str] | tuple[str, ...]) -> GuideSpec:
+        if not options or not all(isinstance(o, str) and o for o in options):
+            raise SchemaError("", "a choice must be a list of one or more strings, none of them empty")
+        return cls("choice", json.dumps(list(dict.fromkeys(options)), ensure_ascii=False))
+
+    @classmethod
+    def schema(cls, schema: dict[str, Any] | bool) -> GuideSpec:
+        # The order of properties is the order of the output: keys are not sorted.
+        try:
+            return cls("schema", json.dumps(schema, ensure_ascii=False, allow_nan=False, separators=(",", ":")))
+        except (TypeError, ValueError, RecursionError) as error:
+            raise SchemaError("", f"the schema is not JSON: {error}") from None
+
+    @classmethod
+    def of(cls, source: Any) -> GuideSpec:
+        """From a schema (dict, bool or JSON text), a list of choices, "package.module:Name", or a type that outlines knows.
+
+        Names and types may be Pydantic models, dataclasses, TypedDicts, enums, Literals and outlines terms.
+        Raises SchemaError where nothing can be made of `source`.
+        """
+        if isinstance(source, (dict, bool)):
+            return cls.schema(source)
+        if isinstance(source, (list, tuple)):
+            return cls.choice(source)
+        if isinstance(source, str) and _IMPORT_PATH.fullmatch(source.strip()):
+            return cls._of_type(_load(source.strip()))
+        if isinstance(source, str):
+            return cls.schema(_parse(source))
+        if source is None:
+            raise SchemaError("", "no schema given")
+        return cls._of_type(source)
+
+    @classmethod
+    def _of_type(cls, source: Any) -> GuideSpec:
+        from outlines.types import JsonSchema
+        from outlines.types.dsl import CFG, Alternatives, Regex, String, python_types_to_terms, to_regex
+
+        if isinstance(source, (dict, bool, list, tuple, str)):
+            return cls.of(source)
+        if hasattr(source, "model_json_schema"):
+            return cls.schema(source.model_json_schema())
+        try:
+            term = python_types_to_terms(source)
+        except (TypeError, ValueError, RecursionError) as error:
+            raise SchemaError("", f"cannot make a guide of {source!r}: {error}") from None
+        if isinstance(term, JsonSchema):
+            return cls.schema(json.loads(term.schema))
+        if isinstance(term, Alternatives):
+            options = [t.value for t in term.terms if isinstance(t, String)]
+            if len(options) == len(term.terms):
+                return cls.choice(options)
+        if isinstance(term, CFG):
+            raise SchemaError("", "context-free grammars are not supported: give a JSON schema, a regex or a list of choices")
+        return cls.regex(term.pattern if isinstance(term, Regex) else to_regex(term))
+
+
+def _parse(text: str) -> dict[str, Any] | bool:
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise SchemaError("", f"neither JSON nor an import path (package.module:Name): {error}") from None
+    if not isinstance(value, (dict, bool)):
+        raise SchemaError("", f"a JSON Schema is an object or a boolean, not {type(value).__name__}")
+    return value
+
+
+def _load(path: str) -> Any:
+    module, _, name = path.partition(":")
+    try:
+        target: Any = importlib.import_module(module)
+        for part in name.split("."):
+            target = getattr(target, part)
+    except (ImportError, AttributeError) as error:
+        raise SchemaError("", f"cannot import {path!r}: {error}") from None
+    return target

@@ -1,0 +1,175 @@
+"""llguidance behind the grammar seam: compile, guide rows, fill masks. Of the engines measured it was the only sound one."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import llguidance.hf
+import numpy as np
+from llguidance import LLExecutor, LLMatcher, LLParserLimits, LLTokenizer
+
+from engine.guided.closing import Closer, byte_tokenizer
+from engine.guided.grammar import SchemaError
+from engine.guided.hints import example, schema_hints
+from engine.guided.validate import Validator
+
+if TYPE_CHECKING:
+    from llguidance._lib import JsonCompileOptions
+    from transformers import PreTrainedTokenizerFast
+
+# json.dumps style by default: models write it naturally, and it leaves 60-90 % of a labelling schema's tokens forced.
+WHITESPACE: dict[str, JsonCompileOptions] = {
+    "dumps": {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "},
+    "compact": {"whitespace_flexible": False, "item_separator": ",", "key_separator": ":"},
+    "flexible": {"whitespace_flexible": True},
+}
+
+
+def default_limits() -> LLParserLimits:
+    """Above llguidance's own, at which real schemas ran into an error after some hundred tokens."""
+    return LLParserLimits(initial_lexer_fuel=20_000_000, step_lexer_fuel=5_000_000, step_max_items=500_000,
+                          max_lexer_states=2_000_000, verbose_errors=False)
+
+
+class LLGuide:
+    """One row's matcher. Not shared between threads."""
+
+    __slots__ = ("matcher",)
+
+    def __init__(self, matcher: LLMatcher) -> None:
+        self.matcher = matcher
+
+    def accept(self, tokens: Sequence[int]) -> int:
+        return self.matcher.try_consume_tokens(tokens if isinstance(tokens, list) else list(tokens))
+
+    def forced(self) -> list[int]:
+        return self.matcher.compute_ff_tokens()
+
+    @property
+    def finished(self) -> bool:
+        return self.matcher.is_stopped() and not self.matcher.is_error()
+
+    @property
+    def accepting(self) -> bool:
+        return self.matcher.is_accepting()
+
+    @property
+    def error(self) -> str | None:
+        # On a resource limit llguidance allows only the end token, which would cut the output silently: callers must look here.
+        return (self.matcher.get_error() or "unknown error") if self.matcher.is_error() else None
+
+
+class LLGrammar:
+    """A compiled grammar. Immutable, shared by rows and threads.
+
+    check: text -> value; raises ValueError where the text is not a valid output.
+    minimal: a short valid output, int32 tokens; min_tokens is its length.
+    """
+
+    def __init__(self, backend: LLGuidanceBackend, source: str, check: Callable[[str], Any], hints: Sequence[bytes] = (),
+                 is_json: bool = True) -> None:
+        self._backend = backend
+        self._matcher = _matcher(backend.tokenizer, source, backend.limits)
+        self.check = check
+        self._closer = Closer(_matcher(byte_tokenizer(), source, backend.limits), backend.tokenize, check, hints, is_json)
+        minimal = self._closer.minimal()
+        if minimal is None:
+            raise SchemaError("", "no valid output was found: the schema contradicts itself or asks for too much")
+        self.minimal = np.asarray(backend.tokenize(minimal), dtype=np.int32)
+        self.min_tokens = len(self.minimal)
+
+    def start(self) -> LLGuide:
+        return LLGuide(self._matcher.deep_copy())
+
+    def close(self, tokens: Sequence[int], budget: int) -> np.ndarray:
+        if budget < self.min_tokens:
+            raise ValueError(f"{budget} tokens are too few: the shortest output known for this schema needs {self.min_tokens}; "
+                             "raise max_tokens")
+        taken = np.asarray(tokens, dtype=np.int32)
+        found = self._closer.close([self._backend.token_bytes[t] for t in taken.tolist()], budget)
+        if found is None:
+            return self.minimal.copy()
+        kept, closing = found
+        return np.concatenate([taken[:kept], np.asarray(closing, dtype=np.int32)])
+
+
+class LLGuidanceBackend:
+    """Compiles for one tokenizer. Thread-safe.
+
+    vocab_size: columns of the logits, padding included; padded columns are never allowed.
+    whitespace: "dumps" (`{"a": 1, "b": 2}`), "compact" or "flexible".
+    """
+
+    name = "llguidance"
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, vocab_size: int, eos_token_ids: Iterable[int],
+                 whitespace: str = "dumps", limits: LLParserLimits | None = None, threads: int | None = None) -> None:
+        if whitespace not in WHITESPACE:
+            raise ValueError(f"guided whitespace must be one of {', '.join(WHITESPACE)}, not {whitespace!r}")
+        self.vocab_size = vocab_size
+        self.limits = limits or default_limits()
+        self._json_options = WHITESPACE[whitespace]
+        self.tokenizer: LLTokenizer = llguidance.hf.from_tokenizer(
+            tokenizer, n_vocab=max(vocab_size, len(tokenizer)), eos_token=list(eos_token_ids))
+        self.token_bytes = [self.tokenizer.decode_bytes([i]) for i in range(self.tokenizer.vocab_size)]
+        self._executor = LLExecutor(threads)
+        # The mask llguidance writes: as wide as the larger of its vocabulary and the logits.
+        self._words = (self.tokenizer.vocab_size + 31) // 32
+
+    def tokenize(self, text: bytes) -> list[int]:
+        """As the model's tokenizer would, or greedily where that does not give back the same bytes."""
+        tokens = self.tokenizer.tokenize_bytes(text)
+        return tokens if self.tokenizer.decode_bytes(tokens) == text else self.tokenizer.greedy_tokenize(text.decode())
+
+    def compile_schema(self, schema: str | dict[str, Any] | bool) -> LLGrammar:
+        value: dict[str, Any] | bool = json.loads(schema) if isinstance(schema, str) else schema
+        try:
+            validator = Validator(value)
+        except ValueError as error:
+            raise SchemaError("", f"not a JSON Schema: {error}") from None
+        text = json.dumps(value if isinstance(value, dict) else {})
+        source = LLMatcher.grammar_from_json_schema(text, overrides=self._json_options)
+        return LLGrammar(self, source, validator.check, schema_hints(value))
+
+    def compile_regex(self, pattern: str) -> LLGrammar:
+        return LLGrammar(self, LLMatcher.grammar_from_regex(pattern), str, [(example(pattern) or "").encode()], is_json=False)
+
+    def compile_choice(self, choices: Sequence[str]) -> LLGrammar:
+        options = dict.fromkeys(choices)
+        if not options or not all(isinstance(c, str) and c for c in options):
+            raise SchemaError("", "a choice needs at least one string, and none of them empty")
+
+        def check(text: str) -> str:
+            if text not in options:
+                raise ValueError(f"{text!r} is not one of the choices")
+            return text
+
+        lark = "start: " + " | ".join(json.dumps(c, ensure_ascii=False) for c in options)
+        return LLGrammar(self, LLMatcher.grammar_from_lark(lark), check, is_json=False)
+
+    def fill(self, guides: Sequence[LLGuide], mask: np.ndarray) -> None:
+        words = (self.vocab_size + 31) // 32
+        if mask.dtype != np.int32 or mask.ndim != 2 or mask.shape[0] < len(guides) or mask.shape[1] != words \
+                or not mask.flags.c_contiguous:
+            raise ValueError(f"mask must be contiguous int32 [>= {len(guides)}, {words}], not {mask.dtype} {list(mask.shape)}")
+        out = mask if words == self._words else np.empty((len(guides), self._words), dtype=np.int32)
+        self._executor.unsafe_compute_mask_ptr([(guide.matcher, i) for i, guide in enumerate(guides)], out.ctypes.data,
+                                               4 * self._words, len(guides))
+        if out is not mask:
+            mask[: len(guides)] = out[:, :words]
+            if tail := self.vocab_size % 32:
+                mask[: len(guides), -1] &= (1 << tail) - 1
+
+    def accept_many(self, guides: Sequence[LLGuide], tokens: Sequence[int]) -> list[int]:
+        """One token for each guide. Returns the indices of the guides that did not take theirs."""
+        return [i for i, (guide, token) in enumerate(zip(guides, tokens, strict=True))
+                if guide.matcher.try_consume_tokens([token]) != 1]
+
+
+def _matcher(tokenizer: LLTokenizer, source: str, limits: LLParserLimits) -> LLMatcher:
+    matcher = LLMatcher(tokenizer, source, log_level=0, limits=limits)
+    if matcher.is_error():
+        raise SchemaError("", " ".join(matcher.get_error().split()))
+    return matcher
