@@ -28,7 +28,7 @@ class TensorInfo:
 
 
 class GgufFile:
-    """An open GGUF file. `metadata`: its keys and values; `tensors`: by the names of the file. Nothing else is read until asked for.
+    """An open GGUF file. `metadata`: its keys and values; `tensors`: by the file's names. No more is read until asked for.
 
     Raises ModelError for a file that is no GGUF, is cut short or holds a storage type that we do not unpack.
     """
@@ -115,7 +115,7 @@ class _Reader:
         if kind == _STRING:
             return self.string()
         if kind != _ARRAY:
-            raise ModelError(f"the GGUF file's metadata holds an unknown value type {kind}: it is damaged, or newer than version 3")
+            raise ModelError(f"the GGUF file's metadata holds an unknown value type {kind}: damaged, or newer than version 3")
         item, count = self.scalar("I"), self.scalar("Q")
         if item in _SCALARS:
             return list(self.scalars(_SCALARS[item], count))

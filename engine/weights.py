@@ -45,11 +45,11 @@ class Checkpoint:
     def tensor(self, name: str) -> torch.Tensor:
         """One tensor on the CPU in its stored dtype, a view of the file where possible; GGUF's packed types as float32."""
         if not self.has(name):
-            raise ModelError(f"{self.path} has no tensor {name}, which its config.json asks for: the files do not belong together")
+            raise ModelError(f"{self.path} has no tensor {name}, which its config asks for: the files do not belong together")
         return self._source.tensor(name)
 
     def fingerprint(self) -> str:
-        """Hex digest of the config and of samples spread over the files: cheap, the same on every machine, blind to file names."""
+        """Hex digest of the config and of samples spread over the files: cheap, and the same wherever the files lie."""
         digest = hashlib.blake2b(json.dumps(self.config, sort_keys=True).encode(), digest_size=16)
         for path in self.files:
             size = path.stat().st_size

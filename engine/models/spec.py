@@ -83,7 +83,7 @@ class ModelSpec:
     o_bias: bool
     mlp_bias: bool
     sandwich_norms: bool              # four norms a block: before and after attention, before and after the MLP
-    embed_scale: float                # multiplies the embedding; round it to the embedding's dtype first, as the trained model does
+    embed_scale: float                # multiplies the embedding; to be rounded to the embedding's dtype first, as in training
     tied_embeddings: bool             # the LM head is the embedding
     attn_scale: float                 # multiplies q.k
     attn_softcap: float               # c * tanh(score / c); 0: none
@@ -165,7 +165,7 @@ def merge_token_ids(*values: int | Iterable[int] | None) -> tuple[int, ...]:
 
 
 _FULL, _SLIDING = "full_attention", "sliding_attention"
-_FAMILIES = {"llama": "llama", "mistral": "mistral", "qwen2": "qwen2", "qwen3": "qwen3", "gemma3_text": "gemma3", "gemma3": "gemma3"}
+_FAMILIES = {name: name for name in ("llama", "mistral", "qwen2", "qwen3", "gemma3")} | {"gemma3_text": "gemma3"}
 _ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh"}
 
 # What published Gemma 3 text_configs leave out, because it is the default of their config class.
@@ -227,7 +227,7 @@ def _attention_kinds(config: Mapping[str, Any], family: str, num_layers: int) ->
 
 
 def _rope(config: Mapping[str, Any], family: str, kind: str, head_dim: int, max_positions: int) -> RopeSpec:
-    """One attention kind's rope: rope_parameters (flat, or by kind) as transformers 5 writes it, or rope_theta and rope_scaling."""
+    """One attention kind's rope: rope_parameters (transformers 5; flat or by kind), or rope_theta and rope_scaling."""
     local = family == "gemma3" and kind == _SLIDING
     theta = config.get("rope_local_base_freq") or 10_000.0 if local else config.get("rope_theta")
     params: Mapping[str, Any] = config.get("rope_parameters") or {}
