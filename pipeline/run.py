@@ -1,0 +1,162 @@
+"""`python -m pipeline.run`: read the configuration, run the job, answer with an exit code."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hydra import compose, initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException, OverrideParseException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from pipeline.config import RunConfig, check, did_you_mean, unknown_key
+from pipeline.exits import ConfigError, Exit, JobError
+
+if TYPE_CHECKING:
+    from pipeline.job import EngineFactory
+
+HOME = Path(__file__).resolve().parent.parent    # conf/ and jobs/ stand beside the packages, in a checkout and installed
+CONF = HOME / "conf"
+GROUPS = tuple(sorted(p.name for p in CONF.iterdir() if p.is_dir() and not p.name.startswith("_")))
+# Their values are text that Hydra's grammar would trip over (globs, URLs, braces, equal signs): quoted for the user.
+TEXT_KEYS = ("data", "output.dir", "model.source", "model.tokenizer", "model.chat_template", "task.prompt", "task.system", "task.schema")
+OPEN_KEYS = ("input.columns.", "task.schema.")   # mappings whose keys are the user's own
+
+HELP = """\
+Label or generate for every row of a data set, and write whole Parquet shards.
+
+  python -m pipeline.run                                          the bundled customer messages, labelled by SmolLM2
+  python -m pipeline.run model=mistral-awq data=prompts.parquet
+  python -m pipeline.run data='raw/2026-11/*.parquet' task=classify input.columns.message=body output.dir=labels/nov
+  python -m pipeline.run data=hf://org/reviews input.split=train input.limit=5000 task.prompt='Translate: {{ text }}'
+  python -m pipeline.run data=prompts.parquet dry_run=true        plan, token lengths, schema check; no model is loaded
+  python -m pipeline.status OUT                                   how far a run is
+
+The same command resumes a run that was stopped, or says that all is done.
+
+Groups (NAME=CHOICE)
+%s
+  model also takes a folder, a .gguf file or a hub id: model=./my-checkpoint
+
+Keys (KEY=VALUE; python -m pipeline.run --cfg prints all of them with their values)
+  data              path, glob, [list, of, them], folder, s3:// gs:// hf://org/name, save_to_disk folder; Parquet, JSONL, CSV
+  input.columns.X   the column that stands for X: a name of the template, or messages, prompt, schema, tools, sampling, adapter
+  input.limit       only the first rows               input.split   of a Hugging Face data set
+  task.prompt       a Jinja template over the columns task.system   the same, for the system message
+  task.schema       a JSON Schema or its path: every output is valid JSON under it
+  sampling.max_tokens  .temperature  .top_p  .top_k  .n  .stop      engine.max_rows  .max_model_len  .gpu_memory  .device
+  output.dir        a folder or URL; default out/<task>-<model>-<data>
+  output.flatten    true: one typed column for each property of the schema
+  limits.max_seconds  .max_tokens  .max_gpu_hours                   stop cleanly and exit 75; the same command goes on
+  limits.max_error_rate                                             exit 4 above it
+  cluster.worker  cluster.workers                                   this process does every n-th shard
+
+Exit codes
+  0 complete   75 drained, run again to resume   2 configuration or other run's folder   3 shards of other workers missing
+  4 complete, with more errors than limits.max_error_rate   130/143 second signal
+"""
+
+
+def main(argv: Sequence[str] | None = None, engine_factory: EngineFactory | None = None) -> int:
+    """Run the command line `argv`; returns the exit code. `engine_factory` replaces the real model and engine in tests."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if any(word in ("-h", "--help", "help") for word in argv):
+        print(HELP % "\n".join(f"  {group:<9} {'  '.join(choices(group))}" for group in GROUPS), end="")
+        return Exit.COMPLETE
+    try:
+        config = read_config([word for word in argv if word != "--cfg"])
+        if "--cfg" in argv:
+            print(OmegaConf.to_yaml(OmegaConf.create(config.resolved())), end="")
+            return Exit.COMPLETE
+        from pipeline.job import run_job    # after the check, so that a mistyped key is answered at once
+
+        return run_job(config, engine_factory)
+    except JobError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return int(error.exit_code)
+
+
+def choices(group: str) -> list[str]:
+    return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
+
+
+def read_config(argv: Sequence[str]) -> RunConfig:
+    """Compose conf/ with the overrides of `argv` and check it. Raises ConfigError with one line."""
+    words = [_normalise(word) for word in argv]
+    given = {word.lstrip("+~").partition("=")[0] for word in words}
+    if not given & {"data", "task"}:
+        words.append("task=classify")    # the bundled example is a labelling job
+    OmegaConf.register_new_resolver("package", lambda path: str(HOME / path), replace=True)
+    try:
+        with initialize_config_dir(str(CONF), version_base="1.3", job_name="gristmill"):
+            tree = compose("config", words)
+        raw: dict[str, Any] = OmegaConf.to_container(tree, resolve=True, throw_on_missing=True)  # type: ignore[assignment]
+    except (HydraException, OmegaConfBaseException, ValueError) as error:
+        raise _explain(error, words) from None
+    if isinstance(raw.get("output"), dict) and raw["output"].get("dir") is None:
+        chosen = {group: _choice(words, group) for group in ("task", "model")}
+        if "model.source" in given:
+            chosen["model"] = raw["model"]["source"]
+        data = raw["data"][0] if isinstance(raw.get("data"), list) and raw["data"] else raw.get("data")
+        raw["output"]["dir"] = "out/" + "-".join(_label(str(part)) for part in (chosen["task"], chosen["model"], data))
+    return check(raw)
+
+
+def _normalise(word: str) -> str:
+    """Let a shell user write values as they are: `data=a/*.parquet`, `model=./folder`, `task.prompt={{ text }}`."""
+    key, equals, value = word.partition("=")
+    if word.startswith("-"):
+        raise ConfigError(f"{word}: no such option; there are --help and --cfg, all else is KEY=VALUE")
+    if not equals:
+        if key.startswith("~"):
+            return word
+        raise ConfigError(f"{word}: expected KEY=VALUE")
+    if key == "model" and value not in choices("model") and re.search(r"[/.:]", value):
+        key, value = "model.source", value
+    bare = key.lstrip("+")
+    if bare in TEXT_KEYS and value and value != "null" and value[0] not in "'\"[":
+        value = "'" + re.sub(r"(\\*)'", r"\1\1\\'", value) + "'"
+    if bare.startswith(OPEN_KEYS):
+        key = "++" + bare
+    return f"{key}={value}"
+
+
+def _choice(words: Sequence[str], group: str) -> str:
+    picked = [word.partition("=")[2] for word in words if word.partition("=")[0] == group]
+    defaults = OmegaConf.load(CONF / "config.yaml").defaults
+    return picked[-1] if picked else next(str(item[group]) for item in defaults if group in item)
+
+
+def _label(value: str) -> str:
+    """A short name for a path, URL or hub id, fit for a folder's name."""
+    last = value.rstrip("/").rpartition("/")[2] or value
+    return re.sub(r"[^\w.-]+", "_", re.sub(r"\.(parquet|jsonl|csv|gguf|yaml)$", "", last)).strip("._") or "data"
+
+
+def _explain(error: Exception, words: Sequence[str]) -> ConfigError:
+    text = str(error)
+    if missing := re.search(r"Could not find '(\w+)/(.+?)'", text):
+        group, name = missing.groups()
+        if group in GROUPS:
+            known = choices(group)
+            other = "; for any other give a folder, a .gguf file or a hub id" if group == "model" else ""
+            return ConfigError(f"{group}={name}: no such {group}{did_you_mean(name, known)}; there are {', '.join(known)}{other}")
+    if unknown := re.search(r"Could not override '(.+?)'", text):
+        return unknown_key(unknown.group(1))
+    if isinstance(error, OverrideParseException):
+        return ConfigError(f"{error.override}: cannot be read ({text.splitlines()[0]}); quote the value: KEY=\"'VALUE'\"")
+    if ambiguous := re.search(r"Ambiguous value for argument '(.+?)'", text):
+        key, _, value = ambiguous.group(1).partition("=")
+        return ConfigError(f"{key}={value}: a comma makes a list of runs; write '{key}=[{value}]' for a list or {key}=\"'{value}'\" for text")
+    if (key := getattr(error, "full_key", None)) and "Missing mandatory value" in text:
+        return ConfigError(f"{key}: not set; give {key}=VALUE")
+    return ConfigError(f"{getattr(error, 'full_key', None) or 'configuration'}: {text.splitlines()[0]}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
