@@ -18,7 +18,7 @@ if torch.cuda.is_available():
     from kernels import attention, kv_cache, pointwise, step
     from kernels import sample as sampling
 
-QUERY_TILE = 64     # queries of one tile of prefill_attention's work list
+QUERY_TILE = ref.QUERY_TILE
 
 
 def apply_writes(state: Tensor, packed: Tensor, segments: Tensor) -> None:

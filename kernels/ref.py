@@ -101,6 +101,8 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 # --- attention ---------------------------------------------------------------------------------------------------------------------------
 
+QUERY_TILE = 128    # queries of one tile of prefill_attention's work list
+
 
 def decode_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, rows: Tensor, positions: Tensor,
                      scale: float, window: int, softcap: float, max_context: int) -> Tensor:
@@ -132,7 +134,7 @@ def prefill_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: 
     """Several queries a row: q [T, H, D]; row i's stand at cu_q[i] .. cu_q[i + 1] and are positions starts[i] .. of table row rows[i].
 
     Each attends to all positions up to its own (keys and values of the step are in the cache already) -> [T, H, D].
-    tiles [M, 2]: (i, first query) of every tile of ops.QUERY_TILE queries, the kernel's work list; not needed here.
+    tiles [M, 2]: (i, first query) of every tile of QUERY_TILE queries, the kernel's work list; not needed here.
     """
     out = torch.empty_like(q)
     heads, page = q.shape[1], k_cache.shape[2]

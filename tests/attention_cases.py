@@ -1,0 +1,76 @@
+"""Random paged caches, and attention in float64 over them: what tests/kernels and tests/gpu check the kernels against."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kernels import ref
+
+
+@dataclass
+class Case:
+    """Rows of a table with their pages shuffled. All that belongs to no row is NaN: a kernel that lets it in is found out."""
+
+    q: Tensor
+    k_cache: Tensor
+    v_cache: Tensor
+    block_table: Tensor
+    rows: Tensor
+    scale: float
+
+
+def make_case(contexts: Sequence[int], queries: int, heads: int, kv_heads: int, dim: int, page: int, dtype: torch.dtype,
+              device: str = "cpu", seed: int = 0) -> Case:
+    """One table row for each context length, in shuffled order, and `queries` query tokens in all."""
+    g = torch.Generator().manual_seed(seed)
+    need = [-(-c // page) for c in contexts]
+    pages = sum(need) + 2
+    order = torch.randperm(pages, generator=g).int()
+    poison, order = order[0], order[1:]
+    k = torch.full((pages, kv_heads, page, dim), float("nan"))
+    v = k.clone()
+    rows = torch.randperm(len(contexts) + 1, generator=g)[: len(contexts)].int()
+    table = torch.full((len(contexts) + 1, max(need) + 3), int(poison), dtype=torch.int32)
+    for row, context, count in zip(rows.tolist(), contexts, need, strict=True):
+        mine, order = order[:count], order[count:]
+        table[row, :count] = mine
+        for at in range(0, context, page):
+            used = min(page, context - at)
+            k[mine[at // page], :, :used] = torch.randn(kv_heads, used, dim, generator=g)
+            v[mine[at // page], :, :used] = torch.randn(kv_heads, used, dim, generator=g)
+    q = torch.randn(queries, heads, dim, generator=g)
+    return Case(q.to(dtype).to(device), k.to(dtype).to(device), v.to(dtype).to(device), table.to(device), rows.to(device), dim**-0.5)
+
+
+def exact(case: Case, cu_q: Sequence[int], starts: Sequence[int], window: int, softcap: float) -> Tensor:
+    """float64 [cu_q[-1], H, D] on the CPU: row i's queries are positions starts[i] .. of table row rows[i]."""
+    q, k_cache, v_cache, table, rows = (x.cpu() for x in (case.q, case.k_cache, case.v_cache, case.block_table, case.rows))
+    groups, page = q.shape[1] // k_cache.shape[1], k_cache.shape[2]
+    out = torch.empty((cu_q[-1], *q.shape[1:]), dtype=torch.float64)
+    for i, start in enumerate(starts):
+        count = cu_q[i + 1] - cu_q[i]
+        where = torch.arange(start + count)
+        pages = table[rows[i], where // page].long()
+        k, v = (x[pages, :, where % page].double().transpose(0, 1).repeat_interleave(groups, 0) for x in (k_cache, v_cache))
+        scores = q[cu_q[i] : cu_q[i + 1]].double().transpose(0, 1) @ k.transpose(1, 2) * case.scale
+        if softcap:
+            scores = softcap * torch.tanh(scores / softcap)
+        at = (start + torch.arange(count)).unsqueeze(1)
+        visible = (where <= at) & ((where > at - window) if window else torch.ones((), dtype=torch.bool))
+        out[cu_q[i] : cu_q[i + 1]] = (torch.softmax(scores.masked_fill(~visible, ref.NEG_INF), -1) @ v).transpose(0, 1)
+    return out
+
+
+def work_list(cu_q: Sequence[int]) -> Tensor:
+    """The tiles [M, 2] of prefill attention: every row's queries in steps of QUERY_TILE."""
+    spans = enumerate(b - a for a, b in zip(cu_q[:-1], cu_q[1:], strict=True))
+    return torch.tensor([(i, first) for i, n in spans for first in range(0, n, ref.QUERY_TILE)], dtype=torch.int32).view(-1, 2)
+
+
+def error(got: Tensor, want: Tensor) -> float:
+    """Relative error in the 2-norm; NaN if anything is NaN."""
+    return float((got.double().cpu() - want).norm() / want.norm())

@@ -1,0 +1,141 @@
+"""The attention kernels in Triton's interpreter, in fp16 and fp32 (its bf16 dot product is wrong), against ref.py and float64."""
+
+from __future__ import annotations
+
+import os
+
+os.environ["TRITON_INTERPRET"] = "1"
+
+import pytest
+import torch
+from attention_cases import Case, error, exact, make_case, work_list
+
+from kernels import attention, ref
+
+LIMIT = {torch.float16: 2e-3, torch.float32: 2e-6}
+
+
+@pytest.fixture(autouse=True)
+def poisoned():
+    """torch.empty gives NaN: an output that no program wrote shows."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def decode(case: Case, contexts: list[int], window: int, softcap: float, kernels) -> torch.Tensor:
+    positions = torch.tensor(contexts, dtype=torch.int32) - 1
+    return kernels.decode_attention(case.q, case.k_cache, case.v_cache, case.block_table, case.rows, positions, case.scale, window,
+                                    softcap, 4096)
+
+
+def check_decode(contexts: list[int], heads: int, kv_heads: int, dim: int, page: int, dtype: torch.dtype, window: int = 0,
+                 softcap: float = 0.0) -> None:
+    case = make_case(contexts, len(contexts), heads, kv_heads, dim, page, dtype, seed=len(contexts) + dim + page)
+    want = exact(case, list(range(len(contexts) + 1)), [c - 1 for c in contexts], window, softcap)
+    got = decode(case, contexts, window, softcap, attention)
+    assert got.shape == case.q.shape
+    assert got.dtype == dtype
+    assert error(got, want) < LIMIT[dtype]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("heads, kv_heads, dim", [(8, 2, 64), (4, 2, 80), (3, 1, 96), (4, 4, 128), (2, 1, 256), (20, 1, 64)])
+def test_decode_head_sizes(dtype, heads, kv_heads, dim):
+    check_decode([1, 77, 300], heads, kv_heads, dim, 16, dtype)
+
+
+@pytest.mark.parametrize("page", [16, 32, 64, 128])
+def test_decode_page_sizes(page):
+    check_decode([page, page + 1, 129, 5 * page - 1], 8, 2, 64, page, torch.float32)
+
+
+@pytest.mark.parametrize("window, softcap", [(1, 0.0), (50, 0.0), (128, 5.0), (1000, 0.0), (0, 5.0)])
+def test_decode_window_and_softcap(window, softcap):
+    check_decode([1, 49, 50, 51, 400, 129], 6, 2, 64, 32, torch.float32, window, softcap)
+
+
+@pytest.mark.parametrize("programs", [1, 24, 4096])
+def test_decode_does_not_depend_on_the_number_of_splits(programs, monkeypatch):
+    monkeypatch.setattr(attention, "DECODE_PROGRAMS", programs)
+    check_decode([1, 700, 64, 65, 31], 4, 2, 128, 32, torch.float16)
+
+
+def test_decode_padding_rows_are_finite_and_rows_may_repeat():
+    contexts = [200, 1, 1, 1]
+    case = make_case(contexts, 4, 4, 2, 64, 32, torch.float32)
+    case.rows[2:] = case.rows[1]
+    want = exact(case, [0, 1, 2, 3, 4], [c - 1 for c in contexts], 0, 0.0)
+    assert error(decode(case, contexts, 0, 0.0, attention), want) < 2e-6
+
+
+def test_decode_reads_queries_inside_a_wider_row():
+    contexts = [90, 130]
+    case = make_case(contexts, 2, 4, 2, 64, 16, torch.float32)
+    want = decode(case, contexts, 0, 0.0, attention)
+    wide = torch.full((2, 8, 64), float("nan"))
+    wide[:, :4] = case.q
+    case.q = wide[:, :4]
+    assert torch.equal(decode(case, contexts, 0, 0.0, attention), want)
+
+
+def test_decode_agrees_with_the_torch_twin():
+    contexts = [33, 257, 100]
+    case = make_case(contexts, 3, 8, 2, 64, 32, torch.float32)
+    clean = Case(case.q, case.k_cache.nan_to_num(), case.v_cache.nan_to_num(), case.block_table, case.rows, case.scale)
+    got, want = decode(case, contexts, 70, 3.0, attention), decode(clean, contexts, 70, 3.0, ref)
+    assert error(got, want.double()) < 2e-6
+
+
+def check_prefill(counts: list[int], starts: list[int], heads: int, kv_heads: int, dim: int, page: int, dtype: torch.dtype, window: int = 0,
+                  softcap: float = 0.0, padding: int = 0) -> None:
+    cu_q = [0, *torch.tensor(counts).cumsum(0).tolist()]
+    case = make_case([s + c for s, c in zip(starts, counts, strict=True)], cu_q[-1] + padding, heads, kv_heads, dim, page, dtype,
+                     seed=cu_q[-1] + dim)
+    got = attention.prefill_attention(
+        case.q, case.k_cache, case.v_cache, case.block_table, case.rows, torch.tensor(starts, dtype=torch.int32),
+        torch.tensor(cu_q, dtype=torch.int32), work_list(cu_q), case.scale, window, softcap)
+    assert got.shape == case.q.shape
+    assert got.dtype == dtype
+    assert error(got[: cu_q[-1]], exact(case, cu_q, starts, window, softcap)) < LIMIT[dtype]
+    assert got[cu_q[-1] :].isnan().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("heads, kv_heads, dim", [(8, 2, 64), (4, 2, 80), (3, 1, 96), (2, 2, 128), (2, 1, 256), (7, 1, 64)])
+def test_prefill_head_sizes(dtype, heads, kv_heads, dim):
+    check_prefill([100, 1, 33], [0, 40, 7], heads, kv_heads, dim, 16, dtype)
+
+
+@pytest.mark.parametrize("page", [16, 32, 64, 128])
+def test_prefill_page_sizes(page):
+    check_prefill([page + 1, 2 * page], [page - 1, 0], 4, 2, 64, page, torch.float32)
+
+
+@pytest.mark.parametrize("window, softcap", [(1, 0.0), (20, 0.0), (64, 5.0), (150, 0.0), (1000, 5.0), (0, 5.0)])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_prefill_window_and_softcap(dtype, window, softcap):
+    check_prefill([140, 60, 3], [0, 130, 300], 6, 2, 64, 32, dtype, window, softcap)
+
+
+def test_prefill_long_rows_take_several_tiles_and_padding_is_left_alone():
+    check_prefill([ref.QUERY_TILE + 1, ref.QUERY_TILE, 2 * ref.QUERY_TILE + 5], [3, 0, 64], 3, 1, 64, 32, torch.float16, padding=9)
+
+
+def test_prefill_of_nothing():
+    case = make_case([5], 2, 4, 2, 64, 16, torch.float32)
+    zero = torch.zeros(1, dtype=torch.int32)
+    out = attention.prefill_attention(case.q, case.k_cache, case.v_cache, case.block_table, case.rows[:0], zero[:0], zero, work_list([0]),
+                                      1.0, 0, 0.0)
+    assert out.shape == case.q.shape
+
+
+def test_prefill_chunks_agree_with_decode_of_every_position():
+    contexts = [150]
+    case = make_case(contexts, 150, 4, 2, 64, 32, torch.float32)
+    whole = attention.prefill_attention(
+        case.q, case.k_cache, case.v_cache, case.block_table, case.rows, torch.zeros(1, dtype=torch.int32),
+        torch.tensor([0, 150], dtype=torch.int32), work_list([0, 150]), case.scale, 40, 0.0)
+    one = attention.decode_attention(case.q, case.k_cache, case.v_cache, case.block_table, case.rows.expand(150).contiguous(),
+                                     torch.arange(150, dtype=torch.int32), case.scale, 40, 0.0, 150)
+    assert error(one, whole.double()) < 2e-6
