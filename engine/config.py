@@ -19,7 +19,6 @@ class EngineConfig:
     depth: int = 2                       # steps in flight; 1: synchronous
     cuda_graphs: bool = True
     prefix_sharing: bool = True
-    autonomous_steps: int = 8            # most decode steps per launch where no row needs the CPU
     window: int = 8192                   # requests held ahead of admission, ordered by prefix
 
     def __post_init__(self) -> None:
@@ -29,5 +28,3 @@ class EngineConfig:
             raise ValueError("engine.page_size must be a power of two of at least 16")
         if not 0.05 <= self.gpu_memory <= 0.99:
             raise ValueError("engine.gpu_memory must lie between 0.05 and 0.99")
-        if self.autonomous_steps < 1:
-            raise ValueError("engine.autonomous_steps must be at least 1")

@@ -1,0 +1,61 @@
+"""Admission by forecast: how many waiting requests fit, given when the running ones will end.
+
+A row's future is guessed from the output lengths seen so far in this job: given that it has produced g tokens, a high quantile of the
+finished outputs longer than g. Until enough have been seen, max_tokens is believed.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+QUANTILE = 0.8          # of the outputs still possible: between the mean, which preempts, and the maximum, which wastes
+MIN_SEEN = 64
+KEPT = 8192             # lengths remembered, the latest
+
+
+class LengthPredictor:
+    def __init__(self) -> None:
+        self._seen: list[int] = []
+        self._sorted = np.empty(0, dtype=np.int64)
+
+    def observe(self, length: int) -> None:
+        self._seen.append(length)
+
+    def remaining(self, produced: np.ndarray, most: np.ndarray, exact: np.ndarray) -> np.ndarray:
+        """Tokens still to come of rows that have `produced`, of at most `most`; `exact` rows are known to reach their most."""
+        left = most - produced
+        if len(self._seen) < MIN_SEEN:
+            return left
+        if self._sorted.size < min(len(self._seen), KEPT) * 0.9:          # kept a little stale: sorting is the cost
+            self._seen = self._seen[-KEPT:]
+            self._sorted = np.sort(np.array(self._seen))
+        longer = np.searchsorted(self._sorted, produced, side="right")
+        count = self._sorted.size - longer
+        at = np.minimum(longer + (count * QUANTILE).astype(np.int64), self._sorted.size - 1)
+        guess = np.where(count > 0, self._sorted[at] - produced, left)
+        return np.where(exact, left, np.clip(guess, 1, left))
+
+
+def peak_tokens(held: np.ndarray, left: np.ndarray) -> int:
+    """The most KV tokens that rows will hold at once when row i holds held[i] now and ends after left[i] more.
+
+    The peak stands at the end of some row: all that outlive it then hold what they have now plus as many more (LightLLM's forecast).
+    """
+    if held.size == 0:
+        return 0
+    order = np.argsort(-left, kind="stable")
+    return int((left[order] * np.arange(1, held.size + 1) + np.cumsum(held[order])).max())
+
+
+def admissible(held: np.ndarray, left: np.ndarray, new_held: np.ndarray, new_left: np.ndarray, capacity: int) -> int:
+    """How many of the new rows, in order, fit beside the running ones so that the forecast peak stays within `capacity` tokens."""
+    def fits(n: int) -> bool:
+        return peak_tokens(np.concatenate([held, new_held[:n]]), np.concatenate([left, new_left[:n]])) <= capacity
+
+    if fits(new_held.size):
+        return int(new_held.size)
+    low, high = 0, int(new_held.size)
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low

@@ -1,0 +1,177 @@
+"""KV pages: who holds them, and which hold a prefix that others can share.
+
+Ownership. Page 0 is the dummy page, nobody's. Every other page is free, or held by one or more rows, or cached (held by the prefix tree
+alone), or both held and cached. refs[page] counts rows plus one for the tree. A page is never written once a second holder may read it:
+only full pages are shared, and rows write past them.
+
+Prefix tree. A node stands for one full page of tokens after its parent's, keyed by the tokens themselves, so a match is exact. `pending`
+counts the requests in the window that still need the node: the dataset is known, so pages nobody waits for are evicted first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+
+class OutOfPages(Exception):
+    """The pool cannot provide the pages asked for, not even by evicting."""
+
+
+class Node:
+    """One page of a prefix. `page` is 0 while no row has computed it."""
+
+    __slots__ = ("children", "key", "page", "parent", "pending")
+
+    def __init__(self, parent: Node | None, key: bytes) -> None:
+        self.parent, self.key, self.page, self.pending = parent, key, 0, 0
+        self.children: dict[bytes, Node] = {}
+
+
+class BlockPool:
+    def __init__(self, num_pages: int, page_size: int) -> None:
+        if num_pages < 2:
+            raise ValueError(f"a KV pool needs at least 2 pages, got {num_pages}")
+        self.num_pages, self.page_size = num_pages, page_size
+        self.refs = np.zeros(num_pages, dtype=np.int32)
+        self._free = np.arange(num_pages - 1, 0, -1, dtype=np.int32)     # a stack: the lowest pages come first
+        self._top = num_pages - 1
+        self._root = Node(None, b"")
+        self._cached: dict[int, Node] = {}                               # page -> node, oldest first
+        self._in_tree = np.zeros(num_pages, dtype=bool)                  # the same as a mask
+
+    # --- pages ---
+
+    @property
+    def usable(self) -> int:
+        return self.num_pages - 1
+
+    @property
+    def used(self) -> int:
+        """Pages that rows hold; what only the tree holds can be evicted at once and counts as free."""
+        return self.usable - self._top - self.evictable
+
+    @property
+    def evictable(self) -> int:
+        return int(np.count_nonzero(self._in_tree & (self.refs == 1)))
+
+    @property
+    def shared(self) -> int:
+        """Pages of the tree that rows hold."""
+        return int(np.count_nonzero(self._in_tree & (self.refs > 1)))
+
+    def alloc(self, n: int) -> np.ndarray:
+        """n pages, int32, held once each; evicts cached pages if it must; raises OutOfPages and changes nothing if that is not enough."""
+        if n > self._top:
+            self._evict(n - self._top)
+        if n > self._top:
+            raise OutOfPages
+        pages = self._free[self._top - n : self._top][::-1].copy()
+        self._top -= n
+        self.refs[pages] = 1
+        return pages
+
+    def hold(self, pages: np.ndarray) -> None:
+        self.refs[pages] += 1
+
+    def release(self, pages: np.ndarray) -> None:
+        """Give back one hold on each page (each at most once in `pages`)."""
+        self.refs[pages] -= 1
+        freed = pages[self.refs[pages] == 0]
+        self._free[self._top : self._top + freed.size] = freed[::-1]
+        self._top += freed.size
+
+    # --- prefixes ---
+
+    def expect(self, tokens: np.ndarray, pages: int) -> list[Node]:
+        """The nodes of the first `pages` full pages of `tokens`, made where missing; each is pending once more."""
+        node, path = self._root, []
+        for i in range(pages):
+            key = tokens[i * self.page_size : (i + 1) * self.page_size].tobytes()
+            child = node.children.get(key)
+            if child is None:
+                child = node.children[key] = Node(node, key)
+            child.pending += 1
+            path.append(child)
+            node = child
+        return path
+
+    def known(self, tokens: np.ndarray) -> int:
+        """How many full pages from the start of `tokens` the tree has nodes for."""
+        node, n = self._root, 0
+        while (child := node.children.get(tokens[n * self.page_size : (n + 1) * self.page_size].tobytes())) is not None:
+            node, n = child, n + 1
+        return n
+
+    def arrive(self, path: Sequence[Node]) -> np.ndarray:
+        """A request that expected `path` runs (or leaves): no longer pending. Returns the pages computed so far, held for it."""
+        pages = []
+        for node in path:
+            node.pending -= 1
+        for node in path:
+            if not node.page:
+                break
+            pages.append(node.page)
+        held = np.array(pages, dtype=np.int32)
+        self.hold(held)
+        return held
+
+    def publish(self, node: Node, page: int) -> None:
+        """Offer a row's page for sharing, once the step that computes it is planned (later launches read it in stream order)."""
+        if node.page == 0:
+            node.page = page
+            self.refs[page] += 1
+            self._cached[page] = node
+            self._in_tree[page] = True
+
+    def forget(self, path: Sequence[Node]) -> None:
+        """Drop nodes that nobody waits for and that hold no page; the path ends a request's interest."""
+        for node in reversed(path):
+            if node.page or node.pending or node.children or node.parent is None:
+                break
+            del node.parent.children[node.key]
+
+    def _evict(self, n: int) -> None:
+        """Free n pages or more that only the tree holds, if there are as many: the oldest that nobody waits for first.
+
+        A parent is pending wherever a child is, so dropping a node with all below it never drops what is waited for before its turn.
+        """
+        n = max(n, len(self._cached) // 16)      # some at a time, since finding them costs a walk
+        candidates = [node for page, node in self._cached.items() if self.refs[page] == 1]
+        unwanted = [node for node in candidates if not node.pending]
+        wanted = [node for node in reversed(candidates) if node.pending]
+        for node in (*unwanted, *wanted):
+            if n <= 0:
+                return
+            if node.page:
+                n -= self._drop(node)
+
+    def _drop(self, node: Node) -> int:
+        """Uncache a node and everything below it: without it they cannot be reached. Returns the pages freed."""
+        freed = sum(self._drop(child) for child in list(node.children.values()))
+        if node.page:
+            page, node.page = node.page, 0
+            del self._cached[page]
+            self._in_tree[page] = False
+            self.refs[page] -= 1
+            if self.refs[page] == 0:
+                self._free[self._top] = page
+                self._top += 1
+                freed += 1
+        if not node.pending and not node.children and node.parent is not None:
+            del node.parent.children[node.key]
+        return freed
+
+    def check_integrity(self, holdings: Sequence[np.ndarray]) -> None:
+        """Raise AssertionError unless the counts agree with the rows' block tables (`holdings`) and the tree."""
+        refs = np.zeros_like(self.refs)
+        for pages in holdings:
+            np.add.at(refs, pages, 1)
+        for page, node in self._cached.items():
+            assert node.page == page, f"page {page} is cached by a node that holds {node.page}"
+            refs[page] += 1
+        assert (refs == self.refs).all(), f"counts differ on pages {np.flatnonzero(refs != self.refs).tolist()}"
+        free = np.sort(self._free[: self._top])
+        expected = np.flatnonzero(self.refs == 0)[1:]
+        assert (free == expected).all(), "the free list and the counts disagree"

@@ -1,0 +1,163 @@
+"""The engine: requests in, completions out, over paged and continuously batched steps."""
+
+from __future__ import annotations
+
+import gc
+from collections import deque
+from collections.abc import Callable, Hashable, Iterable, Iterator
+from typing import TYPE_CHECKING
+
+import torch
+
+from engine.block_pool import BlockPool
+from engine.config import EngineConfig
+from engine.guided.grammar import GrammarBackend
+from engine.memory import make_caches, size_pool
+from engine.models.decoder import Decoder
+from engine.request import Completion, EngineStats, Request
+from engine.row_table import RowTable
+from engine.runner import Runner, Step
+from engine.scheduler import MAX_STOP_IDS, Scheduler
+from engine.weights import Checkpoint
+from engine.window import Waiting
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+DEFAULT_CONTEXT = 8192       # the most taken unasked of what a model was trained for: a row of the table costs as much
+
+
+class Engine:
+    """One model on one device. Not thread-safe: one thread submits and steps.
+
+    `guided` compiles and fills grammar masks, `tokenizer` is needed for stop strings, `progress` is told what is being done at start-up.
+    Raises ValueError for a configuration that cannot work, saying what to set.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, config: EngineConfig, tokenizer: PreTrainedTokenizerFast | None = None,
+                 guided: GrammarBackend | None = None, progress: Callable[[str], None] = lambda message: None) -> None:
+        spec = checkpoint.spec
+        self.config, self.vocab_size = config, spec.vocab_size
+        self.device = _device(config.device)
+        on_gpu = self.device.type == "cuda"
+        dtype = getattr(torch, config.dtype if config.dtype != "auto" else "bfloat16" if on_gpu else "float32")
+        self.max_model_len = config.max_model_len or min(spec.max_positions, DEFAULT_CONTEXT)
+        max_rows = config.max_rows or (1024 if on_gpu else 32)
+        max_step_tokens = max(config.max_step_tokens or (16384 if on_gpu else 1024), max_rows)
+        self._tokenizer, self._guided = tokenizer, guided
+
+        progress("loading weights")
+        model = Decoder(spec, dtype, self.max_model_len, self.device)
+        model.load(checkpoint)
+        progress("sizing the KV pool")
+        table = RowTable(max_rows, self.max_model_len, config.page_size, self.device)
+        pages = size_pool(config, model, table, max_step_tokens)
+        caches = make_caches(model, pages, config.page_size, self.device)
+        self._pool = BlockPool(pages, config.page_size)
+        self._table = table
+        self._scheduler = Scheduler(config, table, self._pool, max_step_tokens, spec.eos_token_ids, tokenizer)
+        self._runner = Runner(model, table, caches, config.cuda_graphs)
+        self._inflight: deque[Step] = deque()
+        gc.collect()
+        gc.freeze()          # the heap so far lives as long as the engine: later collections need not walk it
+
+    # --- requests ---
+
+    def submit(self, request: Request) -> None:
+        """Queue a request; raises ValueError for one that can never run."""
+        n, params = request.prompt.size, request.params
+        if n == 0:
+            raise ValueError("the prompt has no tokens")
+        if n >= self.max_model_len:
+            raise ValueError(f"the prompt has {n} tokens, which leaves no room in engine.max_model_len={self.max_model_len}")
+        if not (0 <= int(request.prompt.min()) and int(request.prompt.max()) < self.vocab_size):
+            raise ValueError(f"the prompt has a token outside the model's vocabulary of {self.vocab_size}")
+        if len(params.stop_token_ids) + len(self._scheduler.end_ids) > MAX_STOP_IDS:
+            raise ValueError(f"at most {MAX_STOP_IDS - len(self._scheduler.end_ids)} stop_token_ids")
+        if params.stop and self._tokenizer is None:
+            raise ValueError("stop strings need a tokenizer")
+        if request.grammar is not None and self._guided is None:
+            raise ValueError("a grammar needs a grammar backend")
+        if request.adapter is not None:
+            raise ValueError("this engine has no LoRA adapters")
+        self._scheduler.submit(Waiting(request, request.prompt))
+
+    def room(self) -> int:
+        """How many more requests it would like to hold ahead of their admission."""
+        return self._scheduler.room()
+
+    @property
+    def pending(self) -> int:
+        """Requests submitted and not yet returned."""
+        return self._scheduler.pending
+
+    def abort(self, ids: Iterable[Hashable] | None = None) -> None:
+        """End these requests (None: all); they come back from step() as ABORTED, with what they have produced."""
+        self._scheduler.abort(ids)
+
+    # --- the step loop ---
+
+    @torch.inference_mode()
+    def step(self) -> list[Completion]:
+        """One turn: read the oldest step in flight, plan and launch the next one; returns the requests that finished."""
+        while len(self._inflight) >= self.config.depth:
+            self._retire()
+        self._scheduler.refill()
+        plan = self._scheduler.schedule()
+        if plan is not None:
+            step = self._runner.launch_forward(plan)
+            mask = None
+            if plan.guides:
+                mask = self._runner.mask_buffer(len(plan.guides))
+                self._guided.fill(plan.guides, mask)            # while the forward pass runs
+            self._runner.launch_sample(step, mask)
+            self._inflight.append(step)
+        else:
+            self._table.flush_staged()
+            if self._inflight:
+                self._retire()
+        return self._scheduler.finished()
+
+    def _retire(self) -> None:
+        step = self._inflight.popleft()
+        self._scheduler.retire(step.plan, *self._runner.wait(step))
+
+    def run(self, requests: Iterable[Request]) -> Iterator[Completion]:
+        """Pull requests as there is room for them; yield completions as rows finish, in any order."""
+        source, more = iter(requests), True
+        while more or self.pending:
+            while more and self.room():
+                request = next(source, None)
+                if request is None:
+                    more = False
+                else:
+                    self.submit(request)
+            yield from self.step()
+
+    # --- state ---
+
+    def stats(self) -> EngineStats:
+        return self._scheduler.stats(self._runner.steps, self._runner.graph_steps)
+
+    def check_integrity(self) -> None:
+        """Raise AssertionError if rows, pages and their counts disagree."""
+        self._scheduler.check_integrity()
+
+    def close(self) -> None:
+        """Drop the device memory; the engine cannot be used afterwards."""
+        while self._inflight:
+            self._runner.wait(self._inflight.popleft())
+        del self._runner, self._scheduler, self._table, self._pool
+        gc.unfreeze()
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(name)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"engine.device={name}, but torch sees no CUDA device: set engine.device=cpu or install a CUDA build of torch")
+    return device

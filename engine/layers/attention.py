@@ -1,0 +1,71 @@
+"""Attention over the paged cache. A step's tokens stand as [decode | rest]: one query a row first, then rows with several."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from engine.layers.linear import Linear, LinearMethod
+from engine.layers.norm import RMSNorm
+from engine.models.spec import ModelSpec
+from kernels import ops
+
+
+@dataclass(slots=True)
+class StepInputs:
+    """What a forward pass reads besides the weights; int32 tensors on the device. T = num_decode + the rest's queries."""
+
+    ids: Tensor                # [T]
+    positions: Tensor          # [T]
+    slots: Tensor              # [T] slot of the KV cache that the token writes
+    block_table: Tensor        # [rows of the table, pages of a row]
+    decode_rows: Tensor        # [num_decode]
+    num_decode: int
+    max_context: int           # upper bound of a decode row's context, in tokens
+    rest_rows: Tensor | None = None      # [N]
+    rest_starts: Tensor | None = None    # [N] first position of the row's queries
+    rest_cu_q: Tensor | None = None      # [N + 1] where the row's queries stand among the rest's
+    tiles: Tensor | None = None          # [M, 2] work list of ops.prefill_attention
+
+
+@dataclass(slots=True)
+class LayerCache:
+    """Keys and values of one layer, [pages, kv heads, page size, head dim] each."""
+
+    k: Tensor
+    v: Tensor
+
+
+class Attention(nn.Module):
+    def __init__(self, spec: ModelSpec, index: int, prefix: str, method: LinearMethod, dtype: torch.dtype) -> None:
+        super().__init__()
+        heads, kv_heads, dim = spec.num_heads, spec.num_kv_heads, spec.head_dim
+        self.num_heads, self.scale, self.softcap = heads, spec.attn_scale, spec.attn_softcap
+        self.window, self.eps, self.plus_one = spec.layers[index].window, spec.norm_eps, spec.norm_plus_one
+        self.qkv = Linear(spec.hidden_size, [(f"{prefix}.q_proj", heads * dim), (f"{prefix}.k_proj", kv_heads * dim),
+                                             (f"{prefix}.v_proj", kv_heads * dim)], bias=spec.qkv_bias, dtype=dtype, method=method)
+        self.out = Linear(heads * dim, [(f"{prefix}.o_proj", spec.hidden_size)], bias=spec.o_bias, dtype=dtype, method=method)
+        if spec.qk_norm:
+            self.q_norm: RMSNorm | None = RMSNorm(dim, f"{prefix}.q_norm", eps=self.eps, plus_one=self.plus_one, dtype=dtype)
+            self.k_norm: RMSNorm | None = RMSNorm(dim, f"{prefix}.k_norm", eps=self.eps, plus_one=self.plus_one, dtype=dtype)
+        else:
+            self.q_norm = self.k_norm = None
+
+    def forward(self, x: Tensor, step: StepInputs, cache: LayerCache, cos_sin: Tensor) -> Tensor:
+        q_weight = self.q_norm.weight if self.q_norm is not None else None
+        k_weight = self.k_norm.weight if self.k_norm is not None else None
+        q = ops.rope_and_cache(self.qkv(x), q_weight, k_weight, self.eps, self.plus_one, cos_sin, step.positions, step.slots,
+                               cache.k, cache.v, self.num_heads)
+        return self.out(self._attend(q, step, cache).flatten(1))
+
+    def _attend(self, q: Tensor, step: StepInputs, cache: LayerCache) -> Tensor:
+        n, outputs = step.num_decode, []
+        if n:
+            outputs.append(ops.decode_attention(q[:n], cache.k, cache.v, step.block_table, step.decode_rows, step.positions[:n],
+                                                self.scale, self.window, self.softcap, step.max_context))
+        if step.rest_rows is not None:
+            outputs.append(ops.prefill_attention(q[n:], cache.k, cache.v, step.block_table, step.rest_rows, step.rest_starts,
+                                                 step.rest_cu_q, step.tiles, self.scale, self.window, self.softcap))
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)

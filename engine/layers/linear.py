@@ -1,0 +1,88 @@
+"""Linear layers whose format owns loading and compute: Linear asks its LinearMethod for parameters, repacking and the product."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from engine.weights import Checkpoint
+
+
+@dataclass(frozen=True, slots=True)
+class ParamSpec:
+    """One tensor of a linear layer in the checkpoint's layout. `out_dim`: the dimension along which merged parts are joined."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    out_dim: int
+    out_pack: int = 1        # output features in one stored element along out_dim
+
+
+class LinearMethod(Protocol):
+    """How a weight format is stored, prepared and multiplied."""
+
+    def specs(self, in_features: int, out_features: int, bias: bool, dtype: torch.dtype) -> dict[str, ParamSpec]:
+        """The parameters by their name in the checkpoint (`weight`, `qweight` ...)."""
+
+    def finalize(self, layer: Linear) -> None:
+        """Once, after loading: transpose, repack, fold scales."""
+
+    def apply(self, layer: Linear, x: Tensor) -> Tensor:
+        """x [T, in_features] -> [T, out_features]."""
+
+
+class DenseMethod:
+    """Plain weights in the model's dtype; the product is cuBLAS's (or oneDNN's on CPU)."""
+
+    def specs(self, in_features: int, out_features: int, bias: bool, dtype: torch.dtype) -> dict[str, ParamSpec]:
+        specs = {"weight": ParamSpec((out_features, in_features), dtype, out_dim=0)}
+        if bias:
+            specs["bias"] = ParamSpec((out_features,), dtype, out_dim=0)
+        return specs
+
+    def finalize(self, layer: Linear) -> None:
+        layer.bias = getattr(layer, "bias", None)
+
+    def apply(self, layer: Linear, x: Tensor) -> Tensor:
+        return F.linear(x, layer.weight, layer.bias)
+
+
+class Linear(nn.Module):
+    """y = x W^T + b over merged parts: `sources` are the checkpoint's prefixes, joined along the output in that order."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+    def __init__(self, in_features: int, sources: Sequence[tuple[str, int]], *, bias: bool, dtype: torch.dtype,
+                 method: LinearMethod) -> None:
+        super().__init__()
+        self.in_features, self.out_features = in_features, sum(width for _, width in sources)
+        self.sources, self.method = tuple(sources), method
+        self.specs = method.specs(in_features, self.out_features, bias, dtype)
+        for name, spec in self.specs.items():
+            self.register_buffer(name, torch.empty(spec.shape, dtype=spec.dtype), persistent=False)
+
+    def load(self, checkpoint: Checkpoint) -> None:
+        for name, spec in self.specs.items():
+            target, start = getattr(self, name), 0
+            for source, width in self.sources:
+                size = width // spec.out_pack
+                copy_checked(target.narrow(spec.out_dim, start, size), checkpoint.tensor(f"{source}.{name}"), f"{source}.{name}")
+                start += size
+        self.method.finalize(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.method.apply(self, x)
+
+
+def copy_checked(target: Tensor, source: Tensor, name: str) -> None:
+    """target <- source, converted to its dtype; a wrong shape is an error that names the tensor."""
+    if target.shape != source.shape:
+        raise ValueError(f"tensor {name} has shape {list(source.shape)}, but the model's config asks for {list(target.shape)}")
+    target.copy_(source)

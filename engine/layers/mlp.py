@@ -1,0 +1,23 @@
+"""The gated MLP: down(act(gate) * up), gate and up in one product."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from engine.layers.linear import Linear, LinearMethod
+from engine.models.spec import ModelSpec
+from kernels import ops
+
+
+class MLP(nn.Module):
+    def __init__(self, spec: ModelSpec, prefix: str, method: LinearMethod, dtype: torch.dtype) -> None:
+        super().__init__()
+        width = spec.intermediate_size
+        self.activation = spec.activation
+        self.gate_up = Linear(spec.hidden_size, [(f"{prefix}.gate_proj", width), (f"{prefix}.up_proj", width)],
+                              bias=spec.mlp_bias, dtype=dtype, method=method)
+        self.down = Linear(width, [(f"{prefix}.down_proj", spec.hidden_size)], bias=spec.mlp_bias, dtype=dtype, method=method)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(ops.gated_act(self.gate_up(x), self.activation))

@@ -1,0 +1,70 @@
+"""How much memory there is for keys and values: the worst step is run once through the real path, and the pool gets what is left."""
+
+from __future__ import annotations
+
+import torch
+
+from engine.config import EngineConfig
+from engine.layers.attention import LayerCache, StepInputs
+from engine.models.decoder import Decoder
+from engine.row_table import RowTable
+from kernels import ops
+
+GRAPH_RESERVE = 1 << 30      # bytes kept for the pool of CUDA graphs and for what the allocator cannot reuse
+
+
+def page_bytes(model: Decoder, page_size: int) -> int:
+    spec = model.spec
+    return 2 * spec.num_layers * spec.num_kv_heads * page_size * spec.head_dim * model.dtype.itemsize
+
+
+def make_caches(model: Decoder, pages: int, page_size: int, device: torch.device) -> list[LayerCache]:
+    """Keys and values apart, [pages, kv heads, page size, head dim]. Zeroed: masked slots are still multiplied, and 0 x NaN is NaN."""
+    spec = model.spec
+    shape = (pages, spec.num_kv_heads, page_size, spec.head_dim)
+    return [LayerCache(torch.zeros(shape, dtype=model.dtype, device=device), torch.zeros(shape, dtype=model.dtype, device=device))
+            for _ in range(spec.num_layers)]
+
+
+def size_pool(config: EngineConfig, model: Decoder, table: RowTable, max_step_tokens: int) -> int:
+    """Pages of the KV pool, the dummy page included; raises ValueError saying what to set if not even one row fits."""
+    size = page_bytes(model, table.page_size)
+    if config.kv_pages is not None:
+        pages, bound = config.kv_pages, f"engine.kv_pages={config.kv_pages}"
+    elif table.device.type == "cuda":
+        _worst_step(model, table, max_step_tokens)
+        free, total = torch.cuda.mem_get_info(table.device)
+        reserved, peak = torch.cuda.memory_reserved(table.device), torch.cuda.max_memory_allocated(table.device)
+        others = total - free - reserved
+        budget = int(total * config.gpu_memory) - others - peak - GRAPH_RESERVE
+        pages, bound = budget // size, f"engine.gpu_memory={config.gpu_memory} of {total / 2**30:.1f} GiB"
+        torch.cuda.empty_cache()
+    else:
+        most = table.max_rows * table.pages_per_row + 1
+        pages, bound = min(most, int(config.cpu_kv_gib * 2**30) // size), f"engine.cpu_kv_gib={config.cpu_kv_gib}"
+    if pages < table.pages_per_row + 1:
+        need = (table.pages_per_row + 1) * size
+        raise ValueError(f"the model does not fit: {bound} leaves {max(pages, 0) * size / 2**30:.2f} GiB for keys and values, and one row of "
+                         f"engine.max_model_len={table.max_len} tokens needs {need / 2**30:.2f} GiB. Lower engine.max_model_len or "
+                         "engine.max_step_tokens, raise that limit, or take a smaller model")
+    return int(min(pages, table.max_rows * table.pages_per_row + 1))
+
+
+@torch.inference_mode()
+def _worst_step(model: Decoder, table: RowTable, tokens: int) -> None:
+    """A step of the most tokens and the most logits, all on the dummy page."""
+    device = table.device
+    caches = make_caches(model, 1, table.page_size, device)
+    length = min(tokens, table.max_len)
+    counts = [length] * (tokens // length) + ([tokens % length] if tokens % length else [])
+    cu_q = torch.tensor([0, *torch.tensor(counts).cumsum(0).tolist()], dtype=torch.int32, device=device)
+    rows = torch.full((len(counts),), table.dummy, dtype=torch.int32, device=device)
+    starts = torch.zeros_like(rows)
+    ids, positions, slots = torch.empty(3, tokens, dtype=torch.int32, device=device).unbind()
+    ops.expand(table.tokens, table.block_table, rows, starts, cu_q, length, table.page_size, ids, positions, slots)
+    tiles = torch.tensor([(i, at) for i, n in enumerate(counts) for at in range(0, n, ops.QUERY_TILE)], dtype=torch.int32, device=device)
+    hidden = model(StepInputs(ids, positions, slots, table.block_table, rows[:0], 0, 0, rows, starts, cu_q, tiles), caches)
+    sampled = hidden[torch.arange(table.max_rows, device=device) % tokens]
+    dummies = torch.full((table.max_rows,), table.dummy, dtype=torch.int32, device=device)
+    ops.sample(model.logits(sampled), table.params, dummies, torch.zeros_like(dummies))
+    torch.cuda.synchronize(device)

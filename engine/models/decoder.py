@@ -1,0 +1,83 @@
+"""The one Decoder: Llama, Mistral, Qwen2, Qwen3 and Gemma 3 differ by their ModelSpec, resolved here when the model is built."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from engine.layers.attention import Attention, LayerCache, StepInputs
+from engine.layers.embedding import Embedding
+from engine.layers.linear import DenseMethod, LinearMethod
+from engine.layers.mlp import MLP
+from engine.layers.norm import RMSNorm
+from engine.layers.rope import cos_sin_table
+from engine.models.spec import ModelSpec
+
+if TYPE_CHECKING:
+    from engine.weights import Checkpoint
+
+
+class Block(nn.Module):
+    """Pre-norm block; the residual stream is carried beside x, so that each addition fuses with the norm that follows it."""
+
+    def __init__(self, spec: ModelSpec, index: int, method: LinearMethod, dtype: torch.dtype) -> None:
+        super().__init__()
+        prefix = f"model.layers.{index}"
+
+        def norm(name: str) -> RMSNorm:
+            return RMSNorm(spec.hidden_size, f"{prefix}.{name}", eps=spec.norm_eps, plus_one=spec.norm_plus_one, dtype=dtype)
+
+        self.attention = Attention(spec, index, f"{prefix}.self_attn", method, dtype)
+        self.mlp = MLP(spec, f"{prefix}.mlp", method, dtype)
+        self.input_norm = norm("input_layernorm")
+        if spec.sandwich_norms:
+            self.attention_out: nn.Module = norm("post_attention_layernorm")
+            self.mlp_norm = norm("pre_feedforward_layernorm")
+            self.mlp_out: nn.Module = norm("post_feedforward_layernorm")
+        else:
+            self.attention_out, self.mlp_out = nn.Identity(), nn.Identity()
+            self.mlp_norm = norm("post_attention_layernorm")
+
+    def forward(self, x: Tensor, residual: Tensor, step: StepInputs, cache: LayerCache, cos_sin: Tensor) -> Tensor:
+        """x: what the block before left to be added to `residual`, which is updated in place; returns the same for the next."""
+        h = self.attention(self.input_norm.add(x, residual), step, cache, cos_sin)
+        h = self.mlp(self.mlp_norm.add(self.attention_out(h), residual))
+        return self.mlp_out(h)
+
+
+class Decoder(nn.Module):
+    def __init__(self, spec: ModelSpec, dtype: torch.dtype, max_positions: int, device: torch.device) -> None:
+        super().__init__()
+        method = DenseMethod()
+        self.spec, self.dtype = spec, dtype
+        with torch.device(device):
+            self.embedding = Embedding(spec.vocab_size, spec.hidden_size, "model.embed_tokens", scale=spec.embed_scale, dtype=dtype)
+            self.blocks = nn.ModuleList(Block(spec, i, method, dtype) for i in range(spec.num_layers))
+            self.norm = RMSNorm(spec.hidden_size, "model.norm", eps=spec.norm_eps, plus_one=spec.norm_plus_one, dtype=dtype)
+            self.head = self.embedding if spec.tied_embeddings else Embedding(
+                spec.vocab_size, spec.hidden_size, "lm_head", scale=1.0, dtype=dtype)
+        tables = {rope: cos_sin_table(rope, max_positions, device) for rope in {layer.rope for layer in spec.layers}}
+        self.cos_sin = [tables[layer.rope] for layer in spec.layers]
+
+    def load(self, checkpoint: Checkpoint) -> None:
+        """Fill every weight from the checkpoint; raises KeyError or ValueError naming a tensor that is missing or misshapen."""
+        for module in self.modules():
+            if module is not self and hasattr(module, "load"):
+                module.load(checkpoint)
+
+    def forward(self, step: StepInputs, caches: Sequence[LayerCache]) -> Tensor:
+        """-> hidden states [T, hidden_size] after the last norm."""
+        residual = self.embedding(step.ids)
+        x = torch.zeros_like(residual)
+        for block, cache, cos_sin in zip(self.blocks, caches, self.cos_sin, strict=True):
+            x = block(x, residual, step, cache, cos_sin)
+        return self.norm.add(x, residual)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[N, hidden_size] -> [N, vocab_size]."""
+        out = self.head.logits(hidden)
+        cap = self.spec.logit_softcap
+        return cap * torch.tanh(out / cap) if cap else out

@@ -1,0 +1,115 @@
+"""Per-request state on the device: one permanent row per live request, changed only by staged writes.
+
+Everything a kernel reads per row lives in one flat int32 tensor, so that a step's changes are one packed copy and one launch:
+
+    tokens       [R + 1, length]   token ids, prompt and output
+    block_table  [R + 1, pages]    KV pages; row R is the dummy row of graph padding and points at page 0, the dummy page
+    params       [R + 1, 8]        sampling parameters (columns: kernels/ref.py), floats by their bits
+    rows, starts [R] each          the step at hand: table row and first query position of each of its rows
+
+Writes are applied on the compute stream in launch order, which makes reuse of rows and pages safe without any other barrier.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from engine.request import SamplingParams
+from kernels import ops, ref
+
+RING = 3     # pinned buffers in flight: the two steps of the overlap and the one being written
+
+
+class RowTable:
+    def __init__(self, max_rows: int, max_len: int, page_size: int, device: torch.device) -> None:
+        self.max_rows, self.max_len, self.page_size, self.device = max_rows, max_len, page_size, device
+        self.dummy = max_rows
+        self.pages_per_row = -(-max_len // page_size)
+        widths = {"tokens": (max_rows + 1, max_len + 1), "block_table": (max_rows + 1, self.pages_per_row),
+                  "params": (max_rows + 1, ref.PARAM_COLUMNS), "rows": (max_rows,), "starts": (max_rows,)}
+        total = sum(int(np.prod(shape)) for shape in widths.values())
+        if total >= 2**31:
+            raise ValueError(f"engine.max_rows={max_rows} x engine.max_model_len={max_len} is too large for the row table: lower one")
+        self.state = torch.zeros(total, dtype=torch.int32, device=device)
+        self.offset: dict[str, int] = {}
+        views, at = {}, 0
+        for name, shape in widths.items():
+            size = int(np.prod(shape))
+            views[name], self.offset[name] = self.state[at : at + size].view(shape), at
+            at += size
+        self.tokens, self.block_table, self.params = views["tokens"], views["block_table"], views["params"]
+        self.rows, self.starts = views["rows"], views["starts"]
+        self._pinned = device.type == "cuda"
+        self._ring: list[tuple[Tensor, torch.cuda.Event | None]] = []
+        self._turn = 0
+        self._begin()
+
+    # --- staging: collected until flush() ---
+
+    def _begin(self) -> None:
+        self._dst: list[np.ndarray] = []
+        self._len: list[np.ndarray] = []
+        self._data: list[np.ndarray] = []
+
+    def _stage(self, dst: np.ndarray, lengths: np.ndarray, data: np.ndarray) -> None:
+        self._dst.append(dst)
+        self._len.append(lengths)
+        self._data.append(data)
+
+    def stage_tokens(self, row: int, position: int, tokens: np.ndarray) -> None:
+        at = self.offset["tokens"] + row * (self.max_len + 1) + position
+        self._stage(np.array([at]), np.array([tokens.size]), tokens)
+
+    def stage_pages(self, rows: np.ndarray, index: np.ndarray, pages: np.ndarray) -> None:
+        """block_table[rows[i], index[i]] = pages[i]."""
+        at = self.offset["block_table"] + rows.astype(np.int64) * self.pages_per_row + index
+        self._stage(at, np.ones(at.size, dtype=np.int64), pages)
+
+    def stage_params(self, row: int, params: SamplingParams) -> None:
+        values = np.zeros(ref.PARAM_COLUMNS, dtype=np.int32)
+        floats = values.view(np.float32)
+        floats[ref.TEMPERATURE], floats[ref.TOP_P], floats[ref.MIN_P] = params.temperature, params.top_p, params.min_p
+        values[ref.TOP_K] = params.top_k
+        values.view(np.uint32)[[ref.SEED_LOW, ref.SEED_HIGH]] = params.seed & 0xFFFFFFFF, (params.seed >> 32) & 0xFFFFFFFF
+        self._stage(np.array([self.offset["params"] + row * ref.PARAM_COLUMNS]), np.array([values.size]), values)
+
+    def stage_step(self, rows: np.ndarray, starts: np.ndarray) -> None:
+        self._stage(np.array([self.offset["rows"], self.offset["starts"]]), np.full(2, rows.size), np.concatenate([rows, starts]))
+
+    def flush_staged(self) -> None:
+        """Apply what was staged without a step, so that a row which left again is never staged twice in one launch."""
+        if self._dst:
+            self.flush(np.empty(0, dtype=np.int32))
+
+    def flush(self, extra: np.ndarray) -> Tensor:
+        """Apply what was staged, in one copy and one launch; returns `extra` (int32, the plan's own arrays) on the device."""
+        dst, lengths = np.concatenate(self._dst), np.concatenate(self._len)
+        segments = np.empty((dst.size, 3), dtype=np.int32)
+        head = extra.size + segments.size
+        segments[:, 0], segments[:, 2] = dst, lengths
+        segments[:, 1] = head + np.cumsum(lengths) - lengths
+        packed = self._copy([extra, segments.ravel(), *self._data])
+        self._begin()
+        ops.apply_writes(self.state, packed, packed[extra.size : head].view(-1, 3))
+        return packed[: extra.size]
+
+    def _copy(self, arrays: list[np.ndarray]) -> Tensor:
+        size = sum(a.size for a in arrays)
+        if not self._pinned:
+            return torch.from_numpy(np.concatenate(arrays, dtype=np.int32, casting="same_kind"))
+        if len(self._ring) < RING:
+            self._ring.append((torch.empty(max(size, 1 << 16), dtype=torch.int32, pin_memory=True), torch.cuda.Event()))
+        buffer, event = self._ring[self._turn % len(self._ring)]
+        assert event is not None
+        event.synchronize()          # returns at once unless the copy that used this buffer is still under way
+        if buffer.numel() < size:
+            buffer = torch.empty(2 * size, dtype=torch.int32, pin_memory=True)
+        np.concatenate(arrays, out=buffer.numpy()[:size], casting="same_kind")
+        packed = torch.empty(size, dtype=torch.int32, device=self.device)
+        packed.copy_(buffer[:size], non_blocking=True)
+        event.record()
+        self._ring[self._turn % len(self._ring)] = (buffer, event)
+        self._turn += 1
+        return packed

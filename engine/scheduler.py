@@ -1,0 +1,429 @@
+"""The scheduler: which rows run in the next step, and what its results mean. CPU only, vectorised over rows.
+
+There are no prefill and decode phases. A row has `known` tokens, of which `computed` have their keys and values; a step runs some of the
+difference (its queries), and if it runs all of it, samples the next token. One query is a decode, a chunk of a prompt or of forced tokens is several.
+`known` counts tokens that the device has sampled and the host has not read yet, so that step N + 1 can be planned before step N's tokens are
+back; `seen` counts those the host has. Rows under a grammar are planned only when the host has seen everything.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Hashable, Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from engine.admission import LengthPredictor, admissible
+from engine.block_pool import BlockPool, Node, OutOfPages
+from engine.config import EngineConfig
+from engine.guided.grammar import Guide
+from engine.request import Completion, EngineStats, FinishReason, Request, SamplingParams, TokenLogprobs
+from engine.row_table import RowTable
+from engine.stop_strings import StopStrings
+from engine.window import Waiting, Window
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+MAX_STOP_IDS = 16
+KV_SHARE = 0.98         # of the pool that the forecast may fill
+
+
+@dataclass(slots=True, eq=False)
+class Live:
+    """What a running row has beyond the arrays."""
+
+    waiting: Waiting
+    guide: Guide | None
+    stop: StopStrings | None
+    logprobs: list[TokenLogprobs] | None
+    published: int = 0          # nodes of the path that it has offered or found computed
+
+
+@dataclass(frozen=True, slots=True)
+class Special:
+    """A sampled row that wants more than the sampling kernel does. `index`: into the plan's sampled rows."""
+
+    index: int
+    row: int
+    params: SamplingParams
+    prompt_len: int
+    length: int                 # tokens before the one to be sampled
+    forbidden: np.ndarray       # int32 ids that must not come yet (min_tokens)
+
+
+@dataclass(slots=True, eq=False)
+class StepPlan:
+    """One step: table rows [decode | rest], with one query each and with several."""
+
+    rows: np.ndarray            # int32 [N]
+    starts: np.ndarray          # int32 [N] position of the first query
+    counts: np.ndarray          # int32 [N] queries
+    num_decode: int
+    sampled: np.ndarray         # int32 [S] index into rows, of those that sample a token
+    generations: np.ndarray     # int32 [S] of the sampled rows, so that late results are known
+    guides: list[Guide]         # of the sampled rows under a grammar ...
+    guided: np.ndarray          # ... int32, and their index into sampled
+    special: list[Special]
+
+    @property
+    def num_tokens(self) -> int:
+        return int(self.counts.sum())
+
+
+class Scheduler:
+    def __init__(self, config: EngineConfig, table: RowTable, pool: BlockPool, max_step_tokens: int, end_ids: tuple[int, ...],
+                 tokenizer: PreTrainedTokenizerFast | None = None) -> None:
+        self._table, self._pool, self._max_step_tokens, self.end_ids = table, pool, max_step_tokens, end_ids
+        self.window = Window(pool, config.window, config.prefix_sharing)
+        self._window_size, self._tokenizer = config.window, tokenizer
+        self._predictor = LengthPredictor()
+        rows = table.max_rows
+        self.tokens = np.zeros((rows, table.max_len + 1), dtype=np.int32)     # what the host has seen
+        self.pages = np.zeros((rows, table.pages_per_row), dtype=np.int32)
+        self.num_pages = np.zeros(rows, dtype=np.int32)
+        self.active = np.zeros(rows, dtype=bool)
+        self.guided = np.zeros(rows, dtype=bool)
+        self.arrived = np.zeros(rows, dtype=bool)                             # on the device: see _arrive
+        self.exact = np.zeros(rows, dtype=bool)                               # ends at its limit and nowhere else
+        self.generation = np.zeros(rows, dtype=np.int32)
+        self.watched = np.zeros(rows, dtype=bool)                             # a grammar or stop strings: looked at after each token
+        self.special = np.zeros(rows, dtype=bool)                             # penalties, min_tokens or logprobs: more than the kernel does
+        self.known, self.seen, self.computed, self.staged = (np.zeros(rows, dtype=np.int32) for _ in range(4))
+        self.prompt_len, self.limit, self.least, self.order, self.shared_pages = (np.zeros(rows, dtype=np.int32) for _ in range(5))
+        self.stop_ids = np.full((rows, MAX_STOP_IDS), -1, dtype=np.int32)
+        self.live: dict[int, Live] = {}
+        self._free_rows = deque(range(rows))
+        self._admitted = 0
+        self._finished: list[Completion] = []
+        self._prompt_tokens = self._cached_tokens = self._generated = self._forced = self._preemptions = self._done = 0
+
+    # --- requests in ---
+
+    def submit(self, waiting: Waiting) -> None:
+        self.window.add(waiting)
+
+    @property
+    def pending(self) -> int:
+        return len(self.window) + len(self.live) + len(self._finished)
+
+    def room(self) -> int:
+        return max(0, self._window_size - len(self.window))
+
+    def refill(self) -> None:
+        """Give rows to waiting requests, as many as the forecast of KV use lets in.
+
+        A step with a prompt in it costs more than a plain decode step, so a few requests are let in together rather than one by one.
+        """
+        free = len(self._free_rows)
+        few = max(1, self._table.max_rows // 64)
+        if not len(self.window) or free < (few if self.live else 1):
+            return
+        ready = self.window.ready(free)
+        n = self._fitting(ready)
+        if n < min(few, len(ready)) and self.live:
+            return
+        for waiting in self.window.take(max(n, 0 if self.live else 1)):      # alone, a request is always let in
+            self._admit(waiting)
+
+    def _fitting(self, ready: list[Waiting]) -> int:
+        """How many of `ready` the forecast lets in. Pages shared through the tree are counted once, a row's own by the row."""
+        page, rows = self._table.page_size, np.flatnonzero(self.active)
+        slack = page // 2                                                    # of a row's last page
+        held = self.known[rows] - self.shared_pages[rows] * page + slack
+        left = self._predictor.remaining(self.known[rows] - self.prompt_len[rows], self.limit[rows] - self.prompt_len[rows],
+                                         self.exact[rows])
+        new = np.array([(w.tokens.size, w.request.prompt.size, self._limit(w.request), len(w.path), w.request.params.ignore_eos)
+                        for w in ready], dtype=np.int64)
+        new_held = new[:, 0] - new[:, 3] * page + slack
+        new_left = self._predictor.remaining(new[:, 0] - new[:, 1], new[:, 2] - new[:, 1], new[:, 4].astype(bool))
+        coming = {id(node) for w in ready for node in w.path if not node.page}
+        capacity = int(self._pool.usable * KV_SHARE) - self._pool.shared - len(coming)
+        return admissible(held, left, new_held, new_left, capacity * page)
+
+    def _limit(self, request: Request) -> int:
+        return min(request.prompt.size + request.params.max_tokens, self._table.max_len)
+
+    def _admit(self, waiting: Waiting) -> None:
+        row, request, params = self._free_rows.popleft(), waiting.request, waiting.request.params
+        n = waiting.tokens.size
+        self.active[row], self.arrived[row], self.guided[row] = True, False, request.grammar is not None
+        self.exact[row] = params.ignore_eos and not params.stop and not params.stop_token_ids and request.grammar is None
+        self.tokens[row, :n] = waiting.tokens
+        self.known[row] = self.seen[row] = n
+        self.computed[row] = self.staged[row] = self.num_pages[row] = 0
+        self.prompt_len[row], self.limit[row] = request.prompt.size, self._limit(request)
+        self.least[row] = request.prompt.size + params.min_tokens
+        self.shared_pages[row] = len(waiting.path)
+        self.order[row] = self._admitted
+        self._admitted += 1
+        ids = (*(() if params.ignore_eos and request.grammar is None else self.end_ids), *params.stop_token_ids)
+        self.stop_ids[row] = -1
+        self.stop_ids[row, : len(ids)] = ids
+        guide = waiting.guide if waiting.guide is not None or request.grammar is None else request.grammar.start()
+        stop = StopStrings(self._tokenizer, params.stop) if params.stop else None
+        self.watched[row] = guide is not None or stop is not None
+        self.special[row] = params.has_penalties or params.min_tokens > 0 or params.logprobs is not None
+        if stop is not None:
+            stop.find(self.tokens[row, request.prompt.size : n].tolist())
+        logprobs = waiting.logprobs if waiting.logprobs is not None or params.logprobs is None else []
+        self.live[row] = Live(waiting, guide, stop, logprobs)
+        if guide is not None:
+            self._follow(row, guide)
+
+    # --- the next step ---
+
+    def schedule(self) -> StepPlan | None:
+        """Plan a step over everything that can run: decodes first, then chunks of the rest in order of admission, within the budget."""
+        ready = self.active & (self.known < self.limit) & ~(self.guided & (self.seen < self.known))
+        rows = np.flatnonzero(ready).astype(np.int32)
+        if rows.size == 0:
+            return None
+        queries = self.known[rows] - self.computed[rows]
+        decode = rows[queries == 1]
+        for row in decode[~self.arrived[decode]].tolist():                   # prompts of one token
+            self._arrive(row)
+        decode = self._grown(decode)
+        rest, chunks, budget = [], [], self._max_step_tokens - decode.size
+        several = rows[queries > 1]
+        for row in several[np.argsort(self.order[several])].tolist():
+            if budget <= 0:
+                break
+            if not self.active[row]:
+                continue
+            self._arrive(row)
+            chunk = min(int(self.known[row] - self.computed[row]), budget)
+            if not self._grow(row, int(self.computed[row]) + chunk, keep=rest):
+                continue
+            rest.append(row)
+            chunks.append(chunk)
+            budget -= chunk
+            self._publish(row, int(self.computed[row]) + chunk)
+        decode = decode[self.active[decode]]                                 # growing the rest may have preempted some
+        if decode.size + len(rest) == 0:
+            return None
+        return self._plan(decode, np.array(rest, dtype=np.int32), np.array(chunks, dtype=np.int32))
+
+    def _arrive(self, row: int) -> None:
+        """Before its first chunk a row takes the pages of its prefix that are computed by now, or will be earlier in this step."""
+        if self.arrived[row]:
+            return
+        live = self.live[row]
+        shared = self._pool.arrive(live.waiting.path)
+        n, cached = shared.size, shared.size * self._table.page_size
+        self.arrived[row], live.published = True, n
+        self.pages[row, :n], self.num_pages[row], self.computed[row] = shared, n, cached
+        self._table.stage_params(row, live.waiting.request.params)
+        if n:
+            self._table.stage_pages(np.full(n, row), np.arange(n), shared)
+        if not live.waiting.request.params.has_penalties:                    # they read the whole history
+            self.staged[row] = cached
+        if live.waiting.cached_tokens is None:
+            live.waiting.cached_tokens = cached
+            self._prompt_tokens += live.waiting.request.prompt.size
+            self._cached_tokens += cached
+
+    def _plan(self, decode: np.ndarray, rest: np.ndarray, chunks: np.ndarray) -> StepPlan:
+        rows = np.concatenate([decode, rest])
+        counts = np.concatenate([np.ones_like(decode), chunks])
+        starts = self.computed[rows]
+        ends = starts + counts
+        for row in rows[self.staged[rows] < ends].tolist():                  # prompts and forced tokens: not sampled on the device
+            upto = int(self.computed[row]) + int(counts[rows == row][0])
+            self._table.stage_tokens(row, int(self.staged[row]), self.tokens[row, self.staged[row] : upto])
+            self.staged[row] = upto
+        self.computed[rows] = ends
+        sampled = np.flatnonzero(ends == self.known[rows]).astype(np.int32)
+        to_sample = rows[sampled]
+        self.known[to_sample] += 1
+        self.staged[to_sample] += 1
+        guided = np.flatnonzero(self.guided[to_sample]).astype(np.int32)
+        guides = [self.live[row].guide for row in to_sample[guided].tolist()]
+        special = [self._special(i, int(to_sample[i])) for i in np.flatnonzero(self.special[to_sample]).tolist()]
+        return StepPlan(rows, starts, counts, decode.size, sampled, self.generation[to_sample], guides, guided, special)
+
+    def _special(self, index: int, row: int) -> Special:
+        length = int(self.known[row]) - 1
+        forbidden = self.stop_ids[row][self.stop_ids[row] >= 0] if length < self.least[row] else np.empty(0, dtype=np.int32)
+        return Special(index, row, self.live[row].waiting.request.params, int(self.prompt_len[row]), length, forbidden)
+
+    def _grown(self, rows: np.ndarray) -> np.ndarray:
+        """Give decode rows the page their next token needs; preempts if the pool is out. Returns the rows still there."""
+        while True:
+            rows = rows[self.active[rows]]
+            short = rows[self.computed[rows] // self._table.page_size >= self.num_pages[rows]]
+            try:
+                pages = self._pool.alloc(short.size)
+            except OutOfPages:
+                self._preempt(self._victim(()))
+                continue
+            self.pages[short, self.num_pages[short]] = pages
+            if short.size:
+                self._table.stage_pages(short, self.num_pages[short], pages)
+            self.num_pages[short] += 1
+            return rows
+
+    def _grow(self, row: int, upto: int, keep: list[int]) -> bool:
+        """Give a row pages for positions below `upto`; preempts rows outside `keep` if the pool is out. False: not in this step."""
+        have = int(self.num_pages[row])
+        need = -(-upto // self._table.page_size) - have
+        if need <= 0:
+            return True
+        while True:
+            try:
+                pages = self._pool.alloc(need)
+                break
+            except OutOfPages:
+                victim = self._victim((*keep, row))
+                if victim < 0 or self.order[victim] < self.order[row]:
+                    return False
+                self._preempt(victim)
+        self.pages[row, have : have + need] = pages
+        self._table.stage_pages(np.full(need, row), np.arange(have, have + need), pages)
+        self.num_pages[row] += need
+        return True
+
+    def _victim(self, keep: Iterable[int]) -> int:
+        """The row that was let in last, outside `keep`: the least work is lost. -1 if there is none."""
+        candidates = self.active.copy()
+        candidates[list(keep)] = False
+        rows = np.flatnonzero(candidates)
+        return int(rows[np.argmax(self.order[rows])]) if rows.size else -1
+
+    def _publish(self, row: int, upto: int) -> None:
+        """Offer the full pages below position `upto` that others expect; a launch later in stream order may read them."""
+        live, page = self.live[row], self._table.page_size
+        while live.published < len(live.waiting.path) and (live.published + 1) * page <= upto:
+            self._pool.publish(live.waiting.path[live.published], int(self.pages[row, live.published]))
+            live.published += 1
+
+    def _preempt(self, row: int) -> None:
+        """Finish the row and put its request back, with the tokens the host has seen; later results of it are dropped."""
+        live, n = self.live[row], int(self.seen[row])
+        live.waiting.tokens = self.tokens[row, :n].copy()
+        live.waiting.guide, live.waiting.logprobs = live.guide, live.logprobs
+        self._leave(row)
+        live.waiting.path = []
+        self._preemptions += 1
+        self.window.put_back(live.waiting)
+
+    def _leave(self, row: int) -> None:
+        self._depart(self.live[row].waiting.path, bool(self.arrived[row]))
+        self._pool.release(self.pages[row, : self.num_pages[row]])
+        self.active[row] = False
+        self.generation[row] += 1
+        self._free_rows.append(row)
+        del self.live[row]
+
+    def _depart(self, path: list[Node], arrived: bool) -> None:
+        """A request ends its interest in the prefixes of its path."""
+        if not arrived:
+            self._pool.release(self._pool.arrive(path))
+        self._pool.forget(path)
+
+    # --- results ---
+
+    def retire(self, plan: StepPlan, tokens: np.ndarray, logprobs: dict[int, TokenLogprobs]) -> None:
+        """Take in a step's sampled tokens, int32 [S]; `logprobs` by index into them. Results of rows that left are dropped."""
+        rows = plan.rows[plan.sampled]
+        current = self.active[rows] & (self.generation[rows] == plan.generations)
+        rows, tokens, index = rows[current], tokens[current], np.flatnonzero(current)
+        self.tokens[rows, self.seen[rows]] = tokens
+        self.seen[rows] += 1
+        self._generated += rows.size
+        ended = (tokens[:, None] == self.stop_ids[rows]).any(1)
+        for i, entry in logprobs.items():
+            if current[i]:
+                self.live[int(plan.rows[plan.sampled[i]])].logprobs.append(entry)
+        for row in rows[self.watched[rows] & ~ended].tolist():
+            self._watch(row)
+        for row in rows[ended].tolist():
+            self._finish(row, FinishReason.STOP, drop=1)
+        full = rows[~ended]
+        for row in full[self.seen[full] >= self.limit[full]].tolist():
+            if self.active[row]:
+                self._run_out(row)
+
+    def _watch(self, row: int) -> None:
+        """A row that the host must look at after each token: a grammar or stop strings."""
+        live = self.live[row]
+        token = int(self.tokens[row, self.seen[row] - 1])
+        if live.guide is not None:
+            live.guide.accept([token])
+            self._follow(row, live.guide)
+        elif live.stop is not None and (text := live.stop.find([token])) is not None:
+            self._finish(row, FinishReason.STOP, text=text)
+
+    def _follow(self, row: int, guide: Guide) -> None:
+        """Append the tokens that the grammar forces, with no forward pass of their own; finish where nothing may follow."""
+        if guide.error is None and not guide.finished:
+            n = int(self.known[row])
+            forced = np.array(guide.forced(), dtype=np.int32)[: int(self.limit[row]) - n]
+            if forced.size:
+                guide.accept(forced.tolist())
+                self.tokens[row, n : n + forced.size] = forced
+                self.known[row] = self.seen[row] = n + forced.size
+                self.live[row].waiting.forced_tokens += forced.size
+                self._forced += forced.size
+                self._generated += forced.size
+        if guide.error is not None or (self.seen[row] >= self.limit[row] and not guide.finished):
+            self._run_out(row)
+        elif guide.finished:
+            self._finish(row, FinishReason.STOP)
+
+    def _run_out(self, row: int) -> None:
+        """No budget left: a guided row whose output may not end here is trimmed and closed."""
+        guide, request = self.live[row].guide, self.live[row].waiting.request
+        if guide is None or (guide.error is None and guide.accepting):
+            self._finish(row, FinishReason.LENGTH if guide is None else FinishReason.STOP)
+            return
+        produced = self.tokens[row, self.prompt_len[row] : self.seen[row]]
+        budget = int(self.limit[row] - self.prompt_len[row])
+        if request.grammar.min_tokens > budget:
+            self._finish(row, FinishReason.ERROR, error=f"the schema needs {request.grammar.min_tokens} tokens and there is room for {budget}: "
+                         "raise max_tokens, or shorten the prompt")
+            return
+        closed = request.grammar.close(produced.tolist(), budget)
+        self.tokens[row, self.prompt_len[row] : self.prompt_len[row] + closed.size] = closed
+        self.seen[row] = self.prompt_len[row] + closed.size
+        self._finish(row, FinishReason.LENGTH_CLOSED)
+
+    def _finish(self, row: int, reason: FinishReason, drop: int = 0, text: str | None = None, error: str | None = None) -> None:
+        live, end = self.live[row], int(self.seen[row]) - drop
+        output = self.tokens[row, self.prompt_len[row] : end].copy()
+        self._predictor.observe(output.size)
+        self._emit(live.waiting, output, reason, text, error, live.logprobs)
+        self._leave(row)
+
+    def _emit(self, waiting: Waiting, output: np.ndarray, reason: FinishReason, text: str | None = None, error: str | None = None,
+              logprobs: list[TokenLogprobs] | None = None) -> None:
+        self._finished.append(Completion(waiting.request.id, output, reason, waiting.request.prompt.size, waiting.cached_tokens or 0,
+                                         waiting.forced_tokens, text, error, logprobs))
+        self._done += 1
+
+    def finished(self) -> list[Completion]:
+        done, self._finished = self._finished, []
+        return done
+
+    def abort(self, ids: Iterable[Hashable] | None) -> None:
+        """End requests as ABORTED, with what they have produced; None: all."""
+        wanted = None if ids is None else set(ids)
+        for row in [r for r, live in self.live.items() if wanted is None or live.waiting.request.id in wanted]:
+            self._finish(row, FinishReason.ABORTED)
+        for waiting in self.window.remove(wanted):
+            self._depart(waiting.path, arrived=False)
+            self._emit(waiting, waiting.tokens[waiting.request.prompt.size :], FinishReason.ABORTED, logprobs=waiting.logprobs)
+
+    def stats(self, steps: int, graph_steps: int) -> EngineStats:
+        return EngineStats(len(self.live), len(self.window), self._pool.used, self._pool.usable, self._prompt_tokens, self._cached_tokens,
+                           self._generated, self._forced, steps, graph_steps, self._preemptions, self._done)
+
+    def check_integrity(self) -> None:
+        """Raise AssertionError unless rows, pages and counts agree; for tests and for an idle engine."""
+        rows = np.flatnonzero(self.active)
+        assert set(rows.tolist()) == set(self.live), "active rows and live requests differ"
+        assert sorted([*self._free_rows, *rows.tolist()]) == list(range(self._table.max_rows)), "a row is lost or doubled"
+        self._pool.check_integrity([self.pages[row, : self.num_pages[row]] for row in rows.tolist()])
+        assert (self.computed[rows] <= self.num_pages[rows] * self._table.page_size).all(), "a row computed past its pages"

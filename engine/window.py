@@ -1,0 +1,92 @@
+"""The window of waiting requests, ordered so that rows that share a prefix come together and long ones come first."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from engine.block_pool import BlockPool, Node
+from engine.guided.grammar import Guide
+from engine.request import Request, TokenLogprobs
+
+
+@dataclass(slots=True, eq=False)
+class Waiting:
+    """A request without a row. After a preemption `tokens` also holds what it had produced, and the rest what was counted."""
+
+    request: Request
+    tokens: np.ndarray
+    path: list[Node] = field(default_factory=list)       # the pages of its prompt that others share or will share
+    guide: Guide | None = None
+    cached_tokens: int | None = None
+    forced_tokens: int = 0
+    logprobs: list[TokenLogprobs] | None = None
+
+
+class Window:
+    """Arrivals are ordered in batches: when the ordered ones run out, or when half a window has arrived."""
+
+    def __init__(self, pool: BlockPool, size: int, sharing: bool) -> None:
+        self._pool, self._size, self._sharing = pool, size, sharing
+        self._arrived: list[Waiting] = []
+        self._ordered: deque[Waiting] = deque()
+
+    def __len__(self) -> int:
+        return len(self._arrived) + len(self._ordered)
+
+    def add(self, waiting: Waiting) -> None:
+        self._arrived.append(waiting)
+
+    def put_back(self, waiting: Waiting) -> None:
+        """A preempted row goes first: what it holds of the job's work is the oldest."""
+        self._ordered.appendleft(waiting)
+
+    def ready(self, most: int) -> list[Waiting]:
+        """The first `most` in order, still in the window."""
+        if self._arrived and (not self._ordered or len(self._arrived) * 2 >= self._size):
+            self._order()
+        return [self._ordered[i] for i in range(min(most, len(self._ordered)))]
+
+    def take(self, n: int) -> list[Waiting]:
+        return [self._ordered.popleft() for _ in range(n)]
+
+    def remove(self, ids: set | None) -> list[Waiting]:
+        """Take out those whose request id is in `ids` (None: all)."""
+        gone = [w for w in (*self._ordered, *self._arrived) if ids is None or w.request.id in ids]
+        out = set(map(id, gone))
+        self._ordered = deque(w for w in self._ordered if id(w) not in out)
+        self._arrived = [w for w in self._arrived if id(w) not in out]
+        return gone
+
+    def _order(self) -> None:
+        batch, self._arrived = self._arrived, []
+        groups = self._groups(batch) if self._sharing else [[w] for w in batch]
+        groups.sort(key=lambda group: -max(w.request.params.max_tokens for w in group))
+        self._ordered.extend(w for group in groups for w in group)
+
+    def _groups(self, batch: list[Waiting]) -> list[list[Waiting]]:
+        """Runs of rows, in the order of their tokens, where neighbours share a page or more; notes what each will share."""
+        page = self._pool.page_size
+        batch.sort(key=lambda w: w.tokens.astype(">i4").tobytes())
+        shared = [_common(a.tokens, b.tokens) // page for a, b in zip(batch, batch[1:], strict=False)]
+        groups: list[list[Waiting]] = []
+        for i, waiting in enumerate(batch):
+            before = shared[i - 1] if i else 0
+            after = shared[i] if i < len(shared) else 0
+            most = (waiting.tokens.size - 1) // page        # at least one token is computed, for its logits
+            pages = max(before, after, self._pool.known(waiting.tokens))
+            waiting.path = self._pool.expect(waiting.tokens, min(pages, most))
+            if before:
+                groups[-1].append(waiting)
+            else:
+                groups.append([waiting])
+        return groups
+
+
+def _common(a: np.ndarray, b: np.ndarray) -> int:
+    """Length of the common prefix."""
+    n = min(a.size, b.size)
+    differs = np.flatnonzero(a[:n] != b[:n])
+    return int(differs[0]) if differs.size else n
