@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import io
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, astuple, dataclass, field
 from functools import cached_property
 from typing import Literal
 
@@ -37,8 +38,8 @@ _PIECES = pa.schema(
 class InputFile:
     """One input file as it was when it was planned.
 
-    `key`: stable name, relative to what the user gave, so that row ids survive a move of the whole input. `uri`: where to open it.
-    `size`: bytes. `version`: what changes when the file is replaced (footer hash, mtime or etag). `row_groups`: rows in each;
+    `key`: stable name, relative to what the user gave, so that row ids survive a move of the whole input. `uri`: where to open
+    it. `size`: bytes. `version`: what changes when the file is replaced (footer hash, mtime or etag). `row_groups`: rows in each;
     formats without row groups give the pieces they can seek to, or the whole file as one.
     """
 
@@ -57,7 +58,7 @@ class InputFile:
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """Consecutive rows of one row group. `first_row`: index in the file (for row ids); `offset`: index in the row group (for reading)."""
+    """Consecutive rows of one row group. `first_row`: index in the file (row ids); `offset`: index in the group (reading)."""
 
     file: str
     row_group: int
@@ -115,7 +116,7 @@ class Plan:
             for shard in self.shards[:count]:
                 for piece in shard.pieces:
                     file = self.file[piece.file]
-                    digest.update(orjson.dumps([shard.index, shard.of, *asdict(piece).values(), file.size, file.version, file.num_rows]))
+                    digest.update(orjson.dumps([shard.index, shard.of, *astuple(piece), file.size, file.version, file.num_rows]))
             self._hashes[count] = digest.hexdigest()
         return self._hashes[count]
 
@@ -135,8 +136,8 @@ class Plan:
         if not new:
             return self
         if on_change == "refuse":
-            raise ConfigError(f"the input has {len(new)} file(s) that the plan of this output does not know (first: {new[0].key}): "
-                              "set plan.on_change=append to label them too, or another output.dir")
+            raise ConfigError(f"the input has {len(new)} file(s) that are not in the plan of this output (first: {new[0].key}):"
+                              " set plan.on_change=append to label them too, or another output.dir")
         added = make_plan(new, found.rows_per_shard)
         total = len(self.shards) + len(added.shards)
         shards = tuple(Shard(len(self.shards) + shard.index, total, shard.pieces) for shard in added.shards)
@@ -145,9 +146,10 @@ class Plan:
     def to_bytes(self, since: Plan | None = None) -> bytes:
         """As a Parquet file, one row a piece, the files in its metadata; with `since`, only what was added to that plan."""
         first_file, first_shard = (len(since.files), len(since.shards)) if since else (0, 0)
-        rows = [[shard.index, shard.of, *asdict(piece).values()] for shard in self.shards[first_shard:] for piece in shard.pieces]
+        rows = [(shard.index, shard.of, *astuple(piece)) for shard in self.shards[first_shard:] for piece in shard.pieces]
         columns = list(zip(*rows, strict=True)) or [()] * len(_PIECES)
-        meta = {"format": FORMAT, "rows_per_shard": self.rows_per_shard, "files": [asdict(file) for file in self.files[first_file:]]}
+        files = [asdict(file) for file in self.files[first_file:]]
+        meta = {"format": FORMAT, "rows_per_shard": self.rows_per_shard, "files": files}
         table = pa.table([pa.array(c, f.type) for c, f in zip(columns, _PIECES, strict=True)], schema=_PIECES)
         sink = io.BytesIO()
         with pq.ParquetWriter(sink, _PIECES, compression="zstd") as writer:
@@ -177,11 +179,11 @@ class Plan:
 
 
 def make_plan(files: Iterable[InputFile], rows_per_shard: int, limit: int | None = None) -> Plan:
-    """Cut `files` into shards of at most `rows_per_shard` rows, in the order of their keys; `limit`: only the first rows of all."""
+    """Cut `files`, in the order of their keys, into shards of at most `rows_per_shard` rows; `limit`: only that many rows."""
     if rows_per_shard < 1:
         raise ConfigError("plan.rows_per_shard must be at least 1")
     ordered = tuple(sorted(files, key=lambda file: file.key))
-    for before, after in zip(ordered, ordered[1:], strict=False):
+    for before, after in itertools.pairwise(ordered):
         if before.key == after.key:
             raise ConfigError(f"two input files have the same name {after.key} ({before.uri} and {after.uri}): give each once")
     groups: list[list[Piece]] = []
@@ -226,12 +228,12 @@ def check_unchanged(planned: InputFile, now: InputFile) -> None:
     for what in ("num_rows", "size", "version"):
         before, after = getattr(planned, what), getattr(now, what)
         if before != after:
-            raise ConfigError(f"input file {planned.key} has changed since this output was planned ({what} was {before}, is {after}): "
-                              "restore it, or set another output.dir")
+            raise ConfigError(f"input file {planned.key} has changed since it was planned ({what} was {before}, is {after}):"
+                              " restore it, or set another output.dir")
 
 
 def row_ids(file_key: str, first_row: int, num_rows: int) -> Iterator[str]:
-    """Ids of consecutive rows of a file: 24 hex digits of BLAKE2b(key, row index). Never of the text: equal rows are legitimate."""
+    """Ids of consecutive rows of a file: 24 hex digits of BLAKE2b(key, row index). Not of the text: equal rows are legitimate."""
     prefix = hashlib.blake2b(file_key.encode() + b"\0", digest_size=12)
     for row in range(first_row, first_row + num_rows):
         digest = prefix.copy()

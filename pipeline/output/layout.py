@@ -1,16 +1,20 @@
-"""The columns of a part: every input column, in input order, then the results, then (flatten) the schema's top-level properties."""
+"""The columns of a part: every input column, in input order, the results, then (flatten) the schema's top-level properties."""
 
 from __future__ import annotations
 
 import hashlib
 import io
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
+from typing import Any
 
+import orjson
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.exits import ConfigError
+from pipeline.output.rows import RowResult
 
 RESULTS = pa.schema(
     [
@@ -27,22 +31,30 @@ RESULTS = pa.schema(
     ]
 )
 TOOL_CALLS = pa.field("tool_calls", pa.string())
-_TYPES = {"string": pa.string(), "integer": pa.int64(), "number": pa.float64(), "boolean": pa.bool_()}
+
+
+@dataclass(frozen=True)
+class Flat:
+    """A top-level property as a column: its name there, its Arrow type, and how a JSON value becomes one of it (or null)."""
+
+    column: str
+    type: pa.DataType
+    convert: Callable[[Any], Any]
 
 
 @dataclass(frozen=True)
 class OutputLayout:
-    """`input`: the input's own schema. `renamed`: input column or property -> its name in the output, where that differs.
-    `flat`: property -> column name. `schema`: the whole of an output part."""
+    """`input`: the input's own schema. `schema`: the whole of a part. `renamed`: input column or property -> its column, where
+    that has another name. `flat`: property -> column."""
 
     input: pa.Schema
     schema: pa.Schema
     renamed: Mapping[str, str]
-    flat: Mapping[str, str]
+    flat: Mapping[str, Flat]
     tool_calls: bool
 
     @classmethod
-    def make(cls, input_schema: pa.Schema, flatten: Mapping | None = None, tool_calls: bool = False) -> OutputLayout:
+    def make(cls, input_schema: pa.Schema, flatten: Mapping[str, Any] | None = None, tool_calls: bool = False) -> OutputLayout:
         """`flatten`: the JSON schema whose top-level properties become columns (None: none); `tool_calls`: add that column.
 
         An input column named like a result is renamed `input_<name>`; a property named like a column before it, `json_<name>`.
@@ -50,28 +62,43 @@ class OutputLayout:
         """
         twice = {name for name in input_schema.names if input_schema.names.count(name) > 1}
         if twice:
-            raise ConfigError(f"the input has two columns named {sorted(twice)[0]}: rename one")
+            raise ConfigError(f"the input has two columns named {min(twice)}: rename one")
         results = [*RESULTS, TOOL_CALLS] if tool_calls else list(RESULTS)
-        taken = {field.name for field in results}
+        taken = {field.name for field in results} | set(input_schema.names)
         renamed: dict[str, str] = {}
-        fields: list[pa.Field] = []
-        own = set(input_schema.names)
-        for field in input_schema:
-            name = _free(field.name, "input_", taken if field.name not in taken else taken | own)
-            if name != field.name:
-                renamed[field.name] = name
-            fields.append(pa.field(name, field.type, field.nullable))
-        fields += results
-        taken |= {field.name for field in fields}
-        flat: dict[str, str] = {}
-        for prop, subschema in (flatten or {}).get("properties", {}).items():
-            flat[prop] = _free(prop, "json_", taken)
-            taken.add(flat[prop])
-            fields.append(pa.field(flat[prop], column_type(subschema)))
-        bare = pa.schema([pa.field(f.name, f.type, f.nullable) for f in input_schema])
+        for name in input_schema.names:
+            if name in RESULTS.names or (tool_calls and name == TOOL_CALLS.name):
+                renamed[name] = _free(name, "input_", taken)
+        fields = [pa.field(renamed.get(field.name, field.name), field.type, field.nullable) for field in input_schema] + results
+        flat: dict[str, Flat] = {}
+        for name, subschema in (flatten or {}).get("properties", {}).items():
+            column = _free(name, "json_", taken) if name in taken else name
+            taken.add(column)
+            flat[name] = Flat(column, *_column_type(subschema))
+            fields.append(pa.field(column, flat[name].type))
+            if column != name:
+                renamed.setdefault(f"json:{name}", column)
+        bare = pa.schema([pa.field(field.name, field.type, field.nullable) for field in input_schema])
         layout = cls(bare, pa.schema(fields), renamed, flat, tool_calls)
         layout._check_writable()
         return layout
+
+    def hash(self) -> str:
+        """What the fingerprint says of the columns, 32 hex digits."""
+        return hashlib.blake2b(self.schema.serialize().to_pybytes(), digest_size=16).hexdigest()
+
+    def table(self, rows: pa.Table, row_ids: Sequence[str], results: Sequence[RowResult]) -> pa.Table:
+        """Input rows, already repeated for each sample, beside their results, whose strings must be valid Unicode."""
+        of_results = [field for field in (*RESULTS, TOOL_CALLS) if field.name != "row_id" and (self.tool_calls or field != TOOL_CALLS)]
+        values = zip(*map(attrgetter(*[field.name for field in of_results]), results), strict=True)
+        columns = [rows.column(name) for name in self.input.names]
+        columns.append(pa.array(row_ids, pa.string()))
+        columns += [pa.array(column, field.type) for column, field in zip(values, of_results, strict=True)]
+        if self.flat:
+            documents = [_document(result.json) for result in results]
+            for name, flat in self.flat.items():
+                columns.append(pa.array([flat.convert(document.get(name)) for document in documents], flat.type))
+        return pa.Table.from_arrays(columns, schema=self.schema)
 
     def _check_writable(self) -> None:
         for field in self.schema:
@@ -82,27 +109,64 @@ class OutputLayout:
                 raise ConfigError(f"input column {field.name} ({field.type}) cannot be written to Parquet: {error}; "
                                   "leave it out with input.columns") from error
 
-    def hash(self) -> str:
-        """What the fingerprint says of the columns, 32 hex digits."""
-        return hashlib.blake2b(self.schema.serialize().to_pybytes(), digest_size=16).hexdigest()
 
-
-def column_type(subschema: object) -> pa.DataType:
-    """The Arrow type of a property: string, int64, float64 or bool where the JSON schema leaves one of them, else JSON text."""
-    if not isinstance(subschema, Mapping):
-        return pa.string()
-    kinds = subschema.get("type")
-    if kinds is None and ("enum" in subschema or "const" in subschema):
-        values = subschema.get("enum", [subschema.get("const")])
-        kinds = [{bool: "boolean", int: "integer", float: "number", str: "string"}.get(type(v), "object") for v in values if v is not None]
-    kinds = {kinds} if isinstance(kinds, str) else set(kinds or ())
-    kinds.discard("null")
+def _column_type(subschema: object) -> tuple[pa.DataType, Callable[[Any], Any]]:
+    """The column of a property: string, int64, float64 or bool where its schema leaves one of them (or null), else JSON text."""
+    schema = subschema if isinstance(subschema, Mapping) else {}
+    kinds = schema.get("type")
+    if kinds is None and ("enum" in schema or "const" in schema):
+        kinds = [_kind(value) for value in schema.get("enum", [schema.get("const")])]
+    kinds = ({kinds} if isinstance(kinds, str) else set(kinds or ())) - {"null"}
     if kinds == {"integer", "number"}:
         kinds = {"number"}
-    return _TYPES.get(kinds.pop(), pa.string()) if len(kinds) == 1 else pa.string()
+    return _TYPES.get(kinds.pop() if len(kinds) == 1 else "any", _TYPES["any"])
+
+
+def _kind(value: object) -> str:
+    for kind, name in ((bool, "boolean"), (int, "integer"), (float, "number"), (str, "string")):
+        if isinstance(value, kind):
+            return name
+    return "null" if value is None else "any"
+
+
+def _integer(value: Any) -> int | None:
+    """JSON Schema calls 1.0 an integer too. Beyond int64 there is no value for the column: the json column has it."""
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    return value if type(value) is int and -(2**63) <= value < 2**63 else None
+
+
+def _number(value: Any) -> float | None:
+    return float(value) if type(value) in (int, float) else None
+
+
+def _text(value: Any) -> str | None:
+    return None if value is None else orjson.dumps(value).decode()
+
+
+_TYPES: dict[str, tuple[pa.DataType, Callable[[Any], Any]]] = {
+    "string": (pa.string(), lambda value: value if isinstance(value, str) else None),
+    "integer": (pa.int64(), _integer),
+    "number": (pa.float64(), _number),
+    "boolean": (pa.bool_(), lambda value: value if isinstance(value, bool) else None),
+    "any": (pa.string(), _text),
+}
+
+
+def _document(text: str | None) -> dict[str, Any]:
+    """The object in a row's json column. A row without one (it failed, or its own schema is of another kind) has none."""
+    if text is None:
+        return {}
+    try:
+        value = orjson.loads(text)
+    except orjson.JSONDecodeError:      # legal JSON that orjson will not take, such as a number beyond its range
+        return {}
+    return value if isinstance(value, dict) else {}
 
 
 def _free(name: str, prefix: str, taken: set[str]) -> str:
+    """`name` behind as many prefixes as make it new; it is taken from then on."""
     while name in taken:
         name = prefix + name
+    taken.add(name)
     return name

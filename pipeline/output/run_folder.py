@@ -1,56 +1,39 @@
-"""A run's output folder: who may write to it, what is still to do, and when it is whole."""
+"""A run's output folder: whose it is, what is still to do, and when it is whole.
+
+    _run.json        the fingerprint, key by key          _plan.parquet     the plan (_plan.g001.parquet ...: what was appended)
+    part-*.parquet   the committed shards                 _work/            journals and parts in the making
+    _manifest.json   the parts and their sums             _SUCCESS          last; names the plan that it stands for
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import hashlib
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal
 
-import pyarrow as pa
+import orjson
 
+from pipeline.exits import ConfigError, ShardsMissing, StorageError
 from pipeline.input.plan import Plan, Shard
 from pipeline.output.layout import OutputLayout
-from pipeline.output.rows import RowResult
+from pipeline.output.part import PartInfo, ShardId, read_part
+from pipeline.output.retry import settled_rows
+from pipeline.output.shards import ShardWriter
+from pipeline.output.store import Store, check_writable, open_store, sweep
 
-
-class ShardWriter:
-    """One attempt at one shard: a journal that survives the process, then the part. Not shared between threads; two writers are
-    independent and may commit at the same time."""
-
-    shard: Shard
-
-    def recovered(self) -> Mapping[tuple[int, int], RowResult]:
-        """(row, sample) -> result of what earlier attempts journalled: not to be computed again. A row is whole when all of its
-        `samples` are there."""
-        raise NotImplementedError
-
-    def append(self, *results: RowResult) -> None:
-        """Journal finished rows, in any order. They survive a killed process at once and a power cut within two seconds.
-        ValueError: a row or sample out of range, or one that is there already. StorageError: disk full and the like."""
-        raise NotImplementedError
-
-    def missing(self) -> int:
-        """Rows that lack a sample yet; commit needs 0."""
-        raise NotImplementedError
-
-    def flush(self) -> None:
-        """Force what was appended to disk: on drain, and now and then while few rows finish."""
-        raise NotImplementedError
-
-    def commit(self, input_tables: Iterator[pa.Table]) -> bool:
-        """Write, check and publish the part; then drop the journal. `input_tables`: the shard's input rows in order, in chunks of any
-        size, with the columns of layout.input. True: this attempt's part was published; False: another's was there first (just as good)."""
-        raise NotImplementedError
-
-    def close(self) -> None:
-        """Flush and let go, without a commit; the journal stays for the next attempt."""
-        raise NotImplementedError
+FORMAT = 1
+RUN, PLAN, MANIFEST, SUCCESS = "_run.json", "_plan.parquet", "_manifest.json", "_SUCCESS"
+_READERS = 16
 
 
 class RunFolder:
-    """The output folder of one run. Everything here may be called by many workers at once, and again after a kill."""
+    """Everything here may be called by many workers at once, and again after a kill."""
 
-    out: str
-    plan: Plan
+    def __init__(self, store: Store, fingerprint: Mapping[str, str], plan: Plan, layout: OutputLayout | None = None) -> None:
+        self.out, self.store, self.plan, self.layout = store.out, store, plan, layout
+        self.fingerprint = _hash(fingerprint)
 
     @classmethod
     def open(
@@ -61,29 +44,181 @@ class RunFolder:
         layout: OutputLayout,
         on_change: Literal["refuse", "append"] = "refuse",
         info: Mapping[str, Any] | None = None,
+        spool: str | None = None,
     ) -> RunFolder:
         """Create the run or resume it: `plan` is what the input holds now, `self.plan` the one that counts.
 
-        `fingerprint`: what changes results, by config key, so that a refusal can name the keys (values short: a hash or the value).
-        `info`: kept in _run.json for people (resolved config, versions), never compared. Secrets must be redacted beforehand.
-        ConfigError: another fingerprint (names the keys), an input that changed (names the file), a folder that cannot be written.
+        `fingerprint`: what changes results, by config key, so that a refusal can name the keys (short values: the value or its
+        hash). `info`: kept in _run.json for people (resolved config, versions; redacted), never compared. `spool`: local folder
+        for the journals of an output in an object store. ConfigError: another fingerprint (names the keys), an input that changed
+        (names the file), a folder that cannot be written.
         """
-        raise NotImplementedError
+        store = open_store(out, spool)
+        fingerprint = {**fingerprint, "output.columns": layout.hash()}
+        if store.read(RUN) is None:
+            check_writable(store)
+            run = {"format": FORMAT, "fingerprint": fingerprint, "info": dict(info or {})}
+            store.create(RUN, orjson.dumps(run, option=orjson.OPT_INDENT_2 | orjson.OPT_SORT_KEYS))
+        _refuse_other(store, fingerprint)
+        folder = cls(store, fingerprint, _settle_plan(store, plan, on_change), layout)
+        if not folder.is_complete():
+            check_writable(store)
+        return folder
+
+    @classmethod
+    def load(cls, out: str, spool: str | None = None) -> RunFolder:
+        """The run that is there, to look at or to finalize, not to add to. ConfigError if there is none."""
+        store = open_store(out, spool)
+        fingerprint = _read_run(store)
+        plan = _read_plan(store)
+        if plan is None:
+            raise ConfigError(f"{out} has no {PLAN} yet: its job has not begun")
+        return cls(store, fingerprint, plan)
+
+    def shard_id(self, shard: Shard) -> ShardId:
+        return ShardId(self.fingerprint, self.plan.hash(shard.of), shard.index)
 
     def pending_shards(self, worker: int = 0, workers: int = 1) -> list[Shard]:
         """This worker's shards (index % workers == worker) that are not committed. Checks the footers of those that are:
         StorageError on a part at our name that this run did not write, or that is damaged; it is never overwritten."""
-        raise NotImplementedError
+        mine = self.plan.shards[worker::workers]
+        done = self.committed(mine)
+        return [shard for shard in mine if shard.index not in done]
+
+    def committed(self, shards: Iterable[Shard] | None = None) -> dict[int, PartInfo]:
+        """Shard index -> footer, of the given shards (all by default) that are committed."""
+        names = self.store.names()
+        there = [shard for shard in (self.plan.shards if shards is None else shards) if shard.name in names]
+        with ThreadPoolExecutor(_READERS) as pool:
+            footers = pool.map(lambda shard: read_part(self.store, shard.name, self.shard_id(shard)), there)
+            return {shard.index: footer for shard, footer in zip(there, footers, strict=True)}
+
+    def is_committed(self, shard: Shard) -> bool:
+        return shard.name in self.store.names()
 
     def open_shard(self, shard: Shard) -> ShardWriter:
-        raise NotImplementedError
+        """An attempt at a pending shard."""
+        return ShardWriter(self.store, shard, self.shard_id(shard), self._opened())
+
+    def failed_shards(self, statuses: Iterable[str], worker: int = 0, workers: int = 1) -> list[Shard]:
+        """This worker's committed shards that hold rows of one of `statuses`: to be done again with reopen_shard."""
+        mine = self.plan.shards[worker::workers]
+        done = self.committed(mine)
+        return [shard for shard in mine if shard.index in done and any(done[shard.index].statuses[status] for status in statuses)]
+
+    def reopen_shard(self, shard: Shard, statuses: Iterable[str]) -> ShardWriter:
+        """An attempt at the rows of `statuses` of a committed shard; all other rows are `recovered` already. Its commit takes the
+        place of the part in one step, and keeps the old one in _superseded/."""
+        before = read_part(self.store, shard.name, self.shard_id(shard))
+        kept = settled_rows(self.store, shard, self._opened(), frozenset(statuses))
+        return ShardWriter(self.store, shard, self.shard_id(shard), self._opened(), before.generation + 1, kept)
 
     def is_complete(self) -> bool:
-        """True when _SUCCESS stands for the plan as it is now. Cheap: two small reads."""
-        raise NotImplementedError
+        """True when _SUCCESS stands for the plan as it is now and every part is there by name. Cheap: no footer is read."""
+        mark = self.store.read(SUCCESS)
+        return mark == self._mark() and self.store.names().issuperset(shard.name for shard in self.plan.shards)
 
-    def finalize(self) -> dict[str, Any]:
-        """Check every part, write _manifest.json, then _SUCCESS, then sweep leftovers. Any worker may call it, and again.
-        Returns the manifest: {"shards", "rows", "statuses": {status: n}, "prompt_tokens", "cached_tokens", "completion_tokens", "parts": [...]}.
-        ShardsMissing (exit 3) names how many and which."""
-        raise NotImplementedError
+    def manifest(self) -> dict[str, Any]:
+        """Check every part's footer and sum up. ShardsMissing (exit 3) says how many and which."""
+        done = self.committed()
+        missing = [shard.index for shard in self.plan.shards if shard.index not in done]
+        if missing:
+            some = ", ".join(map(str, missing[:10])) + (", ..." if len(missing) > 10 else "")
+            raise ShardsMissing(f"{len(missing)} of {len(self.plan.shards)} shards of {self.out} are missing ({some}): "
+                                "run the same command again to compute them")
+        statuses: Counter[str] = sum((info.statuses for info in done.values()), Counter())
+        return {
+            "format": FORMAT,
+            "fingerprint": self.fingerprint,
+            "plan": self.plan.hash(),
+            "shards": len(done),
+            "rows": sum(info.rows for info in done.values()),
+            "statuses": dict(sorted(statuses.items())),
+            "prompt_tokens": sum(info.prompt_tokens for info in done.values()),
+            "cached_tokens": sum(info.cached_tokens for info in done.values()),
+            "completion_tokens": sum(info.completion_tokens for info in done.values()),
+            "parts": [
+                {"path": shard.name, "rows": done[shard.index].rows, "generation": done[shard.index].generation,
+                 "attempt": done[shard.index].attempt, "statuses": dict(sorted(done[shard.index].statuses.items()))}
+                for shard in self.plan.shards
+            ],
+        }
+
+    def finalize(self, manifest: Mapping[str, Any] | None = None) -> Mapping[str, Any]:
+        """Write _manifest.json (`manifest`, or a fresh one), then _SUCCESS, then sweep leftovers. Any worker may, and again."""
+        manifest = manifest or self.manifest()
+        self.store.replace(MANIFEST, orjson.dumps(manifest, option=orjson.OPT_INDENT_2))
+        self.store.replace(SUCCESS, self._mark())
+        sweep(self.store)
+        return manifest
+
+    def _opened(self) -> OutputLayout:
+        if self.layout is None:
+            raise ValueError("this run folder was loaded to be looked at: RunFolder.open it to add to it")
+        return self.layout
+
+    def _mark(self) -> bytes:
+        return orjson.dumps({"fingerprint": self.fingerprint, "plan": self.plan.hash()})
+
+
+def _hash(fingerprint: Mapping[str, str]) -> str:
+    return hashlib.blake2b(orjson.dumps(dict(fingerprint), option=orjson.OPT_SORT_KEYS), digest_size=16).hexdigest()
+
+
+def _read_run(store: Store) -> dict[str, str]:
+    data = store.read(RUN)
+    if data is None:
+        raise ConfigError(f"{store.out} is not the output of a job: it has no {RUN}")
+    try:
+        run = orjson.loads(data)
+        if run["format"] != FORMAT:
+            raise ValueError(f"format {run['format']}, not {FORMAT}")
+        return run["fingerprint"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise StorageError(f"{store.out}/{RUN} is damaged ({error}): restore it, or set another output.dir") from error
+
+
+def _refuse_other(store: Store, fingerprint: Mapping[str, str]) -> None:
+    before = _read_run(store)
+    differ = [key for key in sorted({*before, *fingerprint}) if before.get(key) != fingerprint.get(key)]
+    if differ:
+        changes = ", ".join(f"{key} (was {before.get(key, 'not set')}, is {fingerprint.get(key, 'not set')})" for key in differ)
+        raise ConfigError(f"{store.out} holds the output of another config: {changes}; set another output.dir, or these back")
+
+
+def _settle_plan(store: Store, found: Plan, on_change: Literal["refuse", "append"]) -> Plan:
+    """The plan of the folder, made from `found` if it has none. When workers plan at the same time, one's plan is everyone's."""
+    while True:
+        plan = _read_plan(store)
+        if plan is None:
+            store.create(PLAN, found.to_bytes())
+            continue
+        now = plan.reconcile(found, on_change)
+        if now == plan:
+            return plan
+        store.delete(SUCCESS)
+        store.create(_appended(_appends(store)), now.to_bytes(plan))
+
+
+def _appended(number: int) -> str:
+    return f"_plan.g{number:03d}.parquet"
+
+
+def _appends(store: Store) -> int:
+    """The number of the next append."""
+    names = store.names()
+    number = 1
+    while _appended(number) in names:
+        number += 1
+    return number
+
+
+def _read_plan(store: Store) -> Plan | None:
+    names = [PLAN, *map(_appended, range(1, _appends(store)))]
+    parts = [data for data in map(store.read, names) if data is not None]
+    if not parts:
+        return None
+    try:
+        return Plan.from_bytes(parts)
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        raise StorageError(f"{store.out}/{PLAN} is damaged ({error}): restore it, or set another output.dir") from error
