@@ -70,3 +70,12 @@ def mask_logits(logits: Tensor, mask: Tensor, index: Tensor) -> None:
 
 def sample(logits: Tensor, params: Tensor, rows: Tensor, positions: Tensor) -> Tensor:
     return (sampling if logits.is_cuda else ref).sample(logits, params, rows, positions)
+
+
+def apply_penalties(logits: Tensor, index: Tensor, tokens: Tensor, rows: Tensor, prompt_len: Tensor, length: Tensor,
+                    repetition: Tensor, presence: Tensor, frequency: Tensor) -> None:
+    ref.apply_penalties(logits, index, tokens, rows, prompt_len, length, repetition, presence, frequency)
+
+
+def logprobs(logits: Tensor, tokens: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    return ref.logprobs(logits, tokens, k)

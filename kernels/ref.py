@@ -19,7 +19,10 @@ NEG_INF = float("-inf")
 
 
 def apply_writes(state: Tensor, packed: Tensor, segments: Tensor) -> None:
-    """Copy packed[src : src + n] to state[dst : dst + n] for every (dst, src, n) of `segments` [S, 3]; both flat int32."""
+    """Copy packed[src : src + n] to state[dst : dst + n] for every (dst, src, n) of `segments` [S, 3]; both flat int32.
+
+    Destinations must not overlap: segments are written in any order.
+    """
     for dst, src, n in segments.tolist():
         state[dst : dst + n] = packed[src : src + n]
 
@@ -32,8 +35,8 @@ def expand(tokens: Tensor, block_table: Tensor, rows: Tensor, starts: Tensor, cu
     cu_q[i] of the outputs. slot = page * page_size + offset.
     """
     counts = (cu_q[1:] - cu_q[:-1]).long()
-    i = torch.repeat_interleave(torch.arange(rows.numel()), counts)
-    t = torch.arange(i.numel())
+    i = torch.repeat_interleave(torch.arange(rows.numel(), device=rows.device), counts)
+    t = torch.arange(i.numel(), device=rows.device)
     pos = starts[i].long() + t - cu_q[i].long()
     row = rows[i].long()
     ids[: t.numel()] = tokens[row, pos]
@@ -166,15 +169,52 @@ def prefill_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: 
 # Columns of the sampling table [R, 8] int32; floats are stored by their bits.
 TEMPERATURE, TOP_P, MIN_P, TOP_K, SEED_LOW, SEED_HIGH = range(6)
 PARAM_COLUMNS = 8
+COLDEST = 1e-5                              # temperatures below are greedy: logits divided by them would overflow
+GOLDEN = 0x9E3779B1 - (1 << 32)             # odd, close to 2^32 / golden ratio: spreads neighbouring columns over all bits
+LARGEST_NOISE = 24 * math.log(2)            # Gumbel noise of the largest uniform, 1 - 2^-24
 
 
 def mask_logits(logits: Tensor, mask: Tensor, index: Tensor) -> None:
     """logits[index[i], v] = -inf in place where bit v of mask[i] (int32 [n, ceil(V / 32)], little-endian) is 0; past the mask too."""
-    bits = torch.arange(32, dtype=torch.int32, device=mask.device)
-    allowed = ((mask.unsqueeze(-1) >> bits) & 1).flatten(1).bool()
+    bits = torch.arange(8, dtype=torch.uint8, device=mask.device)
+    forbidden = ((mask.contiguous().view(torch.uint8).unsqueeze(-1) >> bits) & 1).flatten(1) == 0
     width = logits.shape[1]
-    allowed = F.pad(allowed, (0, max(0, width - allowed.shape[1])))[:, :width]
-    logits[index.long()] = logits[index.long()].masked_fill(~allowed, NEG_INF)
+    forbidden = F.pad(forbidden, (0, max(0, width - forbidden.shape[1])), value=True)[:, :width]
+    logits[index.long()] = logits[index.long()].masked_fill_(forbidden, NEG_INF)
+
+
+def apply_penalties(logits: Tensor, index: Tensor, tokens: Tensor, rows: Tensor, prompt_len: Tensor, length: Tensor,
+                    repetition: Tensor, presence: Tensor, frequency: Tensor) -> None:
+    """Penalise in place what a row has seen: logits[index[i]] by tokens[rows[i], :length[i]], of which prompt_len[i] are the prompt.
+
+    repetition (arXiv 1909.05858), over prompt and output: logits above 0 are divided by it, others multiplied. Then, over the output alone,
+    minus `presence` where the token occurs and minus `frequency` for each time it does. All [n]; penalties float32. Not for CUDA graphs.
+    """
+    width = logits.shape[1]
+    for part in torch.arange(index.numel(), device=logits.device).split(64):      # bounds the counts [64, V]
+        n, longest = part.numel(), int(length[part].max())
+        history = tokens[rows[part].long(), :longest].long()
+        where = torch.arange(longest, device=logits.device)
+        seen = (where < length[part, None]) & (history < width)
+        history = history.masked_fill(~seen, 0)
+        counts = torch.zeros(n, width, device=logits.device).scatter_add_(1, history, (seen & (where >= prompt_len[part, None])).float())
+        occurs = torch.zeros(n, width, device=logits.device).scatter_add_(1, history, seen.float()) > 0
+        at = index[part].long()
+        x = logits[at].float()
+        factor = torch.where(x > 0, 1.0 / repetition[part, None], repetition[part, None])
+        x = torch.where(occurs, x * factor, x) - frequency[part, None] * counts - presence[part, None] * (counts > 0)
+        logits[at] = x.to(logits.dtype)
+
+
+def logprobs(logits: Tensor, tokens: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-probabilities under softmax(logits [N, V]): of tokens [N] -> float32 [N], and the k likeliest, likeliest first.
+
+    The latter: float32 [N, k] and their token ids int32 [N, k].
+    """
+    x = logits.float()
+    total = torch.logsumexp(x, -1, keepdim=True)
+    values, ids = x.topk(k, dim=-1)
+    return (x.gather(1, tokens.long()[:, None]) - total).squeeze(1), values - total, ids.int()
 
 
 def hash32(x: Tensor) -> Tensor:
@@ -186,46 +226,73 @@ def hash32(x: Tensor) -> Tensor:
     return x ^ ((x >> 15) & 0x1FFFF)
 
 
-def uniform(seed_low: Tensor, seed_high: Tensor, positions: Tensor, width: int) -> Tensor:
-    """Uniform noise in (0, 1), float32 [N, width], a function of (seed, position, column) alone."""
-    key = hash32(hash32(seed_low ^ hash32(positions)) ^ seed_high).unsqueeze(1)
-    column = torch.arange(width, dtype=torch.int32, device=positions.device)
-    bits = hash32(hash32(column) ^ key)
-    return ((bits >> 8) & 0xFFFFFF).float().add_(0.5).mul_(1.0 / (1 << 24))
+def noise_key(seed_low: Tensor, seed_high: Tensor, positions: Tensor) -> Tensor:
+    """What the noise of one row at one position is keyed by, int32."""
+    return hash32(hash32(seed_low ^ hash32(positions)) ^ seed_high)
+
+
+def uniform(key: Tensor, column: Tensor) -> Tensor:
+    """Uniform noise in (0, 1), float32: 23 bits that are a function of (key, column) alone; the arguments (int32) are broadcast.
+
+    hash32 with the column spread first, and a second key inside: else keys a small multiple of GOLDEN apart had the same noise, shifted.
+    """
+    x = column * GOLDEN + key
+    x ^= (x >> 16) & 0xFFFF
+    x *= 0x21F0AAAD
+    x ^= (x >> 15) & 0x1FFFF
+    x ^= hash32(key ^ (0x9E3779B9 - (1 << 32)))
+    x *= 0xD35A2D97 - (1 << 32)
+    x ^= (x >> 15) & 0x1FFFF
+    return ((x >> 9) & 0x7FFFFF).float().add_(0.5).mul_(1.0 / (1 << 23))
 
 
 def sample(logits: Tensor, params: Tensor, rows: Tensor, positions: Tensor) -> Tensor:
     """Sample one token a row -> int32 [N]. logits [N, V], any float type; params [R, 8]; positions: of the token sampled from.
 
-    temperature 0: the first largest logit. Otherwise logits / temperature, then min_p (against the likeliest token), top_k (every token
-    that ties with the k-th is kept), top_p (the fewest likeliest tokens that reach p of what top_k left, ties kept), then the argmax of logit + Gumbel noise.
+    NaN counts as -inf; a row with nothing above -inf gives 0. temperature below COLDEST: the first largest logit. Otherwise the filters
+    keep: of the tokens at least min_p times as likely as the likeliest, those that reach the k-th largest logit (top_k, 0: all), and of
+    these the fewest likeliest that reach top_p of their mass; tokens tie as one. Among them the argmax of logit / temperature + Gumbel noise.
     """
     table = params[rows.long()]
     real = table.view(torch.float32)
-    temperature = real[:, TEMPERATURE]
-    out = logits.argmax(-1).int()
-    hot = (temperature > 0).nonzero().flatten()
-    if hot.numel():
-        table, real = table[hot], real[hot]
-        x = logits[hot].float() / real[:, TEMPERATURE, None]
-        x = _filter(x, table[:, TOP_K], real[:, TOP_P], real[:, MIN_P])
-        noise = uniform(table[:, SEED_LOW], table[:, SEED_HIGH], positions[hot], x.shape[1])
-        out[hot] = (x - torch.log(-torch.log(noise))).argmax(-1).int()
+    largest, out = logits.max(-1)
+    if bool(largest.isnan().any()):
+        logits = logits.masked_fill(logits.isnan(), NEG_INF)
+        out = logits.argmax(-1)
+    out = out.int()
+    for i in (real[:, TEMPERATURE] >= COLDEST).nonzero().flatten().tolist():
+        temperature, top_p, min_p = (float(real[i, column]) for column in (TEMPERATURE, TOP_P, MIN_P))
+        key = noise_key(table[i, SEED_LOW], table[i, SEED_HIGH], positions[i])
+        out[i] = _draw_filtered(logits[i].float(), key, temperature, int(table[i, TOP_K]), top_p, min_p)
     return out
 
 
-def _filter(x: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
-    if bool((min_p > 0).any()):
-        x = x.masked_fill(x < x.amax(-1, keepdim=True) + torch.log(min_p)[:, None], NEG_INF)
-    if bool((top_k > 0).any()) or bool((top_p < 1).any()):
-        width = x.shape[1]
-        ordered = x.sort(-1, descending=True).values
-        k = torch.where(top_k > 0, top_k, width).clamp(max=width).long()
-        x = x.masked_fill(x < ordered.gather(1, k[:, None] - 1), NEG_INF)
-        ordered = ordered.masked_fill(ordered < ordered.gather(1, k[:, None] - 1), NEG_INF)
-        probs = torch.softmax(ordered, -1)
-        before = probs.cumsum(-1) - probs
-        kept = ((before < top_p[:, None]) & (ordered > NEG_INF)).sum(-1).clamp(min=1)
-        cut = ordered.gather(1, kept[:, None] - 1)
-        x = torch.where((top_p < 1)[:, None] & (x < cut), torch.full_like(x, NEG_INF), x)
-    return x
+def _draw_filtered(x: Tensor, key: Tensor, temperature: float, top_k: int, top_p: float, min_p: float) -> Tensor:
+    scale = 1.0 / temperature
+    top = x.max()
+    if min_p > 0:
+        x = x.masked_fill(x < top + temperature * math.log(min_p), NEG_INF)
+    if 0 < top_k < x.numel():
+        x = x.masked_fill(x < x.topk(top_k).values[-1], NEG_INF)
+    token = _draw(x * scale, key)
+    if top_p < 1:
+        # A token is kept if the mass of likelier ones is below top_p. Drawn among all and kept: it is also the argmax over the kept.
+        # Not kept: nothing less likely is either, so draw again, with the same noise, among likelier ones.
+        weights = torch.exp((x - top) * scale)
+        most = top_p * float(weights.sum())
+        while bool(x[token] < top) and float(weights[x > x[token]].sum()) >= most:
+            x = x.masked_fill(x <= x[token], NEG_INF)
+            token = _draw(x * scale, key)
+    return token
+
+
+def _draw(x: Tensor, key: Tensor) -> Tensor:
+    """argmax of x [V] + Gumbel noise. What lies further below the largest than noise can lift is left out."""
+    top, first = x.max(0)
+    bound = top + _gumbel(key, first.int()) - LARGEST_NOISE
+    column = (x >= bound).nonzero().flatten()
+    return column[(x[column] + _gumbel(key, column.int())).argmax()]
+
+
+def _gumbel(key: Tensor, column: Tensor) -> Tensor:
+    return uniform(key, column).log_().neg_().log_().neg_()

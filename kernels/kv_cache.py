@@ -1,0 +1,85 @@
+"""From the fused projection to attention's inputs in one pass: norms of the heads of q and k, rotary embedding, keys and values to their pages."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+TILE = 2048     # elements of q that one program handles: 16 a lane
+
+
+@triton.jit
+def _rotated(x, heads, inside, d, partner, cos, sin, weight, eps, D: tl.constexpr, NORM: tl.constexpr, PLUS_ONE: tl.constexpr):
+    """Heads [HEADS] of the token at x, normed and rotated -> float32 [HEADS, BLOCK_D].
+
+    Every element reads its partner of the other half too: the line is in L1, and any head size and any rotary share take the same path.
+    """
+    a = tl.load(x + heads[:, None] * D + d[None, :], mask=inside, other=0.0)
+    b = tl.load(x + heads[:, None] * D + partner[None, :], mask=inside, other=0.0)
+    kind = a.dtype
+    a, b = a.to(tl.float32), b.to(tl.float32)
+    if NORM:
+        scale = tl.rsqrt(tl.sum(a * a, 1) / D + eps)[:, None]
+        wa = tl.load(weight + d, mask=d < D, other=0.0).to(tl.float32)[None, :]
+        wb = tl.load(weight + partner, mask=d < D, other=0.0).to(tl.float32)[None, :]
+        if PLUS_ONE:
+            a = (a * scale * (1.0 + wa)).to(kind).to(tl.float32)
+            b = (b * scale * (1.0 + wb)).to(kind).to(tl.float32)
+        else:
+            a = ((a * scale).to(kind).to(tl.float32) * wa).to(kind).to(tl.float32)
+            b = ((b * scale).to(kind).to(tl.float32) * wb).to(kind).to(tl.float32)
+    return a * cos[None, :] + b * sin[None, :]
+
+
+@triton.jit
+def _rope_and_cache_kernel(qkv, q_weight, k_weight, cos_sin, positions, slots, q_out, k_cache, v_cache, qkv_stride, eps,
+                           H: tl.constexpr, K: tl.constexpr, D: tl.constexpr, P: tl.constexpr, ROTARY: tl.constexpr,
+                           HEADS_Q: tl.constexpr, HEADS_K: tl.constexpr, BLOCK_D: tl.constexpr,
+                           Q_NORM: tl.constexpr, K_NORM: tl.constexpr, PLUS_ONE: tl.constexpr):
+    token = tl.program_id(0).to(tl.int64)
+    block = tl.program_id(1)
+    HALF: tl.constexpr = ROTARY // 2
+    Q_BLOCKS: tl.constexpr = (H + HEADS_Q - 1) // HEADS_Q
+    x = qkv + token * qkv_stride
+    d = tl.arange(0, BLOCK_D)
+    turned = d < ROTARY
+    first = d < HALF
+    partner = tl.where(first, d + HALF, tl.where(turned, d - HALF, d))
+    angles = cos_sin + tl.load(positions + token).to(tl.int64) * ROTARY + tl.where(first, d, d - HALF)
+    cos = tl.load(angles, mask=turned, other=1.0)
+    sin = tl.load(angles + HALF, mask=turned, other=0.0)
+    sin = tl.where(first, -sin, sin)
+    if block < Q_BLOCKS:
+        heads = block * HEADS_Q + tl.arange(0, HEADS_Q)
+        inside = (heads < H)[:, None] & (d < D)[None, :]
+        q = _rotated(x, heads, inside, d, partner, cos, sin, q_weight, eps, D, Q_NORM, PLUS_ONE)
+        tl.store(q_out + (token * H + heads[:, None]) * D + d[None, :], q.to(q_out.dtype.element_ty), mask=inside)
+    else:
+        heads = (block - Q_BLOCKS) * HEADS_K + tl.arange(0, HEADS_K)
+        inside = (heads < K)[:, None] & (d < D)[None, :]
+        v = tl.load(x + (H + K + heads[:, None]) * D + d[None, :], mask=inside)
+        k = _rotated(x + H * D, heads, inside, d, partner, cos, sin, k_weight, eps, D, K_NORM, PLUS_ONE).to(qkv.dtype.element_ty)
+        slot = tl.load(slots + token)
+        at = (((slot // P).to(tl.int64) * K + heads) * P + slot % P)[:, None] * D + d[None, :]
+        tl.store(k_cache + at, k.to(k_cache.dtype.element_ty), mask=inside)
+        tl.store(v_cache + at, v.to(v_cache.dtype.element_ty), mask=inside)
+
+
+def rope_and_cache(qkv: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, eps: float, plus_one: bool, cos_sin: Tensor,
+                   positions: Tensor, slots: Tensor, k_cache: Tensor, v_cache: Tensor, num_heads: int) -> Tensor:
+    """See ref.rope_and_cache; rows of qkv may be strided."""
+    tokens = qkv.shape[0]
+    _, kv_heads, page, dim = k_cache.shape
+    q = torch.empty((tokens, num_heads, dim), dtype=qkv.dtype, device=qkv.device)
+    block_d = triton.next_power_of_2(dim)
+    heads_q = min(triton.next_power_of_2(num_heads), max(TILE // block_d, 1))
+    heads_k = min(triton.next_power_of_2(kv_heads), max(TILE // 2 // block_d, 1))
+    grid = tokens, triton.cdiv(num_heads, heads_q) + triton.cdiv(kv_heads, heads_k)
+    _rope_and_cache_kernel[grid](
+        qkv, qkv if q_weight is None else q_weight, qkv if k_weight is None else k_weight, cos_sin, positions, slots, q, k_cache, v_cache,
+        qkv.stride(0), eps, H=num_heads, K=kv_heads, D=dim, P=page, ROTARY=cos_sin.shape[1], HEADS_Q=heads_q, HEADS_K=heads_k,
+        BLOCK_D=block_d, Q_NORM=q_weight is not None, K_NORM=k_weight is not None, PLUS_ONE=plus_one,
+        num_warps=min(max(heads_q * block_d // 512, 1), 4))
+    return q

@@ -1,0 +1,94 @@
+"""RMSNorm, its fusion with the residual sum, and gated activations on CUDA: every operand is read once and written once, sums are float32."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+SQRT_8_OVER_PI = tl.constexpr(1.5957691216057308)
+GATE_BLOCK = 1024
+
+
+@triton.jit
+def _normalise(h, weight, columns, inside, eps, WIDTH: tl.constexpr, PLUS_ONE: tl.constexpr, DTYPE: tl.constexpr):
+    """RMSNorm of one row h (float32, 0 past WIDTH), rounded where the torch twin rounds."""
+    h *= tl.rsqrt(tl.sum(h * h, 0) / WIDTH + eps)
+    w = tl.load(weight + columns, mask=inside, other=0.0).to(tl.float32)
+    if PLUS_ONE:
+        return (h * (1.0 + w)).to(DTYPE)
+    return (h.to(DTYPE).to(tl.float32) * w).to(DTYPE)
+
+
+@triton.jit
+def _rms_norm_kernel(x, weight, out, x_stride, eps, WIDTH: tl.constexpr, BLOCK: tl.constexpr, PLUS_ONE: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, BLOCK)
+    inside = columns < WIDTH
+    h = tl.load(x + row * x_stride + columns, mask=inside, other=0.0).to(tl.float32)
+    y = _normalise(h, weight, columns, inside, eps, WIDTH, PLUS_ONE, out.dtype.element_ty)
+    tl.store(out + row * WIDTH + columns, y, mask=inside)
+
+
+@triton.jit
+def _add_rms_norm_kernel(x, residual, weight, out, x_stride, residual_stride, eps,
+                         WIDTH: tl.constexpr, BLOCK: tl.constexpr, PLUS_ONE: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, BLOCK)
+    inside = columns < WIDTH
+    h = tl.load(x + row * x_stride + columns, mask=inside, other=0.0).to(tl.float32)
+    at = residual + row * residual_stride + columns
+    h = (h + tl.load(at, mask=inside, other=0.0).to(tl.float32)).to(residual.dtype.element_ty)
+    tl.store(at, h, mask=inside)
+    y = _normalise(h.to(tl.float32), weight, columns, inside, eps, WIDTH, PLUS_ONE, out.dtype.element_ty)
+    tl.store(out + row * WIDTH + columns, y, mask=inside)
+
+
+@triton.jit
+def _gated_act_kernel(x, out, x_stride, WIDTH: tl.constexpr, BLOCK: tl.constexpr, GELU: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = columns < WIDTH
+    at = x + row * x_stride + columns
+    gate = tl.load(at, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(at + WIDTH, mask=inside, other=0.0).to(tl.float32)
+    # silu(x) = x / (1 + exp(-x)); GELU too, since (1 + tanh(u)) / 2 = 1 / (1 + exp(-2 u))
+    slope = SQRT_8_OVER_PI * (gate + 0.044715 * gate * gate * gate) if GELU else gate
+    act = gate / (1.0 + tl.exp(-slope))
+    act = act.to(out.dtype.element_ty).to(tl.float32)
+    tl.store(out + row * WIDTH + columns, (act * up).to(out.dtype.element_ty), mask=inside)
+
+
+def _shape(width: int) -> tuple[int, int]:
+    """The power of two that holds a row, and warps such that a lane has about 16 elements: two 16-byte loads in flight each."""
+    block = triton.next_power_of_2(width)
+    return block, min(max(block // 512, 1), 16)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, plus_one: bool) -> Tensor:
+    """See ref.rms_norm; x [T, width], rows may be strided."""
+    rows, width = x.shape
+    out = torch.empty((rows, width), dtype=x.dtype, device=x.device)
+    block, warps = _shape(width)
+    _rms_norm_kernel[rows,](x, weight, out, x.stride(0), eps, WIDTH=width, BLOCK=block, PLUS_ONE=plus_one, num_warps=warps)
+    return out
+
+
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float, plus_one: bool) -> Tensor:
+    """See ref.add_rms_norm; x and residual [T, width], rows may be strided."""
+    rows, width = x.shape
+    out = torch.empty((rows, width), dtype=x.dtype, device=x.device)
+    block, warps = _shape(width)
+    _add_rms_norm_kernel[rows,](x, residual, weight, out, x.stride(0), residual.stride(0), eps, WIDTH=width, BLOCK=block,
+                                PLUS_ONE=plus_one, num_warps=warps)
+    return out
+
+
+def gated_act(x: Tensor, activation: str) -> Tensor:
+    """See ref.gated_act; rows of x may be strided."""
+    rows, width = x.shape[0], x.shape[1] // 2
+    out = torch.empty((rows, width), dtype=x.dtype, device=x.device)
+    _gated_act_kernel[rows, triton.cdiv(width, GATE_BLOCK)](x, out, x.stride(0), WIDTH=width, BLOCK=GATE_BLOCK,
+                                                            GELU=activation == "gelu_tanh", num_warps=4)
+    return out

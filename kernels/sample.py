@@ -1,0 +1,212 @@
+"""Sampling on CUDA: one launch for all rows, greedy or filtered, without a sort.
+
+The draw is an argmax of scaled logits plus Gumbel noise, so top-p needs no threshold: draw among all, then ask in one more pass whether
+the token drawn lies in the nucleus, that is whether the mass of likelier tokens is below top_p. If so, it is also the argmax over the
+nucleus; if not, neither it nor anything less likely is in the nucleus, and the draw is repeated, with the same noise, among likelier tokens
+alone (after the rejection samplers of arXiv 2501.01005). The first token drawn is kept with a probability of top_p at least.
+The k-th largest logit is a search over the bits of order-preserving keys, started at the k-th largest of the lanes' maxima, which it mostly is.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels import ref
+
+NEG_INF = tl.constexpr(float("-inf"))
+LOG2E = tl.constexpr(1.4426950408889634)
+COLDEST = tl.constexpr(ref.COLDEST)
+# Keys leave out as many low bits of a float32 as its values have zeros.
+ZERO_BITS = {torch.float32: 0, torch.float16: 13, torch.bfloat16: 16}
+
+
+@triton.jit
+def _hash32(x):
+    """ref.hash32 on uint32."""
+    x = x ^ (x >> 16)
+    x = x * 0x21F0AAAD
+    x = x ^ (x >> 15)
+    x = x * 0xD35A2D97
+    return x ^ (x >> 15)
+
+
+@triton.jit
+def _uniform(columns, key, second_key):
+    """ref.uniform of one row: key and second_key are uint32 scalars."""
+    x = columns.to(tl.uint32) * 0x9E3779B1 + key
+    x = x ^ (x >> 16)
+    x = x * 0x21F0AAAD
+    x = x ^ (x >> 15) ^ second_key
+    x = x * 0xD35A2D97
+    x = x ^ (x >> 15)
+    # 23 bits as the mantissa of a number in [1, 2), which half a step less than 1 is taken off: (bits + 0.5) / 2^23 without rounding.
+    return ((x >> 9) | 0x3F800000).to(tl.float32, bitcast=True) - 0.99999994039535522
+
+
+@triton.jit
+def _to_key(x, ZEROS: tl.constexpr):
+    """int32 that orders as the float32 x does."""
+    bits = x.to(tl.int32, bitcast=True)
+    return (bits ^ ((bits >> 31) & 0x7FFFFFFF)) >> ZEROS
+
+
+@triton.jit
+def _from_key(key, ZEROS: tl.constexpr):
+    bits = key << ZEROS
+    bits = tl.where(bits < 0, (bits | ((1 << ZEROS) - 1)) ^ 0x7FFFFFFF, bits)
+    return bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _narrow(lo, hi, mid, above, k):
+    """One turn of the search for the least key with fewer than k values above it; exactly k above: they are the top k, and it is done."""
+    hi = tl.where(above < k, mid, hi)
+    lo = tl.where(above < k, lo, mid + 1)
+    return lo, tl.where(above == k, lo, hi)
+
+
+@triton.jit
+def _lane_maxima(logits, V, BLOCK: tl.constexpr):
+    """Of every lane the first largest value and its column; -inf and 0 where it has none."""
+    best = tl.full([BLOCK], NEG_INF, tl.float32)
+    at = tl.zeros([BLOCK], tl.int32)
+    for start in range(0, V, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        x = tl.load(logits + column, mask=column < V, other=NEG_INF).to(tl.float32)
+        better = x > best       # false for NaN
+        best = tl.where(better, x, best)
+        at = tl.where(better, column, at)
+    return best, at
+
+
+@triton.jit
+def _kth_largest(logits, V, k, lanes, top, BLOCK: tl.constexpr, ZEROS: tl.constexpr):
+    """A threshold that the k largest logits and those that tie with the k-th reach, and no others."""
+    lo = _to_key(tl.full([], NEG_INF, tl.float32), ZEROS)
+    hi = _to_key(top, ZEROS)
+    while lo < hi:
+        mid = (lo & hi) + ((lo ^ hi) >> 1)
+        lo, hi = _narrow(lo, hi, mid, tl.sum((lanes > _from_key(mid, ZEROS)).to(tl.int32), 0), k)
+    hi = _to_key(top, ZEROS)
+    mid = lo
+    while lo < hi:
+        threshold = _from_key(mid, ZEROS)
+        above = tl.zeros([BLOCK], tl.int32)
+        for start in range(0, V, BLOCK):
+            column = start + tl.arange(0, BLOCK)
+            x = tl.load(logits + column, mask=column < V, other=NEG_INF).to(tl.float32)
+            above += (x > threshold).to(tl.int32)
+        lo, hi = _narrow(lo, hi, mid, tl.sum(above, 0), k)
+        mid = (lo & hi) + ((lo ^ hi) >> 1)
+    return _from_key(lo, ZEROS)
+
+
+@triton.jit
+def _draw(logits, V, floor, below, scale, key, second_key, BLOCK: tl.constexpr):
+    """The column with the largest x * scale + Gumbel noise among below < x, floor <= x; 0 if there is none."""
+    best = tl.full([], NEG_INF, tl.float32)
+    token = tl.zeros([], tl.int32)
+    for start in range(0, V, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        x = tl.load(logits + column, mask=column < V, other=NEG_INF).to(tl.float32)
+        x = tl.where((x >= floor) & (x > below), x, NEG_INF) * scale
+        u = _uniform(column, key, second_key)
+        # The noise is -log(-log(u)), and -log(u) >= 1 - u: only where 1 - u < exp(x - best) can x + noise exceed best. So the two exact
+        # logarithms are taken only in the few blocks that improve on the best; 0.001 covers what rounding may add.
+        if tl.max((1.0 - u < tl.exp(x - best + 0.001)).to(tl.int32), 0) > 0:
+            z = x - tl.log(-tl.log(u))
+            top = tl.max(z, 0)
+            if top > best:
+                best = top
+                token = tl.min(tl.where(z == top, column, V), 0)
+    return token
+
+
+@triton.jit
+def _mass(logits, V, floor, value, top, scale, BLOCK: tl.constexpr):
+    """Sums of exp((x - top) scale) over x > value and over x >= floor."""
+    above = tl.zeros([BLOCK], tl.float32)
+    total = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, V, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        x = tl.load(logits + column, mask=column < V, other=NEG_INF).to(tl.float32)
+        weight = tl.where(x >= floor, tl.exp2((x - top) * (scale * LOG2E)), 0.0)
+        total += weight
+        above += tl.where(x > value, weight, 0.0)
+    return tl.sum(above, 0), tl.sum(total, 0)
+
+
+@triton.jit
+def _sample_kernel(logits, params, rows, positions, out, logits_stride, V,
+                   COLUMNS: tl.constexpr, TEMPERATURE: tl.constexpr, TOP_P: tl.constexpr, MIN_P: tl.constexpr, TOP_K: tl.constexpr,
+                   SEED_LOW: tl.constexpr, SEED_HIGH: tl.constexpr, ZEROS: tl.constexpr, BLOCK: tl.constexpr):
+    i = tl.program_id(0).to(tl.int64)
+    logits += i * logits_stride
+    params += tl.load(rows + i).to(tl.int64) * COLUMNS
+    temperature = tl.load(params + TEMPERATURE).to(tl.float32, bitcast=True)
+    token = tl.zeros([], tl.int32)
+    if temperature < COLDEST:
+        lanes, at = _lane_maxima(logits, V, BLOCK)
+        token = tl.min(tl.where(lanes == tl.max(lanes, 0), at, V), 0)
+    else:
+        scale = 1.0 / temperature
+        key = tl.load(params + SEED_LOW).to(tl.uint32) ^ _hash32(tl.load(positions + i).to(tl.uint32))
+        key = _hash32(_hash32(key) ^ tl.load(params + SEED_HIGH).to(tl.uint32))
+        second_key = _hash32(key ^ 0x9E3779B9)
+        top_p = tl.load(params + TOP_P).to(tl.float32, bitcast=True)
+        min_p = tl.load(params + MIN_P).to(tl.float32, bitcast=True)
+        k = tl.load(params + TOP_K)
+        limited = (k > 0) & (k < V)
+        floor = tl.full([], NEG_INF, tl.float32)
+        top = tl.full([], NEG_INF, tl.float32)
+        if limited | (top_p < 1.0) | (min_p > 0.0):
+            lanes, at = _lane_maxima(logits, V, BLOCK)
+            top = tl.max(lanes, 0)
+            if min_p > 0.0:
+                floor = top + temperature * tl.log(min_p)
+            if limited:
+                floor = tl.maximum(floor, _kth_largest(logits, V, k, lanes, top, BLOCK, ZEROS))
+        token = _draw(logits, V, floor, NEG_INF, scale, key, second_key, BLOCK)
+        if top_p < 1.0:
+            value = tl.load(logits + token).to(tl.float32)
+            above, total = _mass(logits, V, floor, value, top, scale, BLOCK)
+            while (above >= top_p * total) & (value < top):
+                token = _draw(logits, V, floor, value, scale, key, second_key, BLOCK)
+                again = tl.load(logits + token).to(tl.float32)
+                value = tl.where(again > value, again, top)     # not above: scaled logits overflowed, nothing was drawn; end all the same
+                above, total = _mass(logits, V, floor, value, top, scale, BLOCK)
+    tl.store(out + i, token)
+
+
+@triton.jit
+def _mask_kernel(logits, mask, index, logits_stride, mask_stride, V, W, WORDS: tl.constexpr):
+    i = tl.program_id(0).to(tl.int64)
+    word = tl.program_id(1) * WORDS + tl.arange(0, WORDS)
+    bit = tl.arange(0, 32)
+    allowed = tl.load(mask + i * mask_stride + word, mask=word < W, other=0)
+    column = word[:, None] * 32 + bit[None, :]
+    forbidden = ((allowed[:, None] >> bit[None, :]) & 1) == 0
+    row = tl.load(index + i).to(tl.int64)
+    tl.store(logits + row * logits_stride + column, NEG_INF, mask=forbidden & (column < V))
+
+
+def mask_logits(logits: Tensor, mask: Tensor, index: Tensor) -> None:
+    """See ref.mask_logits. Nothing is read but the mask."""
+    width = logits.shape[1]
+    _mask_kernel[index.shape[0], triton.cdiv(width, 4096)](logits, mask, index, logits.stride(0), mask.stride(0), width, mask.shape[1],
+                                                           WORDS=128, num_warps=4)
+
+
+def sample(logits: Tensor, params: Tensor, rows: Tensor, positions: Tensor) -> Tensor:
+    """See ref.sample; rows of logits may be strided. Safe in a CUDA graph."""
+    n, width = logits.shape
+    out = torch.empty(n, dtype=torch.int32, device=logits.device)
+    # A row is one program's work. Many rows: small programs, several to a multiprocessor, hide each other's latency. Few: all lanes to each.
+    block, warps = (4096, 8) if n > 128 else (16384, 32)
+    _sample_kernel[n,](logits, params, rows, positions, out, logits.stride(0), width,
+                       COLUMNS=ref.PARAM_COLUMNS, TEMPERATURE=ref.TEMPERATURE, TOP_P=ref.TOP_P, MIN_P=ref.MIN_P, TOP_K=ref.TOP_K,
+                       SEED_LOW=ref.SEED_LOW, SEED_HIGH=ref.SEED_HIGH, ZEROS=ZERO_BITS[logits.dtype], BLOCK=block, num_warps=warps)
+    return out
