@@ -57,14 +57,14 @@ def _rope_and_cache_kernel(qkv, q_weight, k_weight, cos_sin, positions, slots, q
         q = _rotated(x, heads, inside, d, partner, cos, sin, q_weight, eps, D, Q_NORM, PLUS_ONE)
         tl.store(q_out + (token * H + heads[:, None]) * D + d[None, :], q.to(q_out.dtype.element_ty), mask=inside)
     else:
-        heads = (block - Q_BLOCKS) * HEADS_K + tl.arange(0, HEADS_K)
-        inside = (heads < K)[:, None] & (d < D)[None, :]
-        v = tl.load(x + (H + K + heads[:, None]) * D + d[None, :], mask=inside)
-        k = _rotated(x + H * D, heads, inside, d, partner, cos, sin, k_weight, eps, D, K_NORM, PLUS_ONE).to(qkv.dtype.element_ty)
+        kv_heads = (block - Q_BLOCKS) * HEADS_K + tl.arange(0, HEADS_K)
+        kv_inside = (kv_heads < K)[:, None] & (d < D)[None, :]
+        v = tl.load(x + (H + K + kv_heads[:, None]) * D + d[None, :], mask=kv_inside)
+        k = _rotated(x + H * D, kv_heads, kv_inside, d, partner, cos, sin, k_weight, eps, D, K_NORM, PLUS_ONE).to(qkv.dtype.element_ty)
         slot = tl.load(slots + token)
-        at = (((slot // P).to(tl.int64) * K + heads) * P + slot % P)[:, None] * D + d[None, :]
-        tl.store(k_cache + at, k.to(k_cache.dtype.element_ty), mask=inside)
-        tl.store(v_cache + at, v.to(v_cache.dtype.element_ty), mask=inside)
+        at = (((slot // P).to(tl.int64) * K + kv_heads) * P + slot % P)[:, None] * D + d[None, :]
+        tl.store(k_cache + at, k.to(k_cache.dtype.element_ty), mask=kv_inside)
+        tl.store(v_cache + at, v.to(v_cache.dtype.element_ty), mask=kv_inside)
 
 
 def rope_and_cache(qkv: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, eps: float, plus_one: bool, cos_sin: Tensor,

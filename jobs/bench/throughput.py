@@ -1,0 +1,131 @@
+"""Engine throughput on the benchmark workloads: prints one JSON line per workload, in the peers' format.
+
+    python jobs/bench/throughput.py --workloads ../shared/bench/workloads.py --model models/mistral-7b --dummy --w W2 W5 W1 W3 W3g W4
+
+--dummy: random weights of the shape of the folder's config.json. --engine: more engine settings as JSON, e.g. '{"max_rows": 2048}'.
+The workload CB is the test of continuous batching: 100 prompts all at once, against the same one at a time.
+--profile N: also print where N steps from the middle of each workload spend the GPU's time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import sys
+import time
+from pathlib import Path
+
+import torch
+from transformers import AutoTokenizer
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from engine.config import EngineConfig
+from engine.engine import Engine
+from engine.guided.llg import LLGuidanceBackend
+from engine.guided.validate import Validator
+from engine.request import Completion, Request, SamplingParams
+from engine.weights import open_checkpoint
+from jobs.bench.random_model import RandomCheckpoint
+
+
+def main() -> None:
+    ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    ap.add_argument("--workloads", type=Path, required=True)
+    ap.add_argument("--model", type=Path, required=True)
+    ap.add_argument("--w", nargs="+", default=["W2", "W1"])
+    ap.add_argument("--engine", type=json.loads, default={})
+    ap.add_argument("--dummy", action="store_true")
+    ap.add_argument("--temperature", type=float, default=0.6)
+    ap.add_argument("--profile", type=int, default=0)
+    ap.add_argument("--tag", default="")
+    a = ap.parse_args()
+    spec = importlib.util.spec_from_file_location("workloads", a.workloads)
+    workloads = importlib.util.module_from_spec(spec)
+    sys.modules["workloads"] = workloads
+    spec.loader.exec_module(workloads)
+
+    started = time.perf_counter()
+    checkpoint = RandomCheckpoint(a.model, "cuda" if torch.cuda.is_available() else "cpu") if a.dummy else open_checkpoint(a.model)
+    tokenizer = AutoTokenizer.from_pretrained(a.model)
+    guided = LLGuidanceBackend(tokenizer, checkpoint.spec.vocab_size, checkpoint.spec.eos_token_ids)
+    engine = Engine(checkpoint, EngineConfig(**{"max_model_len": 4096, **a.engine}), tokenizer, guided)
+    print(json.dumps({"tag": a.tag, "init_s": round(time.perf_counter() - started, 1), "stats": str(engine.stats())}), flush=True)
+    vocab = min(32000, len(tokenizer))
+    for name in ["warm", *a.w]:
+        if name == "CB":
+            continuous_batching(engine, workloads.workload("W2", vocab), a)
+            continue
+        rows = workloads.workload(name, vocab=vocab)
+        grammar = guided.compile_schema(rows[0].schema) if rows[0].schema else None
+        requests = [Request(i, r.prompt, SamplingParams(max_tokens=r.max_tokens, ignore_eos=r.ignore_eos, temperature=a.temperature,
+                                                        seed=i), grammar) for i, r in enumerate(rows)]
+        before, t = engine.stats(), time.perf_counter()
+        done = run(engine, requests, a.profile)
+        sec = time.perf_counter() - t
+        after = engine.stats()
+        n_in, n_out = sum(len(r.prompt) for r in rows), sum(c.tokens.size for c in done)
+        print(json.dumps({"engine": "gristmill", "tag": a.tag, "w": name, "rows": len(rows), "sec": round(sec, 2), "in_tok": n_in,
+                          "out_tok": n_out, "out_tok_s": round(n_out / sec, 1), "rows_s": round(len(rows) / sec, 2),
+                          "valid": valid(rows, done, tokenizer), "steps": after.steps - before.steps,
+                          "graph_steps": after.graph_steps - before.graph_steps, "cached": after.cached_tokens - before.cached_tokens,
+                          "forced": after.forced_tokens - before.forced_tokens,
+                          "preemptions": after.preemptions - before.preemptions}), flush=True)
+
+
+def run(engine: Engine, requests: list[Request], profile: int) -> list[Completion]:
+    if not profile:
+        return list(engine.run(requests))
+    for request in requests:
+        engine.submit(request)
+    done: list[Completion] = []
+    half = sum(r.params.max_tokens for r in requests) // 2 + engine.stats().generated_tokens
+    while engine.pending and engine.stats().generated_tokens < half:
+        done += engine.step()
+    torch.cuda.synchronize()
+    t = time.perf_counter()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as trace:
+        for _ in range(profile):
+            done += engine.step()
+        torch.cuda.synchronize()
+    wall = time.perf_counter() - t
+    events = sorted(trace.key_averages(), key=lambda e: -e.self_device_time_total)
+    busy = sum(e.self_device_time_total for e in events)
+    print(f"# {profile} steps, {engine.stats().running} rows: {1e3 * wall / profile:.2f} ms a step, GPU busy {busy / 1e6 / wall:.0%}")
+    for e in events[:14]:
+        print(f"#   {e.self_device_time_total / 1e3 / profile:8.3f} ms {e.count / profile:6.1f} x  {e.key[:90]}")
+    while engine.pending:
+        done += engine.step()
+    return done
+
+
+def continuous_batching(engine: Engine, rows: list, a: argparse.Namespace) -> None:
+    requests = [Request(i, r.prompt, SamplingParams(max_tokens=64, ignore_eos=True, temperature=a.temperature, seed=i))
+                for i, r in enumerate(rows + rows)]
+    seconds = []
+    for batches in ([requests], [[r] for r in requests]):
+        t = time.perf_counter()
+        for batch in batches:
+            list(engine.run(batch))
+        seconds.append(time.perf_counter() - t)
+    print(json.dumps({"engine": "gristmill", "tag": a.tag, "w": "CB", "rows": len(requests), "sec": round(seconds[0], 3),
+                      "one_at_a_time_sec": round(seconds[1], 3), "ratio": round(seconds[1] / seconds[0], 1)}), flush=True)
+
+
+def valid(rows: list, done: list[Completion], tokenizer) -> float | None:
+    """Share of guided outputs that parse and validate."""
+    if rows[0].schema is None:
+        return None
+    check, good = Validator(rows[0].schema), 0
+    for completion in done:
+        try:
+            check.check(tokenizer.decode(completion.tokens))
+            good += 1
+        except ValueError:
+            pass
+    return round(good / len(done), 4)
+
+
+if __name__ == "__main__":
+    main()
