@@ -15,7 +15,7 @@ collect_ignore = ["kernels"] if CUDA else ["gpu"]
 if importlib.util.find_spec("hypothesis"):    # GPU machines need not have it: no test under tests/gpu uses it
     from hypothesis import settings
 
-    # No deadline: two cores shared with other jobs pause for long. Fixed examples, so that a run can be repeated; soak draws new ones.
+    # No deadline: two cores shared with other jobs pause for long. Fixed examples: a run can be repeated. Soak draws new ones.
     soak = os.environ.get("GRISTMILL_EXAMPLES")
     settings.register_profile("fixed", deadline=None, derandomize=True, database=None)
     settings.register_profile("soak", deadline=None, max_examples=int(soak or 1), print_blob=True)
