@@ -20,7 +20,7 @@ class OutOfPages(Exception):
 
 
 class Node:
-    """One page of a prefix. `page` is 0 while no row has computed it."""
+    """One page of a prefix. `page` is 0 while no row has computed it; `parent` is None once the node has left the tree."""
 
     __slots__ = ("children", "key", "page", "parent", "pending")
 
@@ -64,9 +64,9 @@ class BlockPool:
     def alloc(self, n: int) -> np.ndarray:
         """n pages, int32, held once each; evicts cached pages if it must; raises OutOfPages and changes nothing if that is not enough."""
         if n > self._top:
+            if n > self._top + self.evictable:
+                raise OutOfPages
             self._evict(n - self._top)
-        if n > self._top:
-            raise OutOfPages
         pages = self._free[self._top - n : self._top][::-1].copy()
         self._top -= n
         self.refs[pages] = 1
@@ -119,18 +119,22 @@ class BlockPool:
 
     def publish(self, node: Node, page: int) -> None:
         """Offer a row's page for sharing, once the step that computes it is planned (later launches read it in stream order)."""
-        if node.page == 0:
+        if node.page == 0 and node.parent is not None:
             node.page = page
             self.refs[page] += 1
             self._cached[page] = node
             self._in_tree[page] = True
 
     def forget(self, path: Sequence[Node]) -> None:
-        """Drop nodes that nobody waits for and that hold no page; the path ends a request's interest."""
-        for node in reversed(path):
-            if node.page or node.pending or node.children or node.parent is None:
-                break
+        """A request that ran with `path` (or left) needs it no longer: what it alone kept in the tree goes."""
+        if path:
+            self._prune(path[-1])
+
+    def _prune(self, node: Node | None) -> None:
+        """Take a node out of the tree, and then its parents, as far as nobody waits for them and they hold no page."""
+        while node is not None and node.parent is not None and not (node.page or node.pending or node.children):
             del node.parent.children[node.key]
+            node.parent, node = None, node.parent
 
     def _evict(self, n: int) -> None:
         """Free n pages or more that only the tree holds, if there are as many: the oldest that nobody waits for first.
@@ -149,19 +153,27 @@ class BlockPool:
 
     def _drop(self, node: Node) -> int:
         """Uncache a node and everything below it: without it they cannot be reached. Returns the pages freed."""
-        freed = sum(self._drop(child) for child in list(node.children.values()))
-        if node.page:
-            page, node.page = node.page, 0
-            del self._cached[page]
-            self._in_tree[page] = False
-            self.refs[page] -= 1
-            if self.refs[page] == 0:
-                self._free[self._top] = page
-                self._top += 1
-                freed += 1
-        if not node.pending and not node.children and node.parent is not None:
-            del node.parent.children[node.key]
+        below = [node]
+        for n in below:                          # grows as it goes; a recursion would be as deep as a prefix has pages
+            below.extend(n.children.values())
+        freed = 0
+        for n in reversed(below):                # children before their parents
+            if n.page:
+                freed += self._uncache(n)
+            self._prune(n)
         return freed
+
+    def _uncache(self, node: Node) -> int:
+        """Take its page from a node. Returns the pages freed: 1, or 0 where a row still holds it."""
+        page, node.page = node.page, 0
+        del self._cached[page]
+        self._in_tree[page] = False
+        self.refs[page] -= 1
+        if self.refs[page]:
+            return 0
+        self._free[self._top] = page
+        self._top += 1
+        return 1
 
     def check_integrity(self, holdings: Sequence[np.ndarray]) -> None:
         """Raise AssertionError unless the counts agree with the rows' block tables (`holdings`) and the tree."""
