@@ -260,39 +260,33 @@ def sample(logits: Tensor, params: Tensor, rows: Tensor, positions: Tensor) -> T
         logits = logits.masked_fill(logits.isnan(), NEG_INF)
         out = logits.argmax(-1)
     out = out.int()
-    for i in (real[:, TEMPERATURE] >= COLDEST).nonzero().flatten().tolist():
-        temperature, top_p, min_p = (float(real[i, column]) for column in (TEMPERATURE, TOP_P, MIN_P))
-        key = noise_key(table[i, SEED_LOW], table[i, SEED_HIGH], positions[i])
-        out[i] = _draw_filtered(logits[i].float(), key, temperature, int(table[i, TOP_K]), top_p, min_p)
+    hot = (real[:, TEMPERATURE] >= COLDEST).nonzero().flatten().tolist()
+    if hot:
+        keys = noise_key(table[:, SEED_LOW], table[:, SEED_HIGH], positions)
+        floats, top_k = real.tolist(), table[:, TOP_K].tolist()
+        out[hot] = torch.stack([_draw(logits[i].float(), keys[i], floats[i][TEMPERATURE], top_k[i], floats[i][TOP_P], floats[i][MIN_P])
+                                for i in hot])
     return out
 
 
-def _draw_filtered(x: Tensor, key: Tensor, temperature: float, top_k: int, top_p: float, min_p: float) -> Tensor:
-    scale = 1.0 / temperature
+def _draw(x: Tensor, key: Tensor, temperature: float, top_k: int, top_p: float, min_p: float) -> Tensor:
+    """One token of the row of logits x [V]."""
+    column = torch.arange(x.numel(), dtype=torch.int32, device=x.device)
     top = x.max()
-    if min_p > 0:
-        x = x.masked_fill(x < top + temperature * math.log(min_p), NEG_INF)
+    floor = top + temperature * math.log(min_p) if min_p > 0 else top.new_full((), NEG_INF)
     if 0 < top_k < x.numel():
-        x = x.masked_fill(x < x.topk(top_k).values[-1], NEG_INF)
-    token = _draw(x * scale, key)
+        floor = torch.maximum(floor, x.topk(top_k).values[-1])
+    if bool(floor > NEG_INF):
+        kept = (x >= floor).nonzero().flatten()
+        x, column = x[kept], column[kept]
+    z = x / temperature - torch.log(-torch.log(uniform(key, column)))
+    at = z.argmax()
     if top_p < 1:
-        # A token is kept if the mass of likelier ones is below top_p. Drawn among all and kept: it is also the argmax over the kept.
-        # Not kept: nothing less likely is either, so draw again, with the same noise, among likelier ones.
-        weights = torch.exp((x - top) * scale)
-        most = top_p * float(weights.sum())
-        while bool(x[token] < top) and float(weights[x > x[token]].sum()) >= most:
-            x = x.masked_fill(x <= x[token], NEG_INF)
-            token = _draw(x * scale, key)
-    return token
-
-
-def _draw(x: Tensor, key: Tensor) -> Tensor:
-    """argmax of x [V] + Gumbel noise. What lies further below the largest than noise can lift is left out."""
-    top, first = x.max(0)
-    bound = top + _gumbel(key, first.int()) - LARGEST_NOISE
-    column = (x >= bound).nonzero().flatten()
-    return column[(x[column] + _gumbel(key, column.int())).argmax()]
-
-
-def _gumbel(key: Tensor, column: Tensor) -> Tensor:
-    return uniform(key, column).log_().neg_().log_().neg_()
+        # A token is kept if the mass of likelier ones is below top_p. If the one drawn is, it is the argmax over all that are. If not,
+        # nothing less likely is either, and what remains are the likelier ones.
+        weights = torch.exp((x - top) / temperature)
+        most = top_p * weights.sum()
+        while bool((x[at] < top) & (weights[x > x[at]].sum() >= most)):
+            z.masked_fill_(x <= x[at], NEG_INF)
+            at = z.argmax()
+    return column[at]

@@ -19,6 +19,7 @@ from kernels import ref
 NEG_INF = tl.constexpr(float("-inf"))
 LOG2E = tl.constexpr(1.4426950408889634)
 COLDEST = tl.constexpr(ref.COLDEST)
+LARGEST_NOISE = tl.constexpr(ref.LARGEST_NOISE + 0.001)
 # Keys leave out as many low bits of a float32 as its values have zeros.
 ZERO_BITS = {torch.float32: 0, torch.float16: 13, torch.bfloat16: 16}
 
@@ -113,15 +114,16 @@ def _draw(logits, V, floor, below, scale, key, second_key, BLOCK: tl.constexpr):
         column = start + tl.arange(0, BLOCK)
         x = tl.load(logits + column, mask=column < V, other=NEG_INF).to(tl.float32)
         x = tl.where((x >= floor) & (x > below), x, NEG_INF) * scale
-        u = _uniform(column, key, second_key)
-        # The noise is -log(-log(u)), and -log(u) >= 1 - u: only where 1 - u < exp(x - best) can x + noise exceed best. So the two exact
-        # logarithms are taken only in the few blocks that improve on the best; 0.001 covers what rounding may add.
-        if tl.max((1.0 - u < tl.exp(x - best + 0.001)).to(tl.int32), 0) > 0:
-            z = x - tl.log(-tl.log(u))
-            top = tl.max(z, 0)
-            if top > best:
-                best = top
-                token = tl.min(tl.where(z == top, column, V), 0)
+        if tl.max(x, 0) + LARGEST_NOISE > best:
+            # The noise is -log(-log(u)), and -log(u) >= 1 - u: only where 1 - u < exp(x - best) can x + noise exceed best. So the two
+            # exact logarithms are taken in the few blocks alone that improve on the best; 0.001 covers what rounding may add.
+            u = _uniform(column, key, second_key)
+            if tl.max((1.0 - u < tl.exp(x - best + 0.001)).to(tl.int32), 0) > 0:
+                z = x - tl.log(-tl.log(u))
+                top = tl.max(z, 0)
+                if top > best:
+                    best = top
+                    token = tl.min(tl.where(z == top, column, V), 0)
     return token
 
 
@@ -140,7 +142,7 @@ def _mass(logits, V, floor, value, top, scale, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _sample_kernel(logits, params, rows, positions, out, logits_stride, V,
+def _sample_kernel(logits, table, rows, positions, out, logits_stride, V,
                    COLUMNS: tl.constexpr, TEMPERATURE: tl.constexpr, TOP_P: tl.constexpr, MIN_P: tl.constexpr, TOP_K: tl.constexpr,
                    SEED_LOW: tl.constexpr, SEED_HIGH: tl.constexpr, ZEROS: tl.constexpr, BLOCK: tl.constexpr):
     i = tl.program_id(0).to(tl.int64)
