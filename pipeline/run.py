@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hydra import compose, initialize_config_dir
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException, OverrideParseException
+from hydra.errors import HydraException, OverrideParseException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -73,7 +72,7 @@ def main(argv: Sequence[str] | None = None, engine_factory: EngineFactory | None
         if "--cfg" in argv:
             print(OmegaConf.to_yaml(OmegaConf.create(config.resolved())), end="")
             return Exit.COMPLETE
-        from pipeline.job import run_job    # after the check, so that a mistyped key is answered at once
+        from pipeline.job import run_job  # after the check, so that a mistyped key is answered at once
 
         return run_job(config, engine_factory)
     except JobError as error:

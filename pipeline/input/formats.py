@@ -157,7 +157,7 @@ _WORDS = {str: "text", int: "a number", float: "a number", bool: "true or false"
 
 
 def _jsonl_field(name: str, kind: type) -> pa.Field:
-    types = {int: pa.int64(), float: pa.float64(), bool: pa.bool_()}
+    types = {int: pa.int64(), float: pa.float64(), bool: pa.bool_(), type(None): pa.null()}
     return pa.field(name, types.get(kind, pa.string()), metadata=JSON_TEXT if kind is list else None)
 
 

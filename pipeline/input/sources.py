@@ -15,11 +15,12 @@ import fsspec
 import pyarrow as pa
 
 from pipeline.exits import ConfigError
-from pipeline.input.formats import Chunk, CsvReader, HfReader, JsonlReader, ParquetReader, Reader, first_line, select
+from pipeline.input.formats import JSON_TEXT, Chunk, CsvReader, HfReader, JsonlReader, ParquetReader, Reader, first_line, select
 from pipeline.input.plan import InputFile, Piece, Shard, check_unchanged
 
 READERS: dict[str, type] = {"parquet": ParquetReader, "jsonl": JsonlReader, "csv": CsvReader}
 SUFFIXES = {".parquet": "parquet", ".parq": "parquet", ".pq": "parquet", ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl", ".csv": "csv"}
+JSON_WORD = "a list or an object"
 _MAGIC = re.compile(r"[*?\[]")
 _HUB = re.compile(r"hf://(?!datasets/|buckets/|models/|spaces/)[\w.-]+(/[\w.-]+)?(@[\w./-]+)?$")
 
@@ -40,11 +41,12 @@ class Input:
     def __init__(self, found: Sequence[Found]) -> None:
         with ThreadPoolExecutor(min(16, len(found))) as pool:
             looked = list(pool.map(_inspect, found))
-        self.schema = looked[0][1]
-        self.files: list[InputFile] = []
-        for file, schema in looked:
-            _same_schema(self.files[0].uri if self.files else file.uri, self.schema, file.uri, schema)
-            self.files.append(file)
+        self.files = [file for file, _ in looked]
+        schema = looked[0][1]
+        for file, other in looked[1:]:
+            schema = _common(self.files[0].uri, schema, file.uri, other)
+        # A column without a value in any file has no type of its own.
+        self.schema = pa.schema([field.with_type(pa.string()) if pa.types.is_null(field.type) else field for field in schema])
         if not any(file.num_rows for file in self.files):
             raise ConfigError(f"data: {self.files[0].uri}{' and the others' if len(self.files) > 1 else ''} hold no rows")
         self._open = {item.key: item.open for item in found}
@@ -180,7 +182,7 @@ def _hub(entry: str, keys: Any) -> Found:
     name, _, revision = entry.removeprefix("hf://").partition("@")
 
     def load() -> Any:
-        import datasets    # seconds to import, and few jobs need it
+        import datasets  # seconds to import, and few jobs need it
 
         datasets.utils.logging.disable_progress_bar()
         try:
@@ -225,15 +227,25 @@ def _guard(uri: str, open: Callable[[], Reader]) -> Reader:
         raise ConfigError(f"{uri}: cannot be read ({error.strerror or first_line(error)})") from None
 
 
-def _same_schema(first_uri: str, first: pa.Schema, uri: str, schema: pa.Schema) -> None:
+def _common(first_uri: str, first: pa.Schema, uri: str, schema: pa.Schema) -> pa.Schema:
+    """The schema of both: the same columns, and the same types but for what formats without types leave open."""
     for name in first.names:
         if name not in schema.names:
             raise ConfigError(f"{uri}: has no column {name}, which {first_uri} has; it has {', '.join(schema.names)}")
+    fields = []
     for field in schema:
         if field.name not in first.names:
             raise ConfigError(f"{uri}: has a column {field.name} that {first_uri} has not; all files need the same columns")
-        if field.type != (expected := first.field(field.name).type):
-            raise ConfigError(f"{uri}: column {field.name} is {field.type}, but {expected} in {first_uri}; write them with one type")
+        before = first.field(field.name)
+        if pa.types.is_null(before.type) or {before.type, field.type} == {pa.int64(), pa.float64()}:
+            fields.append(field if pa.types.is_null(before.type) else field.with_type(pa.float64()))
+        elif pa.types.is_null(field.type) or (field.type == before.type and field.metadata == before.metadata):
+            fields.append(before)
+        else:
+            was, now = (JSON_WORD if f.metadata == JSON_TEXT else str(f.type) for f in (before, field))
+            raise ConfigError(f"{uri}: column {field.name} is {now}, but {was} in {first_uri}; write them with one type")
+    found = {field.name: field for field in fields}
+    return pa.schema([found[name] for name in first.names])
 
 
 def _slice(chunk: Chunk, first: int, last: int) -> Chunk:

@@ -1,0 +1,224 @@
+"""Feed: reads, renders and tokenises ahead of the engine, in threads, and hands over work ordered by prefix."""
+
+from __future__ import annotations
+
+import hashlib
+import queue
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from engine.request import Request
+from pipeline.input.formats import Chunk
+from pipeline.input.plan import Shard
+from pipeline.input.prompts import Ask, Prompt, PromptBuilder, row_seed
+from pipeline.input.sources import Input
+from pipeline.output.rows import RowResult, Status
+from pipeline.output.shards import ShardWriter
+
+OPEN_ROWS = 32768     # rows of shards that were begun and are not published: the tail of one does not idle the engine
+OPEN_SHARDS = 64
+_AHEAD = 2            # windows ready before the engine asks for them
+
+
+@dataclass(eq=False)
+class OpenShard:
+    """A shard in the making. `greedy`: what is computed once for all rows that ask the same; `lock` guards the rows of its works."""
+
+    shard: Shard
+    writer: ShardWriter
+    greedy: dict[tuple, Work] = field(default_factory=dict)
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+
+@dataclass(slots=True, frozen=True)
+class Target:
+    """Where a result goes: one sample of one row."""
+
+    row: int
+    sample: int
+    samples: int
+    note: str | None = None
+
+
+@dataclass(slots=True, eq=False)
+class Work:
+    """One request to the engine and the rows that get its result."""
+
+    state: OpenShard
+    tokens: np.ndarray
+    ask: Ask
+    seed: int
+    targets: list[Target]
+    result: RowResult | None = None    # set once, under the shard's lock; rows that come later take a copy
+    tries: int = 0
+
+    def request(self, number: int) -> Request:
+        grammar = self.ask.guide.grammar if self.ask.guide else None
+        return Request(number, self.tokens, replace(self.ask.params, seed=self.seed), grammar, self.ask.adapter)
+
+
+class Feed(threading.Thread):
+    """Iterates the shards once. `take` gives windows of works; rows that need no engine go to `deliver` at once.
+
+    An error of the thread is raised by `check`.
+    """
+
+    def __init__(self, source: Input, shards: Sequence[Shard], open_shard: Callable[[Shard], ShardWriter], builder: PromptBuilder, seed: int,
+                 window: int, threads: int, opened: Callable[[OpenShard], None],
+                 deliver: Callable[[OpenShard, list[RowResult]], None]) -> None:
+        super().__init__(name="feed", daemon=True)
+        self._source, self._shards, self._open_shard, self._builder = source, shards, open_shard, builder
+        self._seed, self._window, self._threads = seed, window, threads
+        self._opened, self._deliver = opened, deliver
+        self._ready: queue.Queue[list[Work]] = queue.Queue(_AHEAD)
+        self._stopping = threading.Event()
+        self._room = threading.Condition()
+        self._open_rows = self._open_shards = 0
+        self._finished = False
+        self._failure: BaseException | None = None
+
+    # --- for the loop ---
+
+    def check(self) -> None:
+        if self._failure is not None:
+            raise self._failure
+
+    def take(self, wait: float = 0.0) -> list[Work]:
+        """The next window, or nothing where none is ready within `wait` seconds."""
+        try:
+            return self._ready.get(timeout=wait) if wait else self._ready.get_nowait()
+        except queue.Empty:
+            return []
+
+    @property
+    def exhausted(self) -> bool:
+        return self._finished and self._ready.empty()
+
+    def published(self, state: OpenShard) -> None:
+        """A shard is done with: another may be opened."""
+        with self._room:
+            self._open_rows -= state.shard.num_rows
+            self._open_shards -= 1
+            self._room.notify()
+
+    def stop(self) -> None:
+        """Open nothing more. Returns once the thread is out of the way."""
+        self._stopping.set()
+        with self._room:
+            self._room.notify()
+        if self.is_alive():
+            self.join()
+
+    # --- the thread ---
+
+    def run(self) -> None:
+        pool = ThreadPoolExecutor(self._threads, thread_name_prefix="prompts")
+        try:
+            cursor = self._source.cursor(self._builder.columns)
+            for shard in self._shards:
+                if not self._make_room(shard):
+                    return
+                state = OpenShard(shard, self._open_shard(shard))
+                self._opened(state)
+                recovered = state.writer.recovered()
+                window: list[Work] = []
+                ids = shard.row_ids()
+                for prompts in self._prompts(cursor.read(shard), pool):
+                    window += self._works(state, prompts, recovered, ids)
+                    if len(window) >= self._window and not self._hand_over(window):
+                        return
+                if not self._hand_over(window):
+                    return
+            self._finished = True
+        except BaseException as error:
+            self._failure = error    # raised again by the loop's next `check`
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+    def _make_room(self, shard: Shard) -> bool:
+        def fits() -> bool:
+            return not self._open_shards or (self._open_rows + shard.num_rows <= OPEN_ROWS and self._open_shards < OPEN_SHARDS)
+
+        with self._room:
+            self._room.wait_for(lambda: self._stopping.is_set() or fits())
+            self._open_rows += shard.num_rows
+            self._open_shards += 1
+        return not self._stopping.is_set()
+
+    def _prompts(self, chunks: Iterator[Chunk], pool: ThreadPoolExecutor) -> Iterator[list[Prompt]]:
+        """Chunks built in the pool, in order, a few ahead."""
+        building: deque[Future[list[Prompt]]] = deque()
+        row = 0
+        for chunk in chunks:
+            building.append(pool.submit(self._builder.build, chunk, row))
+            row += chunk.table.num_rows
+            if len(building) > 2 * self._threads:
+                yield building.popleft().result()
+        while building:
+            yield building.popleft().result()
+
+    def _works(self, state: OpenShard, prompts: list[Prompt], recovered: dict, ids: Iterator[str]) -> list[Work]:
+        works: list[Work] = []
+        done: list[RowResult] = []
+        for prompt, row_id in zip(prompts, ids, strict=False):
+            samples = prompt.ask.n if prompt.ask else 1
+            for sample in range(samples):
+                if (prompt.row, sample) in recovered:
+                    continue
+                if prompt.status is not Status.OK:
+                    done.append(RowResult(prompt.row, sample, samples, prompt.status, prompt.error))
+                    continue
+                assert prompt.tokens is not None and prompt.ask is not None
+                target = Target(prompt.row, sample, samples, prompt.note)
+                if prompt.ask.params.temperature > 0:
+                    works.append(Work(state, prompt.tokens, prompt.ask, self._seed_of(prompt.ask, row_id, sample), [target]))
+                elif (work := self._shared(state, prompt, target, done)) is not None:
+                    works.append(work)
+        if done:
+            self._deliver(state, done)
+        return works
+
+    def _seed_of(self, ask: Ask, row_id: str, sample: int) -> int:
+        if ask.seed is None:
+            return row_seed(self._seed, row_id, sample)
+        return ask.seed if sample == 0 else row_seed(ask.seed, "", sample)
+
+    @staticmethod
+    def _shared(state: OpenShard, prompt: Prompt, target: Target, done: list[RowResult]) -> Work | None:
+        """At temperature 0 equal requests have equal results: new work for the first, None for those that join it."""
+        assert prompt.tokens is not None and prompt.ask is not None
+        ask = prompt.ask
+        key = (hashlib.blake2b(prompt.tokens.tobytes(), digest_size=16).digest(), ask.params, ask.guide, ask.adapter)
+        with state.lock:
+            work = state.greedy.get(key)
+            if work is None:
+                work = state.greedy[key] = Work(state, prompt.tokens, ask, 0, [target])
+                return work
+            if work.result is None:
+                work.targets.append(target)
+            else:
+                done.append(aimed(work.result, target))
+        return None
+
+    def _hand_over(self, window: list[Work]) -> bool:
+        """Pass the window on, rows with a common prefix next to each other; waits while the engine has enough. False: stopping."""
+        works = sorted(window, key=lambda work: work.tokens.astype(">i4").tobytes())    # big-endian bytes order as the token ids do
+        window.clear()
+        while works and not self._stopping.is_set():
+            try:
+                self._ready.put(works, timeout=0.1)
+                break
+            except queue.Full:
+                continue
+        return not self._stopping.is_set()
+
+
+def aimed(result: RowResult, target: Target) -> RowResult:
+    """The result for another of the rows that share it."""
+    error = result.error or target.note
+    return replace(result, row=target.row, sample=target.sample, samples=target.samples, error=error)
