@@ -147,20 +147,20 @@ def _sample_kernel(logits, table, rows, positions, out, logits_stride, V,
                    SEED_LOW: tl.constexpr, SEED_HIGH: tl.constexpr, ZEROS: tl.constexpr, BLOCK: tl.constexpr):
     i = tl.program_id(0).to(tl.int64)
     logits += i * logits_stride
-    params += tl.load(rows + i).to(tl.int64) * COLUMNS
-    temperature = tl.load(params + TEMPERATURE).to(tl.float32, bitcast=True)
+    table += tl.load(rows + i).to(tl.int64) * COLUMNS
+    temperature = tl.load(table + TEMPERATURE).to(tl.float32, bitcast=True)
     token = tl.zeros([], tl.int32)
     if temperature < COLDEST:
         lanes, at = _lane_maxima(logits, V, BLOCK)
         token = tl.min(tl.where(lanes == tl.max(lanes, 0), at, V), 0)
     else:
         scale = 1.0 / temperature
-        key = tl.load(params + SEED_LOW).to(tl.uint32) ^ _hash32(tl.load(positions + i).to(tl.uint32))
-        key = _hash32(_hash32(key) ^ tl.load(params + SEED_HIGH).to(tl.uint32))
+        key = tl.load(table + SEED_LOW).to(tl.uint32) ^ _hash32(tl.load(positions + i).to(tl.uint32))
+        key = _hash32(_hash32(key) ^ tl.load(table + SEED_HIGH).to(tl.uint32))
         second_key = _hash32(key ^ 0x9E3779B9)
-        top_p = tl.load(params + TOP_P).to(tl.float32, bitcast=True)
-        min_p = tl.load(params + MIN_P).to(tl.float32, bitcast=True)
-        k = tl.load(params + TOP_K)
+        top_p = tl.load(table + TOP_P).to(tl.float32, bitcast=True)
+        min_p = tl.load(table + MIN_P).to(tl.float32, bitcast=True)
+        k = tl.load(table + TOP_K)
         limited = (k > 0) & (k < V)
         floor = tl.full([], NEG_INF, tl.float32)
         top = tl.full([], NEG_INF, tl.float32)
