@@ -1,10 +1,12 @@
 """Admission by forecast: how many waiting requests fit, given when the running ones will end.
 
-A row's future is guessed from the output lengths seen so far in this job: given that it has produced g tokens, a high quantile of the
-finished outputs longer than g. Until enough have been seen, max_tokens is believed.
+A row's future is guessed from the output lengths seen so far in this job: given that it has produced g tokens, a high quantile of
+the finished outputs longer than g. Until enough have been seen, max_tokens is believed.
 """
 
 from __future__ import annotations
+
+from collections import deque
 
 import numpy as np
 
@@ -15,20 +17,21 @@ KEPT = 8192             # lengths remembered, the latest
 
 class LengthPredictor:
     def __init__(self) -> None:
-        self._seen: list[int] = []
+        self._seen: deque[int] = deque(maxlen=KEPT)
         self._sorted = np.empty(0, dtype=np.int64)
+        self._unsorted = 0
 
     def observe(self, length: int) -> None:
         self._seen.append(length)
+        self._unsorted += 1
 
     def remaining(self, produced: np.ndarray, most: np.ndarray, exact: np.ndarray) -> np.ndarray:
         """Tokens still to come of rows that have `produced`, of at most `most`; `exact` rows are known to reach their most."""
         left = most - produced
         if len(self._seen) < MIN_SEEN:
             return left
-        if self._sorted.size < min(len(self._seen), KEPT) * 0.9:          # kept a little stale: sorting is the cost
-            self._seen = self._seen[-KEPT:]
-            self._sorted = np.sort(np.array(self._seen))
+        if self._unsorted > len(self._seen) // 10:                        # kept a little stale: sorting is the cost
+            self._sorted, self._unsorted = np.sort(np.array(self._seen)), 0
         longer = np.searchsorted(self._sorted, produced, side="right")
         count = self._sorted.size - longer
         at = np.minimum(longer + (count * QUANTILE).astype(np.int64), self._sorted.size - 1)
@@ -39,7 +42,7 @@ class LengthPredictor:
 def peak_tokens(held: np.ndarray, left: np.ndarray) -> int:
     """The most KV tokens that rows will hold at once when row i holds held[i] now and ends after left[i] more.
 
-    The peak stands at the end of some row: all that outlive it then hold what they have now plus as many more (LightLLM's forecast).
+    The peak stands at the end of some row: all that outlive it then hold what they have now and as many more (LightLLM's forecast).
     """
     if held.size == 0:
         return 0
@@ -48,7 +51,7 @@ def peak_tokens(held: np.ndarray, left: np.ndarray) -> int:
 
 
 def admissible(held: np.ndarray, left: np.ndarray, new_held: np.ndarray, new_left: np.ndarray, capacity: int) -> int:
-    """How many of the new rows, in order, fit beside the running ones so that the forecast peak stays within `capacity` tokens."""
+    """How many of the new rows, in order, fit beside the running ones so that the forecast peak is at most `capacity` tokens."""
     def fits(n: int) -> bool:
         return peak_tokens(np.concatenate([held, new_held[:n]]), np.concatenate([left, new_left[:n]])) <= capacity
 
