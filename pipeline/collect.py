@@ -20,16 +20,18 @@ _BATCH = 1024
 class Collect(threading.Thread):
     """Owns the writers of the open shards. `put` and `deliver` may be called from any thread.
 
-    `results`: journalled by this attempt; `done`: rows that are whole, `recovered` of them by earlier attempts. An error of the threads
-    is raised by `check`.
+    `results`: journalled by this attempt; `done`: rows that are whole, `recovered` of them by earlier attempts. An error of the
+    threads is raised by `check`.
     """
 
     def __init__(self, source: Input, tokenizer: Tokenizer, published: Callable[[OpenShard], None]) -> None:
         super().__init__(name="collect", daemon=True)
         self._tokenizer, self._published = tokenizer, published
         self._cursor = source.cursor()
-        self._queue: queue.SimpleQueue[tuple[Work, Completion | RowResult] | tuple[OpenShard, list[RowResult]] | None] = queue.SimpleQueue()
-        self._open: dict[OpenShard, int] = {}    # rows missing
+        self._queue: queue.SimpleQueue[tuple[Work, Completion | RowResult] | tuple[OpenShard, list[RowResult]] | None] = (
+            queue.SimpleQueue()
+        )
+        self._open: dict[OpenShard, int] = {}  # rows missing
         self._publisher = ThreadPoolExecutor(1, thread_name_prefix="publish")
         self._publishing: list[Future[None]] = []
         self._failure: BaseException | None = None
@@ -74,7 +76,7 @@ class Collect(threading.Thread):
             while self._turn():
                 pass
         except BaseException as error:
-            self._failure = error    # raised again by the loop's next `check`
+            self._failure = error  # raised again by the loop's next `check`
 
     def _turn(self) -> bool:
         """Take what is there, at least one item; False once the end was taken."""
@@ -127,7 +129,7 @@ class Collect(threading.Thread):
 
 
 def row_result(work: Work, completion: Completion, text: str) -> RowResult:
-    """What the row's columns say of a completion. A guided text is parsed and checked against the original schema here, whatever the
+    """What the row's columns say of a completion. A guided text is parsed and checked against the original schema, whatever the
     grammar promised."""
     status, error, json = Status.OK, completion.error, None
     guide = work.ask.guide
@@ -144,5 +146,16 @@ def row_result(work: Work, completion: Completion, text: str) -> RowResult:
         except ValueError as problem:
             status, error = Status.SCHEMA_ERROR, f"the output does not fit the schema: {problem}"
     target = work.targets[0]
-    return RowResult(target.row, target.sample, target.samples, status, error, text, json, str(reason), completion.prompt_tokens,
-                     completion.cached_tokens, len(completion.tokens))
+    return RowResult(
+        target.row,
+        target.sample,
+        target.samples,
+        status,
+        error,
+        text,
+        json,
+        str(reason),
+        completion.prompt_tokens,
+        completion.cached_tokens,
+        len(completion.tokens),
+    )

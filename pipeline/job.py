@@ -83,9 +83,12 @@ def run_job(config: RunConfig, factory: EngineFactory | None = None) -> int:
         return preview(config, source, plan, form, spec, model)
 
     identity = model.fingerprint()
-    folder = RunFolder.open(config.output.dir, fingerprint(config, spec, identity), plan, layout, config.plan.on_change,
-                            provenance(config, identity))
-    again = folder.failed_shards(config.retry_errors, config.cluster.worker, config.cluster.workers) if config.retry_errors else []
+    folder = RunFolder.open(
+        config.output.dir, fingerprint(config, spec, identity), plan, layout, config.plan.on_change, provenance(config, identity)
+    )
+    again = (
+        folder.failed_shards(config.retry_errors, config.cluster.worker, config.cluster.workers) if config.retry_errors else []
+    )
     if folder.is_complete() and not again:
         return say_done(config, folder)
 
@@ -98,8 +101,18 @@ def run_job(config: RunConfig, factory: EngineFactory | None = None) -> int:
     return finish(config, folder, spec)
 
 
-def label(config: RunConfig, source: Input, form: Form, spec: GuideSpec | None, folder: RunFolder, shards: list[Shard], again: list[Shard],
-          model: Model, stop: Stop, progress: Progress) -> str | None:
+def label(
+    config: RunConfig,
+    source: Input,
+    form: Form,
+    spec: GuideSpec | None,
+    folder: RunFolder,
+    shards: list[Shard],
+    again: list[Shard],
+    model: Model,
+    stop: Stop,
+    progress: Progress,
+) -> str | None:
     """Compute and publish `shards`, and the failed rows of `again`; returns why it stopped early, or None."""
     progress.phase("loading the tokenizer")
     tokenizer = model.tokenizer()
@@ -111,10 +124,19 @@ def label(config: RunConfig, source: Input, form: Form, spec: GuideSpec | None, 
         return folder.reopen_shard(shard, config.retry_errors) if shard.index in reopened else folder.open_shard(shard)
 
     collect = Collect(source, tokenizer, lambda state: feed.published(state))
-    feed = Feed(source, [*shards, *again], open_shard, builder, config.seed, config.engine.window, config.input.threads,
-                collect.opened, collect.deliver)
+    feed = Feed(
+        source,
+        [*shards, *again],
+        open_shard,
+        builder,
+        config.seed,
+        config.engine.window,
+        config.input.threads,
+        collect.opened,
+        collect.deliver,
+    )
     collect.start()
-    feed.start()    # prompts are made ready while the weights are read
+    feed.start()  # prompts are made ready while the weights are read
     try:
         engine = model.load(progress.phase)
         try:
@@ -122,7 +144,9 @@ def label(config: RunConfig, source: Input, form: Form, spec: GuideSpec | None, 
             gpus = find_gpus()
             stop.gpus = len(gpus) if gpus else 0
             total = sum(shard.num_rows for shard in [*shards, *again])
-            return Loop(engine, feed, collect, stop, progress, Metrics(folder.store, gpus), total).run(config.limits.grace_seconds)
+            return Loop(engine, feed, collect, stop, progress, Metrics(folder.store, gpus), total).run(
+                config.limits.grace_seconds
+            )
         finally:
             engine.close()
     finally:
@@ -134,11 +158,13 @@ def label(config: RunConfig, source: Input, form: Form, spec: GuideSpec | None, 
 class Loop:
     """The turns between the feed, the engine and the collector."""
 
-    def __init__(self, engine: EngineLike, feed: Feed, collect: Collect, stop: Stop, progress: Progress, metrics: Metrics, total: int) -> None:
+    def __init__(
+        self, engine: EngineLike, feed: Feed, collect: Collect, stop: Stop, progress: Progress, metrics: Metrics, total: int
+    ) -> None:
         self._engine, self._feed, self._collect = engine, feed, collect
         self._stop, self._progress, self._metrics, self._total = stop, progress, metrics, total
         self._ready: deque[Work] = deque()
-        self._running: dict[Hashable, Work] = {}    # what the engine holds
+        self._running: dict[Hashable, Work] = {}  # what the engine holds
         self._numbers = itertools.count()
         self._looked = 0.0
         self._generated = 0
@@ -190,7 +216,7 @@ class Loop:
         for completion in self._engine.step():
             work = self._running.pop(completion.id)
             if completion.finish_reason is FinishReason.ERROR and not work.tries:
-                work.tries = 1    # once more: what failed may have been the company it kept
+                work.tries = 1  # once more: what failed may have been the company it kept
                 self._ready.appendleft(work)
             elif completion.finish_reason is not FinishReason.ABORTED:
                 self._collect.put(work, completion)
@@ -215,7 +241,9 @@ class Loop:
         self._collect.check()
         stats = self._engine.stats()
         self._generated = stats.generated_tokens
-        self._progress.update(self._collect.done, self._collect.recovered, stats.prompt_tokens, stats.generated_tokens, stats.running, stats.waiting)
+        self._progress.update(
+            self._collect.done, self._collect.recovered, stats.prompt_tokens, stats.generated_tokens, stats.running, stats.waiting
+        )
         self._metrics.tick(self._collect.results, stats, now)
 
 
@@ -243,8 +271,10 @@ def task_guide(config: RunConfig, spec: GuideSpec | None, guides: Guides) -> Gui
         raise ConfigError(f"task.schema: {error}") from None
     max_tokens = config.effective_sampling.params().max_tokens
     if max_tokens < guide.grammar.min_tokens:
-        raise ConfigError(f"sampling.max_tokens={max_tokens}: the shortest output that the schema allows needs {guide.grammar.min_tokens}; "
-                          f"set sampling.max_tokens={4 * guide.grammar.min_tokens} or so")
+        raise ConfigError(
+            f"sampling.max_tokens={max_tokens}: the shortest output that the schema allows needs {guide.grammar.min_tokens}; "
+            f"set sampling.max_tokens={4 * guide.grammar.min_tokens} or so"
+        )
     return guide
 
 

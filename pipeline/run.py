@@ -19,12 +19,21 @@ from pipeline.exits import ConfigError, Exit, JobError
 if TYPE_CHECKING:
     from pipeline.job import EngineFactory
 
-HOME = Path(__file__).resolve().parent.parent    # conf/ and jobs/ stand beside the packages, in a checkout and installed
+HOME = Path(__file__).resolve().parent.parent  # conf/ and jobs/ stand beside the packages, in a checkout and installed
 CONF = HOME / "conf"
 GROUPS = tuple(sorted(p.name for p in CONF.iterdir() if p.is_dir() and not p.name.startswith("_")))
 # Their values are text that Hydra's grammar would trip over (globs, URLs, braces, equal signs): quoted for the user.
-TEXT_KEYS = ("data", "output.dir", "model.source", "model.tokenizer", "model.chat_template", "task.prompt", "task.system", "task.schema")
-OPEN_KEYS = ("input.columns.", "task.schema.")   # mappings whose keys are the user's own
+TEXT_KEYS = (
+    "data",
+    "output.dir",
+    "model.source",
+    "model.tokenizer",
+    "model.chat_template",
+    "task.prompt",
+    "task.system",
+    "task.schema",
+)
+OPEN_KEYS = ("input.columns.", "task.schema.")  # mappings whose keys are the user's own
 
 HELP = """\
 Label or generate for every row of a data set, and write whole Parquet shards.
@@ -89,7 +98,7 @@ def read_config(argv: Sequence[str]) -> RunConfig:
     words = [_normalise(word) for word in argv]
     given = {word.lstrip("+~").partition("=")[0] for word in words}
     if not given & {"data", "task"}:
-        words.append("task=classify")    # the bundled example is a labelling job
+        words.append("task=classify")  # the bundled example is a labelling job
     OmegaConf.register_new_resolver("package", lambda path: str(HOME / path), replace=True)
     try:
         with initialize_config_dir(str(CONF), version_base="1.3", job_name="gristmill"):
@@ -151,7 +160,9 @@ def _explain(error: Exception, words: Sequence[str]) -> ConfigError:
         return ConfigError(f"{error.override}: cannot be read ({text.splitlines()[0]}); quote the value: KEY=\"'VALUE'\"")
     if ambiguous := re.search(r"Ambiguous value for argument '(.+?)'", text):
         key, _, value = ambiguous.group(1).partition("=")
-        return ConfigError(f"{key}={value}: a comma makes a list of runs; write '{key}=[{value}]' for a list or {key}=\"'{value}'\" for text")
+        return ConfigError(
+            f"{key}={value}: a comma makes a list of runs; write '{key}=[{value}]' for a list or {key}=\"'{value}'\" for text"
+        )
     if (key := getattr(error, "full_key", None)) and "Missing mandatory value" in text:
         return ConfigError(f"{key}: not set; give {key}=VALUE")
     return ConfigError(f"{getattr(error, 'full_key', None) or 'configuration'}: {text.splitlines()[0]}")

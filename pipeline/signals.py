@@ -10,7 +10,7 @@ from types import FrameType
 from pipeline.config import LimitKeys
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
-_MARGIN = 30.0    # seconds kept, after the grace, for the journal and the shutdown of the device
+_MARGIN = 30.0  # seconds kept, after the grace, for the journal and the shutdown of the device
 
 
 class Stop:
@@ -22,7 +22,7 @@ class Stop:
     def __init__(self, limits: LimitKeys, gpus: int = 0) -> None:
         self._limits, self._started, self._signal = limits, time.monotonic(), 0
         self.gpus = gpus
-        end = os.environ.get("SLURM_JOB_END_TIME", "")    # seconds since the epoch
+        end = os.environ.get("SLURM_JOB_END_TIME", "")  # seconds since the epoch
         self._slurm_end = float(end) if end.isdigit() else None
 
     def install(self) -> None:
@@ -31,7 +31,7 @@ class Stop:
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self._signal:
-            os._exit(128 + number)    # nothing to flush: the journal is written as rows finish
+            os._exit(128 + number)  # nothing to flush: the journal is written as rows finish
         self._signal = number
 
     def reason(self, generated_tokens: int = 0) -> str | None:

@@ -20,14 +20,14 @@ from pipeline.input.sources import Input
 from pipeline.output.rows import RowResult, Status
 from pipeline.output.shards import ShardWriter
 
-OPEN_ROWS = 32768     # rows of shards that were begun and are not published: the tail of one does not idle the engine
+OPEN_ROWS = 32768  # rows of shards that were begun and are not published: the tail of one does not idle the engine
 OPEN_SHARDS = 64
-_AHEAD = 2            # windows ready before the engine asks for them
+_AHEAD = 2  # windows ready before the engine asks for them
 
 
 @dataclass(eq=False)
 class OpenShard:
-    """A shard in the making. `greedy`: what is computed once for all rows that ask the same; `lock` guards the rows of its works."""
+    """A shard in the making. `greedy`: what is computed once for all rows that ask the same; `lock` guards its works' targets."""
 
     shard: Shard
     writer: ShardWriter
@@ -54,7 +54,7 @@ class Work:
     ask: Ask
     seed: int
     targets: list[Target]
-    result: RowResult | None = None    # set once, under the shard's lock; rows that come later take a copy
+    result: RowResult | None = None  # set once, under the shard's lock; rows that come later take a copy
     tries: int = 0
 
     def request(self, number: int) -> Request:
@@ -68,9 +68,18 @@ class Feed(threading.Thread):
     An error of the thread is raised by `check`.
     """
 
-    def __init__(self, source: Input, shards: Sequence[Shard], open_shard: Callable[[Shard], ShardWriter], builder: PromptBuilder, seed: int,
-                 window: int, threads: int, opened: Callable[[OpenShard], None],
-                 deliver: Callable[[OpenShard, list[RowResult]], None]) -> None:
+    def __init__(
+        self,
+        source: Input,
+        shards: Sequence[Shard],
+        open_shard: Callable[[Shard], ShardWriter],
+        builder: PromptBuilder,
+        seed: int,
+        window: int,
+        threads: int,
+        opened: Callable[[OpenShard], None],
+        deliver: Callable[[OpenShard, list[RowResult]], None],
+    ) -> None:
         super().__init__(name="feed", daemon=True)
         self._source, self._shards, self._open_shard, self._builder = source, shards, open_shard, builder
         self._seed, self._window, self._threads = seed, window, threads
@@ -136,7 +145,7 @@ class Feed(threading.Thread):
                     return
             self._finished = True
         except BaseException as error:
-            self._failure = error    # raised again by the loop's next `check`
+            self._failure = error  # raised again by the loop's next `check`
         finally:
             pool.shutdown(cancel_futures=True)
 
@@ -206,8 +215,8 @@ class Feed(threading.Thread):
         return None
 
     def _hand_over(self, window: list[Work]) -> bool:
-        """Pass the window on, rows with a common prefix next to each other; waits while the engine has enough. False: stopping."""
-        works = sorted(window, key=lambda work: work.tokens.astype(">i4").tobytes())    # big-endian bytes order as the token ids do
+        """Pass the window on, rows with a common prefix side by side; waits while the engine has enough. False: stopping."""
+        works = sorted(window, key=lambda work: work.tokens.astype(">i4").tobytes())  # big-endian bytes order as the token ids do
         window.clear()
         while works and not self._stopping.is_set():
             try:

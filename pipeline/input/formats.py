@@ -17,8 +17,8 @@ import pyarrow.parquet as pq
 from pipeline.exits import ConfigError
 
 CHUNK_ROWS = 1024
-JSONL_BLOCK = 8 << 20                # bytes; the lines that start in one block are a row group, so that any is reached by a seek
-HF_GROUP = 8192                      # rows
+JSONL_BLOCK = 8 << 20  # bytes; the lines that start in one block are a row group, so that any is reached by a seek
+HF_GROUP = 8192  # rows
 JSON_TEXT = {b"gristmill": b"json"}  # metadata of a column whose values are JSON as text
 
 
@@ -54,7 +54,7 @@ class ParquetReader:
         handle.seek(-8, io.SEEK_END)
         footer = int.from_bytes(handle.read(4), "little")
         handle.seek(-8 - footer, io.SEEK_END)
-        self.version = hashlib.blake2b(handle.read(footer), digest_size=16).hexdigest()    # says more than a time: a copy keeps it
+        self.version = hashlib.blake2b(handle.read(footer), digest_size=16).hexdigest()  # says more than a time: a copy keeps it
 
     def rows(self, row_group: int, columns: Sequence[str]) -> Iterator[Chunk]:
         schema = select(self.schema, columns)
@@ -63,15 +63,17 @@ class ParquetReader:
             try:
                 batch = next(batches, None)
             except (pa.ArrowException, OSError) as error:
-                raise ConfigError(f"{self._name}: row group {row_group} is damaged ({first_line(error)}); write the file again") from None
+                raise ConfigError(
+                    f"{self._name}: row group {row_group} is damaged ({first_line(error)}); write the file again"
+                ) from None
             if batch is None:
                 return
             yield repair(pa.Table.from_batches([batch]).select(schema.names).cast(schema))
 
 
 class JsonlReader:
-    """One JSON object a line; blank lines are skipped. A column is text, whole numbers, numbers or truth values, as its values are in the
-    whole file; objects and lists are carried as JSON text, since a struct would fill every row with the keys of all others."""
+    """One JSON object a line; blank lines are skipped. A column is text, whole numbers, numbers or truth values, as its values
+    are in the whole file. Objects and lists are carried as JSON text: structs would give each row the keys of all others."""
 
     def __init__(self, handle: BinaryIO, name: str, stamp: str) -> None:
         self._handle, self._name, self.version = handle, name, stamp
@@ -101,7 +103,7 @@ class JsonlReader:
         start, end = index * JSONL_BLOCK, (index + 1) * JSONL_BLOCK
         self._handle.seek(max(start - 1, 0))
         if start:
-            self._handle.readline()    # the rest of a line that started in an earlier block
+            self._handle.readline()  # the rest of a line that started in an earlier block
             start = self._handle.tell()
         if start >= end:
             return []
@@ -138,22 +140,38 @@ class JsonlReader:
     def _widen(self, kinds: dict[str, type], rows: list[dict[str, Any]], before: int, lines: Sequence[bytes]) -> None:
         """Take the types of these rows into `kinds`: column -> str, int, float, bool, list (JSON text) or NoneType."""
         for key in dict.fromkeys(key for row in rows for key in row):
-            found = {list if kind is dict else kind for kind in {type(row.get(key)) for row in rows}} | {kinds.get(key, type(None))}
+            found = {list if kind is dict else kind for kind in {type(row.get(key)) for row in rows}} | {
+                kinds.get(key, type(None))
+            }
             found.discard(type(None))
             if found == {int, float}:
                 found = {float}
             if len(found) > 1:
                 numbers = [n for n, line in enumerate(lines, before + 1) if line.strip()]
                 first = kinds.get(key) or type(next(row[key] for row in rows if row.get(key) is not None))
-                number, other = next((n, row[key]) for n, row in zip(numbers, rows, strict=True)
-                                     if row.get(key) is not None and type(row[key]) is not first and {type(row[key]), first} != {int, float}
-                                     and not {type(row[key]), first} <= {list, dict})
-                raise ConfigError(f"{self._name}, line {number}: column {key} holds {_WORDS[type(other)]} here and "
-                                  f"{_WORDS[first]} before; make it one type")
+                number, other = next(
+                    (n, row[key])
+                    for n, row in zip(numbers, rows, strict=True)
+                    if row.get(key) is not None
+                    and type(row[key]) is not first
+                    and {type(row[key]), first} != {int, float}
+                    and not {type(row[key]), first} <= {list, dict}
+                )
+                raise ConfigError(
+                    f"{self._name}, line {number}: column {key} holds {_WORDS[type(other)]} here and "
+                    f"{_WORDS[first]} before; make it one type"
+                )
             kinds[key] = found.pop() if found else type(None)
 
 
-_WORDS = {str: "text", int: "a number", float: "a number", bool: "true or false", list: "a list or an object", dict: "a list or an object"}
+_WORDS = {
+    str: "text",
+    int: "a number",
+    float: "a number",
+    bool: "true or false",
+    list: "a list or an object",
+    dict: "a list or an object",
+}
 
 
 def _jsonl_field(name: str, kind: type) -> pa.Field:
@@ -168,7 +186,8 @@ def _jsonl_array(values: list[Any], field: pa.Field) -> pa.Array:
 
 
 class CsvReader:
-    """A header line, then rows. Every column is text, as it stands: guessed types would lose leading zeros. Unquoted nothing is null."""
+    """A header line, then rows. Every column is text as it stands: guessed types would lose leading zeros. An empty field is null,
+    an empty pair of quotes is empty text."""
 
     def __init__(self, handle: BinaryIO, name: str, stamp: str) -> None:
         self._handle, self._name, self.version = handle, name, stamp
@@ -196,7 +215,9 @@ class CsvReader:
                 pa.PythonFile(_Unclosed(self._handle), "rb"),
                 pyarrow.csv.ReadOptions(use_threads=False, block_size=1 << 20),
                 pyarrow.csv.ParseOptions(newlines_in_values=True),
-                pyarrow.csv.ConvertOptions(column_types=types, null_values=[""], strings_can_be_null=True, quoted_strings_can_be_null=False),
+                pyarrow.csv.ConvertOptions(
+                    column_types=types, null_values=[""], strings_can_be_null=True, quoted_strings_can_be_null=False
+                ),
             )
         except pa.ArrowException as error:
             raise ConfigError(f"{self._name}: not CSV in UTF-8 ({first_line(error)})") from None
@@ -249,7 +270,7 @@ def plain(kind: pa.DataType) -> pa.DataType:
 
 
 def repair(table: pa.Table) -> Chunk:
-    """Replace text that is not UTF-8, lone surrogates among it, by U+FFFD: Arrow lets a file hold it, and all that follows would fail."""
+    """Replace text that is not UTF-8, lone surrogates too, by U+FFFD: Parquet may hold it, and all that follows would fail."""
     try:
         table.validate(full=True)
         return Chunk(table)
@@ -283,7 +304,9 @@ def _repaired(array: pa.Array) -> pa.Array:
         values = array.cast(pa.large_binary()).to_pylist()
         return pa.array([None if value is None else value.decode("utf-8", "replace") for value in values], kind)
     if pa.types.is_struct(kind):
-        return pa.StructArray.from_arrays([_repaired(array.field(i)) for i in range(kind.num_fields)], fields=list(kind), mask=array.is_null())
+        return pa.StructArray.from_arrays(
+            [_repaired(array.field(i)) for i in range(kind.num_fields)], fields=list(kind), mask=array.is_null()
+        )
     if pa.types.is_list(kind) or pa.types.is_large_list(kind):
         array = pa.concat_arrays([array])
         return type(array).from_arrays(array.offsets, _repaired(array.values), type=kind, mask=array.is_null())

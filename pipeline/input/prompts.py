@@ -40,7 +40,7 @@ class Tokenizer(Protocol):
     special_tokens: Sequence[str]
 
     def render_chat(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] | None = None) -> str:
-        """The conversation as text, with the header of the answer. Raises ValueError, or jinja2.TemplateError, where the template refuses."""
+        """The conversation as text, with the header of the answer. Raises what the template raises where it refuses."""
 
     def encode_batch(self, texts: Sequence[str], add_special_tokens: bool) -> list[Sequence[int]]: ...
 
@@ -72,7 +72,7 @@ class Ask:
 
 @dataclass(slots=True)
 class Prompt:
-    """Row `row` of its shard: tokens (int32) and what it asks for, or a status and an error. `note`: kept with a row that runs."""
+    """Row `row` of its shard: tokens (int32) and what it asks for, or a status and an error. `note`: error of a row that runs."""
 
     row: int
     tokens: np.ndarray | None = None
@@ -89,17 +89,25 @@ class Form:
         self._there = schema.names
         for name, column in mapping.items():
             if column is not None and column not in schema.names:
-                raise ConfigError(f"input.columns.{name}={column}: the input has no such column; it has {', '.join(schema.names)}")
+                raise ConfigError(
+                    f"input.columns.{name}={column}: the input has no such column; it has {', '.join(schema.names)}"
+                )
         self._column = {name: name for name in schema.names} | dict(mapping)
         environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-            undefined=jinja2.StrictUndefined, finalize=lambda value: "" if value is None else value, keep_trailing_newline=True)
+            undefined=jinja2.StrictUndefined, finalize=lambda value: "" if value is None else value, keep_trailing_newline=True
+        )
         environment.filters["json"] = lambda value: orjson.dumps(value).decode()
         used: set[str] = set()
         if task.messages is not None:
-            sources = [(f"task.messages.{i}.content", message["role"], message["content"]) for i, message in enumerate(task.messages)]
+            sources = [
+                (f"task.messages.{i}.content", message["role"], message["content"]) for i, message in enumerate(task.messages)
+            ]
         else:
-            sources = [(f"task.{key}", role, text) for key, role, text in (("system", "system", task.system), ("prompt", "user", task.prompt))
-                       if text is not None]
+            sources = [
+                (f"task.{key}", role, text)
+                for key, role, text in (("system", "system", task.system), ("prompt", "user", task.prompt))
+                if text is not None
+            ]
         self._templates = [(role, self._compile(environment, key, text, used)) for key, role, text in sources]
         self.templated = task.messages is not None or task.prompt is not None
         self.base = None if self.templated else self._base_column()
@@ -107,24 +115,32 @@ class Form:
         overrides = [name for name in OVERRIDES if self._column.get(name) is not None and name not in used]
         for name in mapping:
             if name not in used and name not in OVERRIDES and name != self.base and name not in ("messages", "prompt"):
-                raise ConfigError(f"input.columns.{name}: nothing uses the name {name}; the task uses "
-                                  f"{', '.join([*self._fields, *filter(None, [self.base])]) or 'no column'}")
+                raise ConfigError(
+                    f"input.columns.{name}: nothing uses the name {name}; the task uses "
+                    f"{', '.join([*self._fields, *filter(None, [self.base])]) or 'no column'}"
+                )
         self._names = dict.fromkeys([*self._fields, *([self.base] if self.base else []), *overrides])
-        self._json = {name for name in self._names if schema.field(self._column[name]).metadata == JSON_TEXT}    # type: ignore[arg-type]
+        self._json = {name for name in self._names if schema.field(self._column[name]).metadata == JSON_TEXT}  # type: ignore[arg-type]
         self.overrides = frozenset(overrides)
         self._structured = self.overrides | {"messages"} - set(self._fields)
-        self.columns = list(dict.fromkeys(self._column[name] for name in self._names)) or schema.names[:1]    # one at least counts the rows
+        self.columns = (
+            list(dict.fromkeys(self._column[name] for name in self._names)) or schema.names[:1]
+        )  # one at least counts the rows
 
     def _compile(self, environment: jinja2.Environment, key: str, text: str, used: set[str]) -> jinja2.Template:
         try:
-            names = jinja2.meta.find_undeclared_variables(environment.parse(text)) - (set(environment.globals) - set(self._column))
+            names = jinja2.meta.find_undeclared_variables(environment.parse(text)) - (
+                set(environment.globals) - set(self._column)
+            )
             template = environment.from_string(text)
         except jinja2.TemplateSyntaxError as error:
             raise ConfigError(f"{key}: line {error.lineno}: {first_line(error)}") from None
         for name in sorted(names):
             if self._column.get(name) is None:
-                raise ConfigError(f"{key}: the template uses the column {name}, which the input has not; it has {', '.join(self._there)}; "
-                                  f"for another name set input.columns.{name}=COLUMN")
+                raise ConfigError(
+                    f"{key}: the template uses the column {name}, which the input has not; it has {', '.join(self._there)}; "
+                    f"for another name set input.columns.{name}=COLUMN"
+                )
         used |= names
         return template
 
@@ -132,8 +148,10 @@ class Form:
         for name in ("messages", "prompt"):
             if self._column.get(name) is not None:
                 return name
-        raise ConfigError("the input has no column messages or prompt, and the task has no template; it has "
-                          f"{', '.join(self._there)}; set input.columns.prompt=COLUMN or task.prompt='... {{{{ {self._there[0]} }}}} ...'")
+        raise ConfigError(
+            "the input has no column messages or prompt, and the task has no template; it has "
+            f"{', '.join(self._there)}; set input.columns.prompt=COLUMN or task.prompt='... {{{{ {self._there[0]} }}}} ...'"
+        )
 
     def rows(self, table: pa.Table) -> Iterator[dict[str, Any]]:
         """The values of the names in use, row by row."""
@@ -152,8 +170,11 @@ class Form:
         extra = [{"role": role, "content": self._render(template, row)} for role, template in self._templates]
         if self.base is None:
             if self._fields and all(_blank(row[name]) for name in self._fields):
-                raise Refused(Status.PROMPT_NULL, f"the template's {_plural('column', self._fields)} {', '.join(self._fields)} "
-                                                  f"{'is' if len(self._fields) == 1 else 'are'} null or empty")
+                raise Refused(
+                    Status.PROMPT_NULL,
+                    f"the template's {_plural('column', self._fields)} {', '.join(self._fields)} "
+                    f"{'is' if len(self._fields) == 1 else 'are'} null or empty",
+                )
             if not any(message["content"].strip() for message in extra):
                 raise Refused(Status.PROMPT_NULL, "the template renders to nothing")
             return extra
@@ -177,7 +198,9 @@ class Form:
 class PromptBuilder:
     """Makes prompts of chunks of rows, in any thread. `guide`: the task's schema, compiled."""
 
-    def __init__(self, form: Form, task: TaskKeys, sampling: Sampling, tokenizer: Tokenizer, guides: Guides, guide: Guide | None) -> None:
+    def __init__(
+        self, form: Form, task: TaskKeys, sampling: Sampling, tokenizer: Tokenizer, guides: Guides, guide: Guide | None
+    ) -> None:
         self._form, self._tokenizer, self._guides, self._sampling = form, tokenizer, guides, sampling
         self._default = Ask(sampling.params(), sampling.n or 1, guide=guide)
         chat = bool(tokenizer.chat_template) if task.chat == "auto" else task.chat
@@ -196,7 +219,7 @@ class PromptBuilder:
         return self._form.columns
 
     def build(self, chunk: Chunk, first_row: int) -> list[Prompt]:
-        """The prompts of the chunk's rows, numbered from `first_row`. Special tokens in the rows' own text are encoded as plain text."""
+        """The prompts of the chunk's rows, numbered from `first_row`. Special tokens in the rows' own text become plain text."""
         prompts: list[Prompt] = []
         texts: list[str] = []
         waiting: list[tuple[Prompt, list[str]]] = []
@@ -244,6 +267,7 @@ class PromptBuilder:
     def _hide(self, value: Any, hidden: list[str]) -> Any:
         """`value` with each special token replaced by a mark that the chat template leaves alone."""
         if isinstance(value, str):
+
             def mark(match: re.Match[str]) -> str:
                 hidden.append(match.group())
                 return chr(_MARK + len(hidden) - 1)
@@ -277,8 +301,11 @@ class PromptBuilder:
         if (value := row.get("adapter")) is not None:
             ask = replace(ask, adapter=str(value))
         if ask.guide is not None and ask.params.max_tokens < ask.guide.grammar.min_tokens:
-            raise Refused(Status.SCHEMA_ERROR, f"max_tokens={ask.params.max_tokens} is below the {ask.guide.grammar.min_tokens} tokens "
-                                               "that the shortest valid output needs")
+            raise Refused(
+                Status.SCHEMA_ERROR,
+                f"max_tokens={ask.params.max_tokens} is below the {ask.guide.grammar.min_tokens} tokens "
+                "that the shortest valid output needs",
+            )
         return ask
 
     def _sampled(self, ask: Ask, value: Any) -> Ask:
@@ -321,8 +348,10 @@ def _conversation(value: Any) -> list[dict[str, Any]]:
         if message.get("role") not in ROLES:
             _bad(f"messages.{index}.role is {message.get('role')!r}; there are {', '.join(sorted(ROLES))}")
         content = message.get("content") or ""
-        if isinstance(content, list):    # parts, as the chat completions API writes them
-            if not all(isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str) for part in content):
+        if isinstance(content, list):  # parts, as the chat completions API writes them
+            if not all(
+                isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str) for part in content
+            ):
                 _bad(f"messages.{index}.content has a part that is not text")
             content = "".join(part["text"] for part in content)
         if not isinstance(content, str):
@@ -352,7 +381,9 @@ def _pruned(value: Any) -> Any:
 def _takes_system(tokenizer: Tokenizer) -> bool:
     """Some templates raise on a system message, and some drop it."""
     try:
-        return "gristmill-probe" in tokenizer.render_chat([{"role": "system", "content": "gristmill-probe"}, {"role": "user", "content": "x"}])
+        return "gristmill-probe" in tokenizer.render_chat(
+            [{"role": "system", "content": "gristmill-probe"}, {"role": "user", "content": "x"}]
+        )
     except Exception:
         # Each template raises what it likes; the rows' own conversations will tell if it cannot be used at all.
         return False

@@ -31,7 +31,7 @@ class Guide:
 
 
 class Guides:
-    """Distinct schemas compiled once. Thread-safe; the least recently used are dropped, and kept alive by the rows that use them."""
+    """Distinct schemas compiled once. Thread-safe; the least recently used are dropped, but live on in the rows that use them."""
 
     def __init__(self, grammars: Grammars) -> None:
         self._grammars = grammars

@@ -19,7 +19,15 @@ from pipeline.input.formats import JSON_TEXT, Chunk, CsvReader, HfReader, JsonlR
 from pipeline.input.plan import InputFile, Piece, Shard, check_unchanged
 
 READERS: dict[str, type] = {"parquet": ParquetReader, "jsonl": JsonlReader, "csv": CsvReader}
-SUFFIXES = {".parquet": "parquet", ".parq": "parquet", ".pq": "parquet", ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl", ".csv": "csv"}
+SUFFIXES = {
+    ".parquet": "parquet",
+    ".parq": "parquet",
+    ".pq": "parquet",
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".json": "jsonl",
+    ".csv": "csv",
+}
 JSON_WORD = "a list or an object"
 _MAGIC = re.compile(r"[*?\[]")
 _HUB = re.compile(r"hf://(?!datasets/|buckets/|models/|spaces/)[\w.-]+(/[\w.-]+)?(@[\w./-]+)?$")
@@ -57,13 +65,13 @@ class Input:
 
 
 class Cursor:
-    """Reads shards one after another. It stays where it stopped, since formats without an index are costly to enter in the middle."""
+    """Reads shards one after another. It stays where it stopped: formats without an index are costly to enter in the middle."""
 
     def __init__(self, openers: dict[str, Callable[[], Reader]], files: dict[str, InputFile], schema: pa.Schema) -> None:
         self._openers, self._files, self._schema = openers, files, schema
         self._key: str | None = None
         self._reader: Reader | None = None
-        self._at: tuple[str, int, int] | None = None    # file, row group, and the next row of it that `_chunks` will give
+        self._at: tuple[str, int, int] | None = None  # file, row group, and the next row of it that `_chunks` will give
         self._chunks: Iterator[Chunk] = iter(())
 
     def read(self, shard: Shard) -> Iterator[Chunk]:
@@ -81,10 +89,12 @@ class Cursor:
         while at < end:
             chunk = next(self._chunks, None)
             if chunk is None:
-                raise ConfigError(f"{piece.file}: row group {piece.row_group} ends at row {at}, {end} were planned; restore the file")
+                raise ConfigError(
+                    f"{piece.file}: row group {piece.row_group} ends at row {at}, {end} were planned; restore the file"
+                )
             rows = chunk.table.num_rows
             first, last = max(piece.offset - at, 0), min(end - at, rows)
-            if last < rows:    # keep the rest for the next piece
+            if last < rows:  # keep the rest for the next piece
                 self._chunks = _chain(_slice(chunk, last, rows), self._chunks)
             at += last
             self._at = (piece.file, piece.row_group, at)
@@ -96,7 +106,9 @@ class Cursor:
         planned = self._files[key]
         reader = _guard(planned.uri, self._openers[key])
         if (reader.version, sum(reader.row_groups)) != (planned.version, planned.num_rows):
-            check_unchanged(planned, InputFile(key, planned.uri, sum(reader.row_groups), planned.size, reader.version, reader.row_groups))
+            check_unchanged(
+                planned, InputFile(key, planned.uri, sum(reader.row_groups), planned.size, reader.version, reader.row_groups)
+            )
         return reader
 
 
@@ -110,7 +122,7 @@ def open_input(data: str | Sequence[str], keys: Any) -> Input:
         raise ConfigError("data: give a path, a glob, a folder, a URL or a list of them")
     found = [item for entry in entries for item in _find(entry, keys)]
     names = [item.key for item in found]
-    if len(set(names)) < len(names):    # a/x.parquet and b/x.parquet given one by one: only their whole addresses tell them apart
+    if len(set(names)) < len(names):  # a/x.parquet and b/x.parquet given one by one: only their whole addresses tell them apart
         found = [Found(item.uri, item.uri, item.size, item.open) if names.count(item.key) > 1 else item for item in found]
     return Input(sorted(found, key=lambda item: item.key))
 
@@ -135,7 +147,7 @@ def _find(entry: str, keys: Any) -> list[Found]:
 
 def _files(entry: str, fs: fsspec.AbstractFileSystem, path: str, keys: Any) -> list[Found]:
     if _MAGIC.search(path) and not fs.exists(path):
-        root = path[: _MAGIC.search(path).start()].rpartition("/")[0]    # type: ignore[union-attr]
+        root = path[: _MAGIC.search(path).start()].rpartition("/")[0]  # type: ignore[union-attr]
         paths = [p for p, info in fs.glob(path, detail=True).items() if info["type"] == "file" and not _hidden(p, root)]
         if not paths:
             raise ConfigError(f"data={entry}: no file matches")
@@ -160,12 +172,14 @@ def _file(fs: fsspec.AbstractFileSystem, path: str, key: str, given: str) -> Fou
     info = fs.info(path)
     if not info.get("size"):
         raise ConfigError(f"{uri}: empty (0 bytes); write it again or leave it out")
-    stamp = str(next((info[name] for name in ("ETag", "etag", "mtime", "LastModified", "last_modified", "updated") if info.get(name)), ""))
+    stamp = str(
+        next((info[name] for name in ("ETag", "etag", "mtime", "LastModified", "last_modified", "updated") if info.get(name)), "")
+    )
     return Found(key, uri, info["size"], lambda: READERS[kind](fs.open(path, "rb"), uri, stamp))
 
 
 def _hidden(path: str, root: str) -> bool:
-    return any(part.startswith(("_", ".")) for part in path[len(root):].split("/"))
+    return any(part.startswith(("_", ".")) for part in path[len(root) :].split("/"))
 
 
 def _near(fs: fsspec.AbstractFileSystem, path: str) -> str:
@@ -192,7 +206,9 @@ def _hub(entry: str, keys: Any) -> Found:
             raise ConfigError(f"{hint}: dataset {name}: {first_line(error)}") from None
         except Exception as error:
             # The hub's client raises errors of several libraries: whatever it is, this dataset cannot be had.
-            raise ConfigError(f"data={entry}: the dataset cannot be loaded ({type(error).__name__}: {first_line(error)})") from None
+            raise ConfigError(
+                f"data={entry}: the dataset cannot be loaded ({type(error).__name__}: {first_line(error)})"
+            ) from None
 
     return _dataset(f"{name}/{keys.split}", entry, load())
 

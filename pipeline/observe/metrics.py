@@ -16,18 +16,21 @@ import pyarrow.parquet as pq
 from engine.request import EngineStats
 from pipeline.output.store import Store
 
-SECONDS = 5.0            # between samples
-_WRITE_SECONDS = 60.0    # between writes of what was sampled
+SECONDS = 5.0  # between samples
+_WRITE_SECONDS = 60.0  # between writes of what was sampled
 _PREFIX, MERGED = "_metrics-", "metrics.parquet"
 SCHEMA = pa.schema([
     ("attempt", pa.string()), ("host", pa.string()), ("time", pa.timestamp("ms", "UTC")), ("seconds", pa.float64()),
     ("rows", pa.int64()), ("rows_per_second", pa.float64()),
-    ("prompt_tokens", pa.int64()), ("cached_tokens", pa.int64()), ("generated_tokens", pa.int64()), ("forced_tokens", pa.int64()),
-    ("prompt_tokens_per_second", pa.float64()), ("generated_tokens_per_second", pa.float64()),
-    ("running", pa.int32()), ("waiting", pa.int32()), ("kv_use", pa.float32()), ("preemptions", pa.int64()), ("steps", pa.int64()),
-    ("graph_steps", pa.int64()), ("gpu_use", pa.float32()), ("gpu_memory_gib", pa.float32()), ("gpu_watts", pa.float32()),
+    ("prompt_tokens", pa.int64()), ("cached_tokens", pa.int64()),
+    ("generated_tokens", pa.int64()), ("forced_tokens", pa.int64()),
+    ("prompt_tokens_per_second", pa.float64()),
+    ("generated_tokens_per_second", pa.float64()),
+    ("running", pa.int32()), ("waiting", pa.int32()), ("kv_use", pa.float32()),
+    ("preemptions", pa.int64()), ("steps", pa.int64()), ("graph_steps", pa.int64()),
+    ("gpu_use", pa.float32()), ("gpu_memory_gib", pa.float32()), ("gpu_watts", pa.float32()),
     ("memory_gib", pa.float32()),
-])    # fmt: skip
+])  # fmt: skip
 
 
 class NvidiaGpus:
@@ -40,7 +43,9 @@ class NvidiaGpus:
         pynvml.nvmlInit()
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
         names = visible.split(",") if visible else [str(i) for i in range(pynvml.nvmlDeviceGetCount())]
-        self._handles = [pynvml.nvmlDeviceGetHandleByIndex(int(n)) if n.isdigit() else pynvml.nvmlDeviceGetHandleByUUID(n) for n in names]
+        self._handles = [
+            pynvml.nvmlDeviceGetHandleByIndex(int(n)) if n.isdigit() else pynvml.nvmlDeviceGetHandleByUUID(n) for n in names
+        ]
 
     def __len__(self) -> int:
         return len(self._handles)
@@ -80,12 +85,14 @@ class Metrics:
             return
         now: dict[str, Any] = {
             "attempt": self._attempt, "host": self._host, "time": round(time.time() * 1000), "seconds": seconds, "rows": rows,
-            "prompt_tokens": stats.prompt_tokens, "cached_tokens": stats.cached_tokens, "generated_tokens": stats.generated_tokens,
-            "forced_tokens": stats.forced_tokens, "running": stats.running, "waiting": stats.waiting,
-            "kv_use": stats.kv_pages_used / max(stats.kv_pages_total, 1), "preemptions": stats.preemptions, "steps": stats.steps,
-            "graph_steps": stats.graph_steps, "memory_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+            "prompt_tokens": stats.prompt_tokens, "cached_tokens": stats.cached_tokens,
+            "generated_tokens": stats.generated_tokens, "forced_tokens": stats.forced_tokens,
+            "running": stats.running, "waiting": stats.waiting,
+            "kv_use": stats.kv_pages_used / max(stats.kv_pages_total, 1), "preemptions": stats.preemptions,
+            "steps": stats.steps, "graph_steps": stats.graph_steps,
+            "memory_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
             **(self._gpus.sample() if self._gpus else {}),
-        }    # fmt: skip
+        }  # fmt: skip
         past = last or {"seconds": 0.0, "rows": 0, "prompt_tokens": 0, "generated_tokens": 0}
         for name in ("rows", "prompt_tokens", "generated_tokens"):
             now[f"{name}_per_second"] = (now[name] - past[name]) / max(seconds - past["seconds"], 1e-9)
@@ -110,8 +117,9 @@ def read_metrics(store: Store) -> pa.Table:
     parts = [pq.read_table(io.BytesIO(data), schema=SCHEMA) for name in names if (data := store.read(name)) is not None]
     if not parts:
         return SCHEMA.empty_table()
-    return pa.Table.from_pylist(list({(row["attempt"], row["seconds"]): row for part in parts for row in part.to_pylist()}.values()),
-                                SCHEMA).sort_by("time")
+    return pa.Table.from_pylist(
+        list({(row["attempt"], row["seconds"]): row for part in parts for row in part.to_pylist()}.values()), SCHEMA
+    ).sort_by("time")
 
 
 def merge_metrics(store: Store) -> pa.Table:

@@ -8,7 +8,7 @@ from typing import TextIO
 
 from tqdm import tqdm
 
-LINE_SECONDS = 20.0    # between plain lines: a log of a night stays readable
+LINE_SECONDS = 20.0  # between plain lines: a log of a night stays readable
 
 
 class Progress:
@@ -20,7 +20,7 @@ class Progress:
         self._bar: tqdm | None = None
         self._total = 0
         self._began = self._printed = self._started
-        self._recent: list[tuple[float, int, int, int]] = []    # time, rows, prompt tokens, completion tokens: the last half minute
+        self._recent: list[tuple[float, int, int, int]] = []  # time, rows, prompt tokens, completion tokens: the last half minute
 
     def phase(self, name: str) -> None:
         """Say what is being done now."""
@@ -50,7 +50,9 @@ class Progress:
             self._recent.pop(0)
         then = self._recent[0] if len(self._recent) > 1 else (self._began, 0, 0, 0)
         seconds = max(now - then[0], 1e-9)
-        rows, prefill, decode = ((new - old) / seconds for new, old in zip((done - recovered, prompt_tokens, completion_tokens), then[1:], strict=True))
+        rows, prefill, decode = (
+            (new - old) / seconds for new, old in zip((done - recovered, prompt_tokens, completion_tokens), then[1:], strict=True)
+        )
         rates = f"prefill {prefill:,.0f} tok/s, decode {decode:,.0f} tok/s, {running} running, {waiting} waiting"
         if self._bar is not None:
             self._bar.set_postfix_str(rates, refresh=False)

@@ -1,4 +1,4 @@
-"""The end of a run: metrics.parquet, report.html, the manifest and _SUCCESS, and what is said on standard output, statuses last."""
+"""The end of a run: metrics.parquet, report.html, the manifest, _SUCCESS, and what is said on standard output, statuses last."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from pipeline.output.rows import Status
 from pipeline.output.run_folder import MANIFEST, RUN, RunFolder
 
 REPORT = "report.html"
-FINE = (Status.OK, Status.LENGTH)    # all others are errors
-LABEL_ROWS = 200_000                 # that the table of labels counts, at most
+FINE = (Status.OK, Status.LENGTH)  # all others are errors
+LABEL_ROWS = 200_000  # that the table of labels counts, at most
 _BAR = 30
 
 
@@ -49,20 +49,24 @@ def say(config: RunConfig, folder: RunFolder, manifest: Mapping[str, Any]) -> in
     for name, counts in manifest.get("labels", {}).items():
         print(f"{name}: " + ", ".join(f"{value} {count:,}" for value, count in sorted(counts.items(), key=lambda item: -item[1])))
     if rate := manifest.get("speed"):
-        print(f"{rate['rows']:,} rows in {duration(rate['seconds'])}: {rate['rows_per_second']:,.1f} rows/s, "
-              f"{rate['generated_tokens_per_second']:,.0f} tokens/s generated, {rate['prompt_tokens_per_second']:,.0f} tokens/s of prompts")
-    out = folder.out
-    first = folder.plan.shards[0].name if folder.plan.shards else ""
-    print(f"output: {out} ({manifest['shards']:,} {'part' if manifest['shards'] == 1 else 'parts'}, {manifest['rows']:,} rows), "
-          f"{out.rstrip('/')}/{REPORT}")
-    print(f"next:   python -c \"import pandas; print(pandas.read_parquet('{out.rstrip('/')}/{first}'))\"   or   python -m pipeline.merge {out} FILE.parquet")
+        print(
+            f"{rate['rows']:,} rows in {duration(rate['seconds'])}: {rate['rows_per_second']:,.1f} rows/s, "
+            f"{rate['generated_tokens_per_second']:,.0f} tokens/s generated, "
+            f"{rate['prompt_tokens_per_second']:,.0f} tokens/s of prompts"
+        )
+    out = folder.out.rstrip("/")
+    print(f"output: {out}/{folder.plan.shards[0].name}{' and its siblings' if manifest['shards'] > 1 else ''}, {out}/{REPORT}")
+    print(f"next:   python -c \"import pandas; print(pandas.read_parquet('{out}/{folder.plan.shards[0].name}'))\"")
+    print(f"        python -m pipeline.merge {out} {out}.parquet")
     statuses: dict[str, int] = manifest["statuses"]
     rows = max(sum(statuses.values()), 1)
     bad = sum(count for status, count in statuses.items() if status not in FINE)
     too_many = bad / rows > config.limits.max_error_rate
     if too_many:
-        print(f"{bad:,} of {rows:,} rows have errors, more than limits.max_error_rate={config.limits.max_error_rate:g}; "
-              "the column error says why")
+        print(
+            f"{bad:,} of {rows:,} rows have errors, more than limits.max_error_rate={config.limits.max_error_rate:g}; "
+            "the column error says why"
+        )
     for status, count in sorted(statuses.items(), key=lambda item: -item[1]):
         print(f"{status:<16} {count:>12,}  {count / rows:7.2%}  {'#' * max(round(_BAR * count / rows), 1)}")
     return Exit.ERROR_RATE if too_many else Exit.COMPLETE
@@ -72,7 +76,9 @@ def count_labels(folder: RunFolder, spec: GuideSpec | None) -> dict[str, dict[st
     """How often each value of the schema's top-level enums and truth values was given, in the first LABEL_ROWS rows."""
     schema = json.loads(spec.text) if spec is not None and spec.kind == "schema" else None
     properties = schema.get("properties", {}) if isinstance(schema, dict) else {}
-    names = [name for name, sub in properties.items() if isinstance(sub, dict) and ("enum" in sub or sub.get("type") == "boolean")]
+    names = [
+        name for name, sub in properties.items() if isinstance(sub, dict) and ("enum" in sub or sub.get("type") == "boolean")
+    ]
     counts: dict[str, Counter[str]] = {name: Counter() for name in names}
     seen = 0
     for shard in folder.plan.shards if names else ():
@@ -102,24 +108,35 @@ def speed(metrics: pa.Table) -> dict[str, float] | None:
 def render(manifest: Mapping[str, Any], metrics: pa.Table, info: Mapping[str, Any]) -> str:
     """report.html: one file that needs no network."""
     template = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(
-        files("pipeline.observe").joinpath(REPORT).read_text())
+        files("pipeline.observe").joinpath(REPORT).read_text()
+    )
     charts = [
         (title, *_line(metrics, column), unit)
         for title, column, unit in (
-            ("Generated tokens a second", "generated_tokens_per_second", "tok/s"), ("Prompt tokens a second", "prompt_tokens_per_second", "tok/s"),
+            ("Generated tokens a second", "generated_tokens_per_second", "tok/s"),
+            ("Prompt tokens a second", "prompt_tokens_per_second", "tok/s"),
             ("Rows a second", "rows_per_second", "rows/s"), ("Rows running", "running", "rows"),
             ("KV pool in use", "kv_use", ""), ("GPU in use", "gpu_use", ""),
         )
-    ]    # fmt: skip
-    return template.render(manifest=manifest, charts=[chart for chart in charts if chart[1]], info=info,
-                           config=json.dumps(info.get("config", {}), indent=2, ensure_ascii=False), duration=duration)
+    ]  # fmt: skip
+    return template.render(
+        manifest=manifest,
+        charts=[chart for chart in charts if chart[1]],
+        info=info,
+        config=json.dumps(info.get("config", {}), indent=2, ensure_ascii=False),
+        duration=duration,
+    )
 
 
 def _line(metrics: pa.Table, column: str, width: int = 600, height: int = 120, points: int = 300) -> tuple[str, float]:
     """The points of an SVG polyline over time, and the largest value; no points where nothing was measured."""
-    rows = [(row["time"].timestamp(), row[column]) for row in metrics.select(["time", column]).to_pylist() if row[column] is not None]
+    rows = [
+        (row["time"].timestamp(), row[column]) for row in metrics.select(["time", column]).to_pylist() if row[column] is not None
+    ]
     if len(rows) < 2:
         return "", 0.0
     rows = rows[:: -(-len(rows) // points)]
     first, last, top = rows[0][0], rows[-1][0], max(value for _, value in rows) or 1.0
-    return " ".join(f"{(t - first) / max(last - first, 1e-9) * width:.1f},{height - value / top * height:.1f}" for t, value in rows), top
+    return " ".join(
+        f"{(t - first) / max(last - first, 1e-9) * width:.1f},{height - value / top * height:.1f}" for t, value in rows
+    ), top

@@ -1,6 +1,7 @@
-"""A model and an engine that follow a script: real pipeline, no weights, no torch. Output depends on the prompt, the seed and the schema alone.
+"""A model and an engine that follow a script: the real pipeline without weights and torch.
 
-What a prompt may say: `FAIL` (the engine fails on it, each time), `FAILONCE`, `SLOW` (takes 200 turns), `LONG` (hits max_tokens).
+The output depends on the prompt, the seed and the schema alone. What a prompt may say: `FAIL` (the engine
+fails on it, each time), `FAILONCE`, `SLOW` (takes 200 turns), `LONG` (hits max_tokens).
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import jinja2
 import numpy as np
@@ -35,7 +36,9 @@ class ScriptedTokenizer:
 
     def __init__(self, chat_template: str | None = TEMPLATE) -> None:
         self.chat_template, self.special_tokens = chat_template, SPECIAL
-        self._compiled = jinja2.Environment(undefined=jinja2.StrictUndefined).from_string(chat_template) if chat_template else None
+        self._compiled = (
+            jinja2.Environment(undefined=jinja2.StrictUndefined).from_string(chat_template) if chat_template else None
+        )
 
     def render_chat(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] | None = None) -> str:
         return self._compiled.render(messages=messages, tools=tools)
@@ -70,7 +73,9 @@ class ScriptedTokenizer:
         return list(text.encode())
 
     def decode_batch(self, tokens: Sequence[Sequence[int]]) -> list[str]:
-        return [bytes(t for t in ids if t < 256).decode("utf-8", "replace") for ids in (np.asarray(ids).tolist() for ids in tokens)]
+        return [
+            bytes(t for t in ids if t < 256).decode("utf-8", "replace") for ids in (np.asarray(ids).tolist() for ids in tokens)
+        ]
 
 
 @dataclass(eq=False)
@@ -90,7 +95,9 @@ class ScriptedGrammars:
 class ScriptedEngine:
     """Holds `max_rows` rows, each for `turns` turns; a turn sleeps `delay` seconds."""
 
-    def __init__(self, max_model_len: int = 4096, max_rows: int = 32, turns: int = 2, delay: float = 0.0, window: int = 256) -> None:
+    def __init__(
+        self, max_model_len: int = 4096, max_rows: int = 32, turns: int = 2, delay: float = 0.0, window: int = 256
+    ) -> None:
         self.max_model_len, self.max_rows = max_model_len, max_rows
         self._turns, self._delay, self._window = turns, delay, window
         self._waiting: deque[Request] = deque()
@@ -143,8 +150,20 @@ class ScriptedEngine:
         return len(self._waiting) + len(self._running) + len(self._aborted)
 
     def stats(self) -> EngineStats:
-        return EngineStats(len(self._running), len(self._waiting), len(self._running), self.max_rows, self._prompt, 0, self._generated, 0,
-                           self._steps, 0, 0, self._finished)
+        return EngineStats(
+            len(self._running),
+            len(self._waiting),
+            len(self._running),
+            self.max_rows,
+            self._prompt,
+            0,
+            self._generated,
+            0,
+            self._steps,
+            0,
+            0,
+            self._finished,
+        )
 
     def close(self) -> None:
         pass
@@ -160,7 +179,11 @@ class ScriptedEngine:
             return Completion(request.id, empty, FinishReason.ERROR, size, error="scripted failure")
         seed = request.params.seed if request.params.temperature > 0 else 0
         draw = random.Random(hashlib.blake2b(text + seed.to_bytes(8, "big"), digest_size=8).digest())
-        output = json.dumps(_instance(json.loads(request.grammar.spec.text), draw)) if request.grammar else f"echo {draw.getrandbits(32):08x}"
+        output = (
+            json.dumps(_instance(json.loads(request.grammar.spec.text), draw))
+            if request.grammar
+            else f"echo {draw.getrandbits(32):08x}"
+        )
         tokens = np.frombuffer(output.encode(), np.uint8).astype(np.int32)
         reason = FinishReason.STOP
         if b"LONG" in text:
@@ -172,7 +195,7 @@ class ScriptedEngine:
 class ScriptedModel:
     """The factory's product. `SCRIPTED_*` in the environment set the engine's script when it runs as a process of its own."""
 
-    engines: list[ScriptedEngine] = []
+    engines: ClassVar[list[ScriptedEngine]] = []
 
     def __init__(self, config: RunConfig, **script: Any) -> None:
         self.config, self.script = config, script
@@ -194,7 +217,11 @@ class ScriptedModel:
     def load(self, progress: Callable[[str], None]) -> ScriptedEngine:
         progress("loading weights")
         self.loads += 1
-        script = {name: float(os.environ[f"SCRIPTED_{name.upper()}"]) for name in ("turns", "delay") if f"SCRIPTED_{name.upper()}" in os.environ}
+        script = {
+            name: float(os.environ[f"SCRIPTED_{name.upper()}"])
+            for name in ("turns", "delay")
+            if f"SCRIPTED_{name.upper()}" in os.environ
+        }
         engine = ScriptedEngine(self.max_model_len(), self.config.engine.max_rows or 32, **{**script, **self.script})
         ScriptedModel.engines.append(engine)
         return engine
