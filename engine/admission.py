@@ -42,7 +42,7 @@ class LengthPredictor:
 def peak_tokens(held: np.ndarray, left: np.ndarray) -> int:
     """The most KV tokens that rows will hold at once when row i holds held[i] now and ends after left[i] more.
 
-    The peak stands at the end of some row: all that outlive it then hold what they have now and as many more (LightLLM's forecast).
+    The peak is at the end of some row: all that outlive it then hold what they have now and as much more (LightLLM's forecast).
     """
     if held.size == 0:
         return 0

@@ -1,11 +1,12 @@
 """KV pages: who holds them, and which hold a prefix that others can share.
 
-Ownership. Page 0 is the dummy page, nobody's. Every other page is free, or held by one or more rows, or cached (held by the prefix tree
-alone), or both held and cached. refs[page] counts rows plus one for the tree. A page is never written once a second holder may read it:
-only full pages are shared, and rows write past them.
+Ownership. Page 0 is the dummy page, nobody's. Every other page is free, or held by one or more rows, or cached (held by the
+prefix tree alone), or both held and cached. refs[page] counts rows plus one for the tree. A page is never written once a second
+holder may read it: only full pages are shared, and rows write past them.
 
-Prefix tree. A node stands for one full page of tokens after its parent's, keyed by the tokens themselves, so a match is exact. `pending`
-counts the requests in the window that still need the node: the dataset is known, so pages nobody waits for are evicted first.
+Prefix tree. A node stands for one full page of tokens after its parent's, keyed by the tokens themselves, so a match is exact.
+`pending` counts the requests in the window that still need the node: the dataset is known, so pages nobody waits for are evicted
+first.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ class BlockPool:
         return int(np.count_nonzero(self._in_tree & (self.refs > 1)))
 
     def alloc(self, n: int) -> np.ndarray:
-        """n pages, int32, held once each; evicts cached pages if it must; raises OutOfPages and changes nothing if that is not enough."""
+        """n pages, int32, held once each, evicting cached ones at need. Raises OutOfPages and changes nothing if it cannot."""
         if n > self._top:
             if n > self._top + self.evictable:
                 raise OutOfPages
@@ -139,7 +140,7 @@ class BlockPool:
     def _evict(self, n: int) -> None:
         """Free n pages or more that only the tree holds, if there are as many: the oldest that nobody waits for first.
 
-        A parent is pending wherever a child is, so dropping a node with all below it never drops what is waited for before its turn.
+        A parent is pending wherever a child is, so dropping a node with all below it never drops what is waited for early.
         """
         n = max(n, len(self._cached) // 16)      # some at a time, since finding them costs a walk
         candidates = [node for page, node in self._cached.items() if self.refs[page] == 1]
