@@ -1,0 +1,99 @@
+"""Staged writes to the row table against plain arrays."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from engine.request import SamplingParams
+from engine.row_table import RowTable
+from kernels import ref
+
+CPU = torch.device("cpu")
+
+
+class Mirror:
+    """The table as arrays that are written at once, in the order of staging."""
+
+    def __init__(self, table: RowTable) -> None:
+        self.table = table
+        names = ("tokens", "block_table", "params", "rows", "starts")
+        self.arrays = {name: getattr(table, name).numpy().copy() for name in names}
+
+    def check(self) -> None:
+        for name, want in self.arrays.items():
+            np.testing.assert_array_equal(getattr(self.table, name).numpy(), want, err_msg=name)
+
+
+@given(seed=st.integers(0, 2**32 - 1), flushes=st.integers(1, 20), max_rows=st.integers(1, 6), max_len=st.integers(16, 70))
+def test_random_staged_writes(seed: int, flushes: int, max_rows: int, max_len: int) -> None:
+    """Rows are written in random order, each place at most once a flush, as a scheduler does."""
+    rng = np.random.default_rng(seed)
+    table = RowTable(max_rows, max_len, 16, CPU)
+    mirror = Mirror(table)
+    arrays = mirror.arrays
+    for _ in range(flushes):
+        for row in rng.permutation(max_rows)[: rng.integers(0, max_rows + 1)].tolist():
+            at = int(rng.integers(0, max_len))
+            tokens = rng.integers(0, 1000, size=int(rng.integers(0, max_len + 2 - at)), dtype=np.int32)
+            table.stage_tokens(row, at, tokens)
+            arrays["tokens"][row, at : at + tokens.size] = tokens
+            params = SamplingParams(temperature=rng.random(), top_k=int(rng.integers(0, 99)), seed=int(rng.integers(0, 2**63)))
+            table.stage_params(row, params)
+            arrays["params"][row] = bits(params)
+            pages = int(rng.integers(1, table.pages_per_row + 1))
+            index = rng.permutation(table.pages_per_row)[:pages].astype(np.int32)
+            values = rng.integers(1, 99, size=pages, dtype=np.int32)
+            table.stage_pages(np.full(pages, row, dtype=np.int32), index, values)
+            arrays["block_table"][row, index] = values
+        n = int(rng.integers(1, max_rows + 1))
+        rows, starts = rng.integers(0, max_rows + 1, size=(2, n), dtype=np.int32)
+        table.stage_step(rows, starts)
+        arrays["rows"][:n], arrays["starts"][:n] = rows, starts
+        extra = rng.integers(-5, 5, size=int(rng.integers(0, 9)), dtype=np.int32)
+        np.testing.assert_array_equal(table.flush(extra).numpy(), extra)
+        mirror.check()
+    table.flush_staged()                     # nothing is staged: nothing changes
+    mirror.check()
+
+
+def bits(params: SamplingParams) -> np.ndarray:
+    out = np.zeros(ref.PARAM_COLUMNS, dtype=np.int32)
+    for column, value in ((ref.TEMPERATURE, params.temperature), (ref.TOP_P, params.top_p), (ref.MIN_P, params.min_p)):
+        out[column] = np.float32(value).view(np.int32)
+    out[ref.TOP_K] = params.top_k
+    seed = np.array([params.seed & 2**64 - 1], dtype=np.uint64).view(np.int32)
+    out[ref.SEED_LOW], out[ref.SEED_HIGH] = seed
+    return out
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2**31, 2**32 - 1, 2**32, 2**63, 2**64 - 1, -1])
+def test_seeds_keep_all_64_bits(seed: int) -> None:
+    table = RowTable(2, 16, 16, CPU)
+    params = SamplingParams(seed=seed, temperature=0.7, top_p=0.9, min_p=0.05, top_k=40)
+    table.stage_params(1, params)
+    table.flush_staged()
+    np.testing.assert_array_equal(table.params[1].numpy(), bits(params))
+
+
+def test_what_is_staged_waits_for_the_flush() -> None:
+    table = RowTable(2, 16, 16, CPU)
+    table.stage_tokens(0, 3, np.array([7, 8], dtype=np.int32))
+    assert table.tokens.count_nonzero() == 0
+    table.flush_staged()
+    assert table.tokens[0, 3:5].tolist() == [7, 8]
+
+
+def test_the_dummy_row_points_at_the_dummy_page() -> None:
+    table = RowTable(3, 40, 16, CPU)
+    assert table.dummy == 3
+    assert table.block_table.shape == (4, 3)
+    assert table.block_table[table.dummy].tolist() == [0, 0, 0]
+
+
+def test_a_table_beyond_32_bit_offsets_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"engine\.max_rows=100000 x engine\.max_model_len=100000 is too large"):
+        RowTable(100_000, 100_000, 32, torch.device("meta"))
