@@ -29,8 +29,9 @@ from pipeline.observe.provenance import provenance
 from pipeline.observe.report import finish, say_done
 from pipeline.output.layout import OutputLayout
 from pipeline.output.rows import Status
-from pipeline.output.run_folder import RunFolder
+from pipeline.output.run_folder import PLAN, RUN, RunFolder
 from pipeline.output.shards import ShardWriter
+from pipeline.output.store import open_store
 from pipeline.signals import Stop
 
 
@@ -83,22 +84,39 @@ def run_job(config: RunConfig, factory: EngineFactory | None = None) -> int:
         return preview(config, source, plan, form, spec, model)
 
     identity = model.fingerprint()
+    fresh = open_store(config.output.dir).read(RUN) is None
     folder = RunFolder.open(
-        config.output.dir, fingerprint(config, spec, identity), plan, layout, config.plan.on_change, provenance(config, identity)
+        config.output.dir,
+        fingerprint(config, spec, identity),
+        plan,
+        layout,
+        config.plan.on_change,
+        provenance(config, identity),
     )
-    again = (
-        folder.failed_shards(config.retry_errors, config.cluster.worker, config.cluster.workers) if config.retry_errors else []
-    )
+    workers = (config.cluster.worker, config.cluster.workers)
+    again = folder.failed_shards(config.retry_errors, *workers) if config.retry_errors else []
     if folder.is_complete() and not again:
         return say_done(config, folder)
 
-    shards = folder.pending_shards(config.cluster.worker, config.cluster.workers)
+    shards = folder.pending_shards(*workers)
     if shards or again:
-        reason = label(config, source, form, spec, folder, shards, again, model, stop, progress)
+        try:
+            reason = label(config, source, form, spec, folder, shards, again, model, stop, progress)
+        except ConfigError:
+            if fresh and config.cluster.workers == 1:
+                forget(folder)
+            raise
         if reason is not None:
             progress.line(f"stopped by {reason}: every finished row is kept; the same command goes on from here")
             return Exit.DRAINED
     return finish(config, folder, spec)
+
+
+def forget(folder: RunFolder) -> None:
+    """Take back what opening a new folder wrote, unless rows were written since: the mended configuration is not another run's."""
+    if not list(folder.store.work.glob("*.journal")) and not any(shard.name in folder.store.names() for shard in folder.plan.shards):
+        for name in (RUN, PLAN):
+            folder.store.delete(name)
 
 
 def label(

@@ -40,7 +40,7 @@ class Guides:
 
     def get(self, source: Any) -> Guide:
         """Raises SchemaError where the schema cannot be kept."""
-        spec = GuideSpec.of(source)
+        spec = source if isinstance(source, GuideSpec) else GuideSpec.of(source)
         with self._lock:
             guide = self._made.get(spec)
             if guide is not None:

@@ -86,7 +86,7 @@ class ScriptedGrammar:
 
 class ScriptedGrammars:
     def get(self, source: Any) -> ScriptedGrammar:
-        spec = GuideSpec.of(source)
+        spec = source if isinstance(source, GuideSpec) else GuideSpec.of(source)
         if "REFUSED" in spec.text:
             raise SchemaError("/properties/REFUSED", "cannot be kept")
         return ScriptedGrammar(spec)
