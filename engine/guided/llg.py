@@ -13,6 +13,7 @@ from llguidance import LLExecutor, LLMatcher, LLParserLimits, LLTokenizer
 from engine.guided.closing import Closer, byte_tokenizer
 from engine.guided.grammar import SchemaError
 from engine.guided.hints import example, schema_hints
+from engine.guided.lower import lower
 from engine.guided.validate import Validator
 
 if TYPE_CHECKING:
@@ -124,14 +125,10 @@ class LLGuidanceBackend:
         return tokens if self.tokenizer.decode_bytes(tokens) == text else self.tokenizer.greedy_tokenize(text.decode())
 
     def compile_schema(self, schema: str | dict[str, Any] | bool) -> LLGrammar:
-        value: dict[str, Any] | bool = json.loads(schema) if isinstance(schema, str) else schema
-        try:
-            validator = Validator(value)
-        except ValueError as error:
-            raise SchemaError("", f"not a JSON Schema: {error}") from None
-        text = json.dumps(value if isinstance(value, dict) else {})
-        source = LLMatcher.grammar_from_json_schema(text, overrides=self._json_options)
-        return LLGrammar(self, source, validator.check, schema_hints(value))
+        original: dict[str, Any] | bool = json.loads(schema) if isinstance(schema, str) else schema
+        lowered = lower(original).schema
+        source = LLMatcher.grammar_from_json_schema(json.dumps(lowered), overrides=self._json_options)
+        return LLGrammar(self, source, Validator(original).check, schema_hints(lowered))
 
     def compile_regex(self, pattern: str) -> LLGrammar:
         return LLGrammar(self, LLMatcher.grammar_from_regex(pattern), str, [(example(pattern) or "").encode()], is_json=False)

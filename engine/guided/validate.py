@@ -8,6 +8,8 @@ from typing import Any
 import jsonschema_rs
 import orjson
 
+from engine.guided.dialect import Dialect
+
 
 def parse_strict(text: str | bytes) -> Any:
     """Parse JSON as RFC 8259 has it, and refuse what readers disagree about.
@@ -39,13 +41,13 @@ def _offline(uri: str) -> None:
 
 
 class Validator:
-    """Checks outputs against one JSON Schema (the draft that `$schema` names, else 2020-12). Formats are annotations.
+    """Checks outputs against one JSON Schema in its own draft (see Dialect). Formats are annotations.
 
     Immutable and safe to share between threads. Never touches the network. Raises ValueError when the schema itself is not one.
     """
 
     def __init__(self, schema: dict[str, Any] | bool) -> None:
-        self._validator = jsonschema_rs.validator_for(schema, validate_formats=False, retriever=_offline)
+        self._validator = jsonschema_rs.validator_for(Dialect.of(schema).schema, validate_formats=False, retriever=_offline)
 
     def check(self, text: str | bytes) -> Any:
         """The parsed value. Raises ValueError with one line that says where and why it does not fit."""

@@ -1,0 +1,117 @@
+"""Regular expressions of schemas: which strings they match, whether two can meet, and the complement of a finite set."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from functools import lru_cache
+from typing import Any
+
+import jsonschema_rs
+from llguidance import LLMatcher, LLParserLimits
+
+from engine.guided.closing import byte_tokenizer
+
+_ANY = r"[\s\S]"
+
+
+@lru_cache(4096)
+def _validator(pattern: str) -> Any:
+    return jsonschema_rs.validator_for({"pattern": pattern}, validate_formats=False)
+
+
+def matches(pattern: str, text: str) -> bool:
+    """Whether `pattern` is found in `text`, by the same rules as the final check."""
+    return _validator(pattern).is_valid(text)
+
+
+@lru_cache(4096)
+def _refusal(leaf: str) -> str:
+    source = LLMatcher.grammar_from_json_schema(leaf)
+    limits = LLParserLimits(initial_lexer_fuel=2_000_000, verbose_errors=False)
+    return " ".join(LLMatcher(byte_tokenizer(), source, log_level=0, limits=limits).get_error().split())
+
+
+def refusal(leaf: dict[str, Any]) -> str:
+    """Why the grammar engine does not take a schema without children; "Unsatisfiable ..." where nothing fits; empty: it does."""
+    return _refusal(json.dumps(leaf))
+
+
+def can_meet(first: str, second: str) -> bool:
+    """Whether some string may match both patterns; True also where that is not known."""
+    return not refusal({"type": "string", "allOf": [{"pattern": first}, {"pattern": second}]}).startswith("Unsatisfiable")
+
+
+def none_of(strings: Iterable[str]) -> str:
+    """An anchored pattern for every string but these: the complement of their trie."""
+    trie: dict[str, Any] = {}
+    for text in strings:
+        node = trie
+        for char in text:
+            node = node.setdefault(char, {})
+        node[""] = {}
+
+    def complement(node: dict[str, Any]) -> str:
+        children = sorted(c for c in node if c)
+        if not children:
+            return f"{_ANY}+"
+        other = f"[^{''.join(_escape(c) for c in children)}]{_ANY}*"
+        tails = [_escape(c) + complement(node[c]) for c in children]
+        return f"(?:{'|'.join([other, *tails])})" + ("" if "" in node else "?")
+
+    return f"^{complement(trie)}$"
+
+
+def literal(strings: Iterable[str]) -> str:
+    """An anchored pattern for exactly these strings."""
+    return f"^(?:{'|'.join(''.join(map(_escape, text)) for text in strings)})$"
+
+
+def split_lookaheads(pattern: str) -> list[str]:
+    """`^(?=A)(?=B)C` as the patterns `^A`, `^B`, `^C`, all of which must match: the engine has intersections, not look-ahead."""
+    if not pattern.startswith("^(?="):
+        return [pattern]
+    parts, rest = [], pattern[1:]
+    while rest.startswith("(?="):
+        end = _group_end(rest)
+        parts.append(f"^(?:{rest[3:end]})")
+        rest = rest[end + 1 :]
+    return [*parts, f"^{rest}"] if rest and "|" not in _outside_groups(rest) else [pattern]
+
+
+def _group_end(text: str) -> int:
+    """Index of the parenthesis that closes the group `text` begins with."""
+    depth, i, in_class = 0, 0, False
+    while i < len(text):
+        char = text[i]
+        if char == "\\":
+            i += 1
+        elif in_class:
+            in_class = char != "]"
+        elif char == "[":
+            in_class = True
+        elif char == "(":
+            depth += 1
+        elif char == ")":
+            depth -= 1
+            if depth == 0:
+                return i
+        i += 1
+    return len(text)
+
+
+def _outside_groups(text: str) -> str:
+    out, i = [], 0
+    while i < len(text):
+        if text[i] == "\\":
+            i += 2
+        elif text[i] == "(":
+            i += _group_end(text[i:]) + 1
+        else:
+            out.append(text[i])
+            i += 1
+    return "".join(out)
+
+
+def _escape(char: str) -> str:
+    return "\\" + char if char in r"\.+*?()|[]{}^$/-#&~" else f"\\u{ord(char):04x}" if ord(char) < 0x20 else char

@@ -1,0 +1,209 @@
+"""Measure guided decoding on real schemas: accepted, valid, closed within budget, known instances, times.
+
+    python jobs/bench/guided_schemas.py FILE.jsonl --tokenizer DIR [--restored] [--walks 2] [--whitespace dumps]
+
+FILE: one JSON object a line with `id`, `schema`, and where known `instances`, `invalid_instances`, `schema_restored`. Each accepted
+schema is walked at random through masks, at 32, 96 and 512 tokens; what does not end is trimmed and closed. Prints one JSON line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import numpy as np
+
+from engine.guided.grammar import SchemaError
+from engine.guided.llg import LLGrammar, LLGuidanceBackend
+from engine.guided.validate import parse_strict
+
+BUDGETS = (32, 96, 512)
+
+
+class Walker:
+    """Random walks, uniform over the allowed tokens half of the time, else over those that end strings, arrays and objects."""
+
+    def __init__(self, backend: LLGuidanceBackend, eos: int, seed: int = 0) -> None:
+        self.backend, self.eos, self.random = backend, eos, random.Random(seed)
+        self.mask = np.zeros((1, (backend.vocab_size + 31) // 32), dtype=np.int32)
+        closers = [i for i, piece in enumerate(backend.token_bytes) if piece and not piece.strip(b'"}],: ')]
+        self.closers = np.zeros(backend.vocab_size, dtype=bool)
+        self.closers[[i for i in closers if i < backend.vocab_size]] = True
+        self.fill_seconds: list[float] = []
+
+    def walk(self, grammar: LLGrammar, budget: int) -> tuple[list[int], bool, str | None]:
+        """(tokens, whether they ended by themselves, the guide's error)."""
+        guide, tokens = grammar.start(), []
+        while len(tokens) < budget and not guide.finished:
+            if guide.error:
+                return tokens, False, guide.error
+            step = guide.forced()[: budget - len(tokens)]
+            if not step:
+                begin = time.perf_counter()
+                self.backend.fill([guide], self.mask)
+                self.fill_seconds.append(time.perf_counter() - begin)
+                bits = np.unpackbits(self.mask.view(np.uint8), bitorder="little")[: self.backend.vocab_size].astype(bool)
+                closing = np.flatnonzero(bits & self.closers)
+                pool = closing if len(closing) and self.random.random() < 0.5 else np.flatnonzero(bits)
+                if not len(pool):
+                    return tokens, False, "empty mask"
+                step = [int(pool[self.random.randrange(len(pool))])]
+                if step[0] == self.eos:
+                    return tokens, guide.accepting, guide.error
+            if guide.accept(step) != len(step):
+                return tokens, False, guide.error or "a token of the mask was not accepted"
+            tokens += step
+        return tokens, guide.accepting and guide.error is None, guide.error
+
+
+def accepts(backend: LLGuidanceBackend, grammar: LLGrammar, instance: Any) -> bool:
+    """Whether the grammar lets this instance through, written as json.dumps does."""
+    tokens = backend.tokenize(json.dumps(instance, ensure_ascii=False).encode())
+    guide = grammar.start()
+    return guide.accept(tokens) == len(tokens) and guide.accepting
+
+
+def in_order(schema: Any, instance: Any, root: Any) -> bool:
+    """Whether the keys of `instance` stand in the order of `properties`, as far as plain keywords tell."""
+    while isinstance(schema, dict) and isinstance(ref := schema.get("$ref"), str) and ref.startswith("#/"):
+        target: Any = root
+        for part in ref[2:].split("/"):
+            target = target.get(part.replace("~1", "/").replace("~0", "~"), {}) if isinstance(target, dict) else {}
+        schema = target
+    if not isinstance(schema, dict):
+        return True
+    if isinstance(instance, dict):
+        names = list(schema.get("properties", {}))
+        places = [names.index(k) if k in names else len(names) for k in instance]
+        return places == sorted(places) and all(in_order(schema.get("properties", {}).get(k), v, root) for k, v in instance.items())
+    if isinstance(instance, list):
+        return all(in_order(schema.get("items"), v, root) for v in instance)
+    return True
+
+
+def percentiles(values: list[float], unit: float = 1e3) -> dict[str, float]:
+    points = np.percentile(np.asarray(values or [0.0]) * unit, [50, 95, 100])
+    return dict(zip(("p50", "p95", "max"), (round(float(p), 3) for p in points), strict=True))
+
+
+def measure(rows: list[dict[str, Any]], backend: LLGuidanceBackend, eos: int, walks: int) -> dict[str, Any]:
+    walker = Walker(backend, eos)
+    count: Counter[str] = Counter()
+    refusals: Counter[str] = Counter()
+    compile_seconds, close_seconds, check_seconds = [], [], []
+    least: list[float] = []
+    for row in rows:
+        schema = row["schema"]
+        begin = time.perf_counter()
+        try:
+            grammar = backend.compile_schema(schema)
+        except SchemaError as error:
+            refusals[error.reason[:80]] += 1
+            print(f"refused {row['id']}: {error}", file=sys.stderr)
+            continue
+        finally:
+            compile_seconds.append(time.perf_counter() - begin)
+        count["accepted"] += 1
+        least.append(grammar.min_tokens)
+        # A second opinion: another implementation, with Python's regular expressions.
+        second = jsonschema.validators.validator_for(schema, default=jsonschema.Draft202012Validator)(schema)
+        for budget in BUDGETS:
+            if budget < grammar.min_tokens:
+                count["budget below the shortest output"] += 1
+                continue
+            for _ in range(walks):
+                tokens, ended, error = walker.walk(grammar, budget)
+                count["resource errors"] += error is not None
+                count["walks"] += 1
+                count["ended"] += ended
+                if ended:
+                    try:
+                        grammar.check(backend.tokenizer.decode_bytes(tokens).decode())
+                    except ValueError as reason:
+                        count["ended, not valid before closing"] += 1
+                        count["of these " + str(reason).partition(":")[0]] += 1
+                        print(f"repaired {row['id']}: {reason}", file=sys.stderr)
+                begin = time.perf_counter()
+                closed = grammar.close(tokens, budget)
+                if not ended:
+                    close_seconds.append(time.perf_counter() - begin)
+                    count["trimmed tokens"] += max(0, len(tokens) - len(closed))
+                    count["closed by the minimal output"] += len(closed) == grammar.min_tokens and bool((closed == grammar.minimal).all())
+                text = backend.tokenizer.decode_bytes(closed.tolist()).decode()
+                begin = time.perf_counter()
+                try:
+                    grammar.check(text)
+                    count["valid"] += len(closed) <= budget
+                except ValueError as reason:
+                    print(f"INVALID {row['id']}: {reason}: {text[:200]}", file=sys.stderr)
+                check_seconds.append(time.perf_counter() - begin)
+                value = parse_strict(text)
+                if not second.is_valid(value):
+                    count["second validator disagrees"] += 1
+                    print(f"second validator {row['id']}: {next(second.iter_errors(value)).message[:300]}", file=sys.stderr)
+        for instance in row.get("instances") or ():
+            try:
+                grammar.check(json.dumps(instance))
+            except ValueError:
+                count["known instances that are not valid"] += 1
+                continue
+            ordered, ok = in_order(schema, instance, schema), accepts(backend, grammar, instance)
+            count["known valid"] += 1
+            count["known valid accepted"] += ok
+            count["known valid in order"] += ordered
+            count["known valid in order accepted"] += ok and ordered
+            if not ok:
+                print(f"known valid not accepted {row['id']} in order: {ordered}", file=sys.stderr)
+        for instance in row.get("invalid_instances") or ():
+            count["known invalid"] += 1
+            try:
+                grammar.check(json.dumps(instance))
+            except ValueError:
+                if accepts(backend, grammar, instance):
+                    count["known invalid accepted"] += 1
+                    print(f"known INVALID accepted {row['id']}", file=sys.stderr)
+            else:
+                count["known invalid that is valid"] += 1
+    for name in ("resource errors", "known invalid accepted", "second validator disagrees"):
+        count.setdefault(name, 0)
+    total = len(rows)
+    return {
+        "schemas": total, "accepted_share": round(count["accepted"] / total, 4), "refusals": dict(refusals),
+        "valid_share": round(count["valid"] / max(1, count["walks"]), 6),
+        "known_valid_share": round(count["known valid accepted"] / max(1, count["known valid"]), 4),
+        "known_valid_in_order_share": round(count["known valid in order accepted"] / max(1, count["known valid in order"]), 4),
+        **dict(sorted(count.items())),
+        "min_tokens": percentiles(least, 1.0), "compile_ms": percentiles(compile_seconds), "close_ms": percentiles(close_seconds),
+        "check_ms": percentiles(check_seconds), "mask_us": percentiles(walker.fill_seconds, 1e6),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("file", type=Path)
+    parser.add_argument("--tokenizer", required=True, help="folder or name that AutoTokenizer takes")
+    parser.add_argument("--restored", action="store_true", help="use schema_restored where there is one")
+    parser.add_argument("--walks", type=int, default=2, help="per schema and budget")
+    parser.add_argument("--whitespace", default="dumps")
+    parser.add_argument("--limit", type=int, default=None)
+    args = parser.parse_args()
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(args.tokenizer)
+    backend = LLGuidanceBackend(tokenizer, len(tokenizer), [tokenizer.eos_token_id], whitespace=args.whitespace)
+    rows = [json.loads(line) for line in args.file.read_text().splitlines()][: args.limit]
+    if args.restored:
+        rows = [{**row, "schema": row.get("schema_restored", row["schema"])} for row in rows]
+    result = measure(rows, backend, tokenizer.eos_token_id, args.walks)
+    print(json.dumps({"file": args.file.name, "restored": args.restored, "tokenizer": args.tokenizer, **result}))
+
+
+if __name__ == "__main__":
+    main()
