@@ -17,6 +17,18 @@ _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: 
 _STRING, _ARRAY = 8, 9
 
 
+def find_gguf(path: Path) -> Path | None:
+    """The GGUF file that `path` is, or that the folder `path` holds in place of safetensors; None where there is none."""
+    if path.is_file():
+        return path if path.suffix == ".gguf" else None
+    files = sorted(path.glob("*.gguf"))
+    if not files or any(path.glob("*.safetensors")):
+        return None
+    if len(files) > 1:
+        raise ModelError(f"{path} holds {len(files)} .gguf files: give the path of one of them")
+    return files[0]
+
+
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
     """Where a tensor lies. `shape`: slowest dimension first, as torch counts."""

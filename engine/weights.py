@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 from safetensors import SafetensorError, safe_open
 
-from engine.gguf import GgufFile
+from engine.gguf import GgufFile, find_gguf
 from engine.gguf_hf import GgufTensors
 from engine.models.spec import ModelError, ModelSpec, merge_token_ids
 
@@ -64,20 +64,16 @@ class Checkpoint:
 def open_checkpoint(path: str | Path) -> Checkpoint:
     """Open a .gguf file, a folder that holds one, or a folder of config.json and *.safetensors. Raises ModelError."""
     path = Path(path)
-    if path.is_file() and path.suffix == ".gguf":
-        return _open_gguf(path)
+    if (gguf := find_gguf(path)) is not None:
+        source = GgufTensors(GgufFile(gguf))
+        return Checkpoint(path, source.config, source, [gguf])
     if not path.is_dir():
         raise ModelError(f"no model at {path}: give a folder with config.json and *.safetensors, or a .gguf file")
-    ggufs, tensors = sorted(path.glob("*.gguf")), sorted(path.glob("*.safetensors"))
-    if len(ggufs) == 1 and not tensors:
-        return _open_gguf(ggufs[0])
-    if ggufs and not tensors:
-        raise ModelError(f"{path} holds {len(ggufs)} .gguf files: give the path of one of them")
     if (path / "adapter_config.json").exists() and not (path / "config.json").exists():
         raise ModelError(f"{path} is a LoRA adapter, not a model: give its base model")
     if not (path / "config.json").exists():
         raise ModelError(f"{path} has no config.json: it is not a model folder")
-    if not tensors:
+    if not any(path.glob("*.safetensors")):
         pickled = any(path.glob("*.bin")) or any(path.glob("*.pt")) or any(path.glob("*.pth"))
         why = "only pickled weights, which are never loaded: convert them to safetensors" if pickled else "no *.safetensors"
         raise ModelError(f"{path} has {why}")
@@ -85,13 +81,8 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     if (path / "generation_config.json").exists():
         ends = _read_json(path / "generation_config.json").get("eos_token_id")
         config["eos_token_id"] = list(merge_token_ids(config.get("eos_token_id"), ends))
-    source = SafetensorsFolder(path, multimodal="text_config" in config)
-    return Checkpoint(path, config, source, source.files)
-
-
-def _open_gguf(path: Path) -> Checkpoint:
-    source = GgufTensors(GgufFile(path))
-    return Checkpoint(path, source.config, source, [path])
+    folder = SafetensorsFolder(path, multimodal="text_config" in config)
+    return Checkpoint(path, config, folder, folder.files)
 
 
 def _read_json(path: Path) -> dict[str, Any]:
