@@ -2,7 +2,7 @@
 
 A record is `length: u32, crc32: u32, payload`, little-endian. Each attempt writes a file of its own and reads those of all
 attempts, each up to its first torn record. So nobody appends behind a torn tail, and nobody truncates a file that another process
-may still hold.
+may still hold. No payload is empty: the zeros that a power cut may leave would pass for one.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def _records(data: bytes) -> Iterator[bytes]:
         length, crc = _HEAD.unpack_from(data, at)
         at += _HEAD.size
         payload = data[at : at + length]
-        if len(payload) < length or zlib.crc32(payload) != crc:
+        if not length or len(payload) < length or zlib.crc32(payload) != crc:
             return
         yield payload
         at += length

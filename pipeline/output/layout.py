@@ -89,11 +89,11 @@ class OutputLayout:
 
     def table(self, rows: pa.Table, row_ids: Sequence[str], results: Sequence[RowResult]) -> pa.Table:
         """Input rows, already repeated for each sample, beside their results, whose strings must be valid Unicode."""
-        of_results = [field for field in (*RESULTS, TOOL_CALLS) if field.name != "row_id" and (self.tool_calls or field != TOOL_CALLS)]
-        values = zip(*map(attrgetter(*[field.name for field in of_results]), results), strict=True)
+        fields = [*RESULTS, TOOL_CALLS][1:] if self.tool_calls else [*RESULTS][1:]
+        values = zip(*map(attrgetter(*[field.name for field in fields]), results), strict=True)
         columns = [rows.column(name) for name in self.input.names]
         columns.append(pa.array(row_ids, pa.string()))
-        columns += [pa.array(column, field.type) for column, field in zip(values, of_results, strict=True)]
+        columns += [pa.array(column, field.type) for column, field in zip(values, fields, strict=True)]
         if self.flat:
             documents = [_document(result.json) for result in results]
             for name, flat in self.flat.items():

@@ -18,7 +18,7 @@ from pipeline.exits import ConfigError, StorageError
 from pipeline.input.plan import Shard
 from pipeline.output.layout import OutputLayout
 from pipeline.output.rows import RowResult
-from pipeline.output.store import Store, storage_errors
+from pipeline.output.store import Store, client_errors, storage_errors
 
 FORMAT = 1
 BLOCK_ROWS = 512                 # rows turned into Arrow at once
@@ -84,13 +84,11 @@ class PartInfo:
 def read_part(store: Store, name: str, expected: ShardId) -> PartInfo:
     """The footer of a published part. StorageError if it is damaged or not the expected one: it is never overwritten."""
     mend = "move it away and run the same command again"
-    try:
-        with store.open(name) as file:
+    with client_errors(store.out), store.open(name) as file:
+        try:
             info = PartInfo.from_footer(pq.read_metadata(file))
-    except (ValueError, KeyError, pa.ArrowException) as error:
-        raise StorageError(f"{store.out}/{name} is not a whole part ({error}): {mend}") from error
-    except OSError as error:
-        raise StorageError(f"{store.out}/{name} cannot be read ({error}): {mend}") from error
+        except (ValueError, KeyError, OSError) as error:      # pyarrow calls a footer that it cannot parse an OSError
+            raise StorageError(f"{store.out}/{name} is not a whole part of any run ({error}): {mend}") from error
     if info.id != expected:
         raise StorageError(f"{store.out}/{name} belongs to another run or plan: {mend}")
     return info
@@ -122,14 +120,19 @@ def build_part(path: Path, shard: Shard, layout: OutputLayout, results: Mapping[
 
 def _check(path: Path, layout: OutputLayout, info: PartInfo, row_ids: pa.ChunkedArray) -> None:
     """Reopen a closed part: its footer, schema and row ids must be what was meant."""
-    with storage_errors(str(path.parent)), pq.ParquetFile(path, page_checksum_verification=True) as file:
-        same = (
-            PartInfo.from_footer(file.metadata) == info
-            and file.schema_arrow.remove_metadata().equals(layout.schema)
-            and file.read(["row_id"]).column("row_id").equals(row_ids)
-        )
+    try:
+        with pq.ParquetFile(path, page_checksum_verification=True) as file:
+            same = (
+                PartInfo.from_footer(file.metadata) == info
+                and file.schema_arrow.remove_metadata().equals(layout.schema)
+                and file.read(["row_id"]).column("row_id").equals(row_ids)
+            )
+        reason = "its values differ"
+    except (ValueError, KeyError, OSError) as error:
+        same, reason = False, str(error)
     if not same:
-        raise StorageError(f"{path} does not read back as it was written: its disk is at fault, or something else writes there")
+        raise StorageError(f"{path} does not read back as it was written ({reason}): its disk is at fault, or something else"
+                           " writes there; run the same command again")
 
 
 def _output(shard: Shard, layout: OutputLayout, results: Mapping[tuple[int, int], RowResult], input_tables: Iterable[pa.Table]

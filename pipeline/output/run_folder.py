@@ -55,11 +55,7 @@ class RunFolder:
         """
         store = open_store(out, spool)
         fingerprint = {**fingerprint, "output.columns": layout.hash()}
-        if store.read(RUN) is None:
-            check_writable(store)
-            run = {"format": FORMAT, "fingerprint": fingerprint, "info": dict(info or {})}
-            store.create(RUN, orjson.dumps(run, option=orjson.OPT_INDENT_2 | orjson.OPT_SORT_KEYS))
-        _refuse_other(store, fingerprint)
+        _settle_run(store, {"format": FORMAT, "fingerprint": fingerprint, "info": dict(info or {})})
         folder = cls(store, fingerprint, _settle_plan(store, plan, on_change), layout)
         if not folder.is_complete():
             check_writable(store)
@@ -178,8 +174,15 @@ def _read_run(store: Store) -> dict[str, str]:
         raise StorageError(f"{store.out}/{RUN} is damaged ({error}): restore it, or set another output.dir") from error
 
 
-def _refuse_other(store: Store, fingerprint: Mapping[str, str]) -> None:
-    before = _read_run(store)
+def _settle_run(store: Store, run: Mapping[str, Any]) -> None:
+    """Make the folder this run's, unless it is: raises ConfigError if it is another's."""
+    if store.read(RUN) is None:
+        try:
+            check_writable(store)
+            store.create(RUN, orjson.dumps(run, option=orjson.OPT_INDENT_2 | orjson.OPT_SORT_KEYS))
+        except StorageError as error:
+            raise ConfigError(str(error)) from error
+    before, fingerprint = _read_run(store), run["fingerprint"]
     differ = [key for key in sorted({*before, *fingerprint}) if before.get(key) != fingerprint.get(key)]
     if differ:
         changes = ", ".join(f"{key} (was {before.get(key, 'not set')}, is {fingerprint.get(key, 'not set')})" for key in differ)

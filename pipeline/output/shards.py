@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from operator import attrgetter
 from pathlib import Path
 
@@ -33,14 +33,12 @@ class ShardWriter:
         self._results: dict[tuple[int, int], RowResult] = {}
         self._num_rows = self._rows_left = shard.num_rows
         self._samples_left: dict[int, int] = {}        # of rows with several samples, once one is there
-        header = orjson.dumps([FORMAT, id.fingerprint, id.plan, id.shard, generation])
-        self._journal = Journal(self._path("journal"), header)
+        self._journal = Journal(self._path("journal"), _header(id, generation))
         for result in kept:
             self._add(result)
-        with storage_errors(str(store.work)):
-            for path in sorted(self._journals()):
-                for payload in read_journal(path, header):
-                    self._recover(payload)
+        for result in journalled(store, shard, id, generation):
+            if (result.row, result.sample) not in self._results:       # two attempts that raced may both have done it
+                self._add(result)
 
     def recovered(self) -> Mapping[tuple[int, int], RowResult]:
         """(row, sample) -> result of what is there already, from earlier attempts or this one: not to be computed again. A row is
@@ -84,7 +82,7 @@ class ShardWriter:
             path.unlink(missing_ok=True)
         with storage_errors(str(self._store.work)):
             self._journal.close()
-            for journal in self._journals():
+            for journal in _journals(self._store, self.shard):
                 journal.unlink(missing_ok=True)
         return won
 
@@ -101,15 +99,6 @@ class ShardWriter:
     def _path(self, suffix: str) -> Path:
         return self._store.work / f"{self.shard.index:05d}.{self._info.attempt}.{suffix}"
 
-    def _journals(self) -> Iterable[Path]:
-        return self._store.work.glob(f"{self.shard.index:05d}.*.journal")
-
-    def _recover(self, payload: bytes) -> None:
-        result = RowResult(*orjson.loads(payload))
-        result.status = Status(result.status)
-        if (result.row, result.sample) not in self._results:       # two attempts that raced may both have done it
-            self._add(result)
-
     def _add(self, result: RowResult) -> None:
         row, sample, samples = result.row, result.sample, result.samples
         if not (0 <= row < self._num_rows and 0 <= sample < samples):
@@ -122,6 +111,25 @@ class ShardWriter:
             self._samples_left[row] = left
         else:
             self._rows_left -= 1
+
+
+def journalled(store: Store, shard: Shard, id: ShardId, generation: int = 0) -> Iterator[RowResult]:
+    """What all attempts at a shard have journalled; a row that two of them did comes twice."""
+    with storage_errors(str(store.work)):
+        for path in sorted(_journals(store, shard)):
+            for payload in read_journal(path, _header(id, generation)):
+                result = RowResult(*orjson.loads(payload))
+                result.status = Status(result.status)
+                yield result
+
+
+def _journals(store: Store, shard: Shard) -> Iterable[Path]:
+    return store.work.glob(f"{shard.index:05d}.*.journal")
+
+
+def _header(id: ShardId, generation: int) -> bytes:
+    """A journal that another run left in the same place does not begin with this."""
+    return orjson.dumps([FORMAT, id.fingerprint, id.plan, id.shard, generation])
 
 
 def _encode(result: RowResult) -> bytes:

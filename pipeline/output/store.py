@@ -13,14 +13,15 @@ import shutil
 import tempfile
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from datetime import datetime
 from pathlib import Path
-from typing import BinaryIO, Protocol
+from typing import Any, BinaryIO, Protocol
 
 import fsspec
 
-from pipeline.exits import ConfigError, StorageError
+from pipeline.exits import ConfigError, JobError, StorageError
 
 _NO_HARD_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EXDEV}
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -37,6 +38,9 @@ class Store(Protocol):
 
     def names(self) -> set[str]:
         """The names there are now, not those in subfolders."""
+
+    def times(self) -> dict[str, float]:
+        """When each of them was last written, in seconds since the epoch, by the clock of whoever keeps them."""
 
     def read(self, name: str) -> bytes | None:
         """The whole file; None if there is none."""
@@ -80,6 +84,18 @@ def storage_errors(out: str) -> Iterator[None]:
         raise StorageError(f"{out}: {error}; run the same command again once it can be reached") from error
 
 
+@contextmanager
+def client_errors(out: str) -> Iterator[None]:
+    """The same for object stores, whose client libraries raise errors of their own."""
+    try:
+        with storage_errors(out):
+            yield
+    except JobError:
+        raise
+    except Exception as error:
+        raise StorageError(f"{out}: {error}; run the same command again once it can be reached") from error
+
+
 class LocalStore:
     def __init__(self, out: str) -> None:
         self.out = out
@@ -92,6 +108,10 @@ class LocalStore:
                 return {entry.name for entry in os.scandir(self.root) if entry.is_file()}
             except FileNotFoundError:
                 return set()
+
+    def times(self) -> dict[str, float]:
+        with storage_errors(self.out):
+            return {entry.name: entry.stat().st_mtime for entry in os.scandir(self.root) if entry.is_file()}
 
     def read(self, name: str) -> bytes | None:
         with storage_errors(self.out):
@@ -178,15 +198,22 @@ class ObjectStore:
         self.work = folder / hashlib.blake2b(self.out.encode(), digest_size=8).hexdigest()
 
     def names(self) -> set[str]:
-        with storage_errors(self.out):
+        return set(self._entries())
+
+    def times(self) -> dict[str, float]:
+        stamps = {name: _modified(entry) for name, entry in self._entries().items()}
+        return {name: stamp.timestamp() for name, stamp in stamps.items() if stamp}
+
+    def _entries(self) -> dict[str, dict[str, Any]]:
+        with client_errors(self.out):
             try:
                 entries = self.fs.ls(self.root, detail=True)
-                return {entry["name"].rsplit("/", 1)[-1] for entry in entries if entry["type"] == "file"}
             except FileNotFoundError:
-                return set()
+                return {}
+        return {entry["name"].rsplit("/", 1)[-1]: entry for entry in entries if entry["type"] == "file"}
 
     def read(self, name: str) -> bytes | None:
-        with storage_errors(self.out):
+        with client_errors(self.out):
             try:
                 return self.fs.cat_file(self._key(name))
             except FileNotFoundError:
@@ -196,7 +223,7 @@ class ObjectStore:
         return self.fs.open(self._key(name), "rb", cache_type="readahead", block_size=1 << 20)
 
     def publish(self, path: Path, name: str) -> bool:
-        with storage_errors(self.out):
+        with client_errors(self.out):
             try:
                 won = self._put(path, name, "create")
             except FileNotFoundError:
@@ -211,17 +238,17 @@ class ObjectStore:
 
     def replace(self, name: str, data: bytes) -> None:
         path = self._temporary(name, data)
-        with storage_errors(self.out):
+        with client_errors(self.out):
             self._put(path, name, "overwrite")
             path.unlink(missing_ok=True)
 
     def supersede(self, path: Path, name: str, kept_as: str) -> None:
-        with storage_errors(self.out):
+        with client_errors(self.out):
             self.fs.cp_file(self._key(name), self._key(f"{SUPERSEDED}/{kept_as}"))
             self._put(path, name, "overwrite")
 
     def delete(self, name: str) -> None:
-        with storage_errors(self.out), suppress(FileNotFoundError):
+        with client_errors(self.out), suppress(FileNotFoundError):
             self.fs.rm_file(self._key(name))
 
     def _key(self, name: str) -> str:
@@ -243,11 +270,17 @@ class ObjectStore:
                 return False
             except (FileNotFoundError, PermissionError):
                 raise
-            except OSError:          # 409 of a PUT at the same moment, 503, a dropped connection
+            except Exception:        # 409 of a PUT at the same moment, 503, a dropped connection: each client has its own class
                 if attempt == _TRIES - 1:
                     raise
                 time.sleep(0.1 * 2**attempt)
         raise AssertionError
+
+
+def _modified(entry: Mapping[str, Any]) -> datetime | None:
+    """fsspec leaves the key to each file system."""
+    stamps = (entry.get(key) for key in ("LastModified", "last_modified", "mtime", "updated", "created"))
+    return next((stamp for stamp in stamps if isinstance(stamp, datetime)), None)
 
 
 def check_writable(store: Store) -> None:
