@@ -5,7 +5,6 @@ Safetensors and GGUF only. Pickled weights run code when they are loaded, so the
 
 from __future__ import annotations
 
-import hashlib
 import json
 from pathlib import Path
 from typing import Any, Protocol
@@ -13,11 +12,10 @@ from typing import Any, Protocol
 import torch
 from safetensors import SafetensorError, safe_open
 
+from engine.fingerprint import fingerprint_files
 from engine.gguf import GgufFile, find_gguf
 from engine.gguf_hf import GgufTensors
 from engine.models.spec import ModelError, ModelSpec, merge_token_ids
-
-_SAMPLES, _SAMPLE_BYTES = 64, 1 << 16     # what fingerprint() reads of each file
 
 
 class TensorSource(Protocol):
@@ -29,18 +27,19 @@ class Checkpoint:
     """A model on disk. Nothing is read before it is asked for.
 
     `config`: Hugging Face style config.json, its `eos_token_id` joined with generation_config.json's; `spec`: the same as a
-    ModelSpec; `files`: what holds the weights.
+    ModelSpec; `files`: what holds the weights and the config.
     """
 
     def __init__(self, path: Path, config: dict[str, Any], source: TensorSource, files: list[Path]) -> None:
         self.path, self.config, self.files, self._source = path, config, files, source
         self.spec = ModelSpec.from_hf(config)
+        self._names = source.names()
 
     def names(self) -> set[str]:
-        return self._source.names()
+        return set(self._names)
 
     def has(self, name: str) -> bool:
-        return name in self._source.names()
+        return name in self._names
 
     def tensor(self, name: str) -> torch.Tensor:
         """One tensor on the CPU in its stored dtype, a view of the file where possible; GGUF's packed types as float32."""
@@ -49,16 +48,8 @@ class Checkpoint:
         return self._source.tensor(name)
 
     def fingerprint(self) -> str:
-        """Hex digest of the config and of samples spread over the files: cheap, and the same wherever the files lie."""
-        digest = hashlib.blake2b(json.dumps(self.config, sort_keys=True).encode(), digest_size=16)
-        for path in self.files:
-            size = path.stat().st_size
-            digest.update(size.to_bytes(8, "little"))
-            with open(path, "rb") as file:
-                for i in range(_SAMPLES):
-                    file.seek(max(0, size - _SAMPLE_BYTES) * i // (_SAMPLES - 1))
-                    digest.update(file.read(_SAMPLE_BYTES))
-        return digest.hexdigest()
+        """Hex digest that tells these weights and this config from others; cheap (see fingerprint_files)."""
+        return fingerprint_files(self.files)
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
@@ -77,12 +68,13 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         pickled = any(path.glob("*.bin")) or any(path.glob("*.pt")) or any(path.glob("*.pth"))
         why = "only pickled weights, which are never loaded: convert them to safetensors" if pickled else "no *.safetensors"
         raise ModelError(f"{path} has {why}")
+    files = [path / "config.json"]
     config = _read_json(path / "config.json")
-    if (path / "generation_config.json").exists():
-        ends = _read_json(path / "generation_config.json").get("eos_token_id")
-        config["eos_token_id"] = list(merge_token_ids(config.get("eos_token_id"), ends))
+    if (generation := path / "generation_config.json").exists():
+        files.append(generation)
+        config["eos_token_id"] = list(merge_token_ids(config.get("eos_token_id"), _read_json(generation).get("eos_token_id")))
     folder = SafetensorsFolder(path, multimodal="text_config" in config)
-    return Checkpoint(path, config, folder, folder.files)
+    return Checkpoint(path, config, folder, files + folder.files)
 
 
 def _read_json(path: Path) -> dict[str, Any]:
