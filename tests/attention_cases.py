@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -24,8 +25,11 @@ class Case:
 
 
 def make_case(contexts: Sequence[int], queries: int, heads: int, kv_heads: int, dim: int, page: int, dtype: torch.dtype,
-              device: str = "cpu", seed: int = 0) -> Case:
-    """One table row for each context length, in shuffled order, and `queries` query tokens in all."""
+              device: str = "cpu", seed: int = 0, firsts: Sequence[int] | None = None) -> Case:
+    """One table row for each context length, in shuffled order, and `queries` query tokens in all.
+
+    firsts: the lowest position of each row that any query sees; what lies before belongs to no row any more.
+    """
     g = torch.Generator().manual_seed(seed)
     need = [-(-c // page) for c in contexts]
     pages = sum(need) + 2
@@ -35,15 +39,17 @@ def make_case(contexts: Sequence[int], queries: int, heads: int, kv_heads: int, 
     v = k.clone()
     rows = torch.randperm(len(contexts) + 1, generator=g)[: len(contexts)].int()
     table = torch.full((len(contexts) + 1, max(need) + 3), int(poison), dtype=torch.int32)
-    for row, context, count in zip(rows.tolist(), contexts, need, strict=True):
+    for row, context, count, first in zip(rows.tolist(), contexts, need, firsts or [0] * len(need), strict=True):
         mine, order = order[:count], order[count:]
-        table[row, :count] = mine
-        for at in range(0, context, page):
-            used = min(page, context - at)
-            k[mine[at // page], :, :used] = torch.randn(kv_heads, used, dim, generator=g)
-            v[mine[at // page], :, :used] = torch.randn(kv_heads, used, dim, generator=g)
+        table[row, first // page : count] = mine[first // page :]
+        for at in range(first // page * page, context, page):
+            here = slice(max(first - at, 0), min(page, context - at))
+            shape = (kv_heads, here.stop - here.start, dim)
+            k[mine[at // page], :, here] = torch.randn(shape, generator=g)
+            v[mine[at // page], :, here] = torch.randn(shape, generator=g)
     q = torch.randn(queries, heads, dim, generator=g)
-    return Case(q.to(dtype).to(device), k.to(dtype).to(device), v.to(dtype).to(device), table.to(device), rows.to(device), dim**-0.5)
+    q, k, v = (x.to(dtype).to(device) for x in (q, k, v))
+    return Case(q, k, v, table.to(device), rows.to(device), dim**-0.5)
 
 
 def exact(case: Case, cu_q: Sequence[int], starts: Sequence[int], window: int, softcap: float) -> Tensor:
@@ -53,7 +59,7 @@ def exact(case: Case, cu_q: Sequence[int], starts: Sequence[int], window: int, s
     out = torch.empty((cu_q[-1], *q.shape[1:]), dtype=torch.float64)
     for i, start in enumerate(starts):
         count = cu_q[i + 1] - cu_q[i]
-        where = torch.arange(start + count)
+        where = torch.arange(max(start + 1 - window, 0) if window else 0, start + count)
         pages = table[rows[i], where // page].long()
         k, v = (x[pages, :, where % page].double().transpose(0, 1).repeat_interleave(groups, 0) for x in (k_cache, v_cache))
         scores = q[cu_q[i] : cu_q[i + 1]].double().transpose(0, 1) @ k.transpose(1, 2) * case.scale
@@ -67,7 +73,7 @@ def exact(case: Case, cu_q: Sequence[int], starts: Sequence[int], window: int, s
 
 def work_list(cu_q: Sequence[int]) -> Tensor:
     """The tiles [M, 2] of prefill attention: every row's queries in steps of QUERY_TILE."""
-    spans = enumerate(b - a for a, b in zip(cu_q[:-1], cu_q[1:], strict=True))
+    spans = enumerate(b - a for a, b in pairwise(cu_q))
     return torch.tensor([(i, first) for i, n in spans for first in range(0, n, ref.QUERY_TILE)], dtype=torch.int32).view(-1, 2)
 
 

@@ -25,13 +25,14 @@ def poisoned():
 
 def decode(case: Case, contexts: list[int], window: int, softcap: float, kernels) -> torch.Tensor:
     positions = torch.tensor(contexts, dtype=torch.int32) - 1
-    return kernels.decode_attention(case.q, case.k_cache, case.v_cache, case.block_table, case.rows, positions, case.scale, window,
-                                    softcap, 4096)
+    return kernels.decode_attention(case.q, case.k_cache, case.v_cache, case.block_table, case.rows, positions, case.scale,
+                                    window, softcap, 4096)
 
 
 def check_decode(contexts: list[int], heads: int, kv_heads: int, dim: int, page: int, dtype: torch.dtype, window: int = 0,
                  softcap: float = 0.0) -> None:
-    case = make_case(contexts, len(contexts), heads, kv_heads, dim, page, dtype, seed=len(contexts) + dim + page)
+    firsts = [max(c - window, 0) if window else 0 for c in contexts]
+    case = make_case(contexts, len(contexts), heads, kv_heads, dim, page, dtype, seed=len(contexts) + dim + page, firsts=firsts)
     want = exact(case, list(range(len(contexts) + 1)), [c - 1 for c in contexts], window, softcap)
     got = decode(case, contexts, window, softcap, attention)
     assert got.shape == case.q.shape
@@ -87,11 +88,12 @@ def test_decode_agrees_with_the_torch_twin():
     assert error(got, want.double()) < 2e-6
 
 
-def check_prefill(counts: list[int], starts: list[int], heads: int, kv_heads: int, dim: int, page: int, dtype: torch.dtype, window: int = 0,
-                  softcap: float = 0.0, padding: int = 0) -> None:
+def check_prefill(counts: list[int], starts: list[int], heads: int, kv_heads: int, dim: int, page: int, dtype: torch.dtype,
+                  window: int = 0, softcap: float = 0.0, padding: int = 0) -> None:
     cu_q = [0, *torch.tensor(counts).cumsum(0).tolist()]
-    case = make_case([s + c for s, c in zip(starts, counts, strict=True)], cu_q[-1] + padding, heads, kv_heads, dim, page, dtype,
-                     seed=cu_q[-1] + dim)
+    contexts = [s + c for s, c in zip(starts, counts, strict=True)]
+    firsts = [max(s + 1 - window, 0) if window else 0 for s in starts]
+    case = make_case(contexts, cu_q[-1] + padding, heads, kv_heads, dim, page, dtype, seed=cu_q[-1] + dim, firsts=firsts)
     got = attention.prefill_attention(
         case.q, case.k_cache, case.v_cache, case.block_table, case.rows, torch.tensor(starts, dtype=torch.int32),
         torch.tensor(cu_q, dtype=torch.int32), work_list(cu_q), case.scale, window, softcap)
@@ -119,14 +121,15 @@ def test_prefill_window_and_softcap(dtype, window, softcap):
 
 
 def test_prefill_long_rows_take_several_tiles_and_padding_is_left_alone():
-    check_prefill([ref.QUERY_TILE + 1, ref.QUERY_TILE, 2 * ref.QUERY_TILE + 5], [3, 0, 64], 3, 1, 64, 32, torch.float16, padding=9)
+    tile = ref.QUERY_TILE
+    check_prefill([tile + 1, tile, 2 * tile + 5], [3, 0, 64], 3, 1, 64, 32, torch.float16, padding=9)
 
 
 def test_prefill_of_nothing():
     case = make_case([5], 2, 4, 2, 64, 16, torch.float32)
     zero = torch.zeros(1, dtype=torch.int32)
-    out = attention.prefill_attention(case.q, case.k_cache, case.v_cache, case.block_table, case.rows[:0], zero[:0], zero, work_list([0]),
-                                      1.0, 0, 0.0)
+    out = attention.prefill_attention(case.q, case.k_cache, case.v_cache, case.block_table, case.rows[:0], zero[:0], zero,
+                                      work_list([0]), 1.0, 0, 0.0)
     assert out.shape == case.q.shape
 
 
