@@ -26,6 +26,7 @@ class SamplingParams:
     """How one row is sampled. Greedy by default, since most jobs label.
 
     Order of the filters: penalties, grammar mask, temperature, min_p, top_k, top_p. Noise is keyed by (seed, position).
+    A row under a grammar ends where that says so: `stop`, `stop_token_ids` and `ignore_eos` do not apply to it.
     """
 
     max_tokens: int = 256

@@ -159,15 +159,18 @@ class Scheduler:
         self.shared_pages[row] = len(waiting.path)
         self.order[row] = self._admitted
         self._admitted += 1
-        ids = (*(() if params.ignore_eos and request.grammar is None else self.end_ids), *params.stop_token_ids)
+        # Under a grammar an output ends where the grammar says so: anything else would cut it.
+        ends = () if params.ignore_eos else self.end_ids
+        ids = self.end_ids if request.grammar is not None else (*ends, *params.stop_token_ids)
         self.stop_ids[row] = -1
         self.stop_ids[row, : len(ids)] = ids
         guide = waiting.guide if waiting.guide is not None or request.grammar is None else request.grammar.start()
-        stop = StopStrings(self._tokenizer, params.stop) if params.stop else None
+        stop = StopStrings(self._tokenizer, params.stop) if params.stop and request.grammar is None else None
         self.watched[row] = guide is not None or stop is not None
         self.special[row] = params.has_penalties or params.min_tokens > 0 or params.logprobs is not None
         if stop is not None:
-            stop.find(self.tokens[row, request.prompt.size : n].tolist())
+            for token in self.tokens[row, request.prompt.size : n].tolist():
+                stop.find(token)
         logprobs = waiting.logprobs if waiting.logprobs is not None or params.logprobs is None else []
         self.live[row] = Live(waiting, guide, stop, logprobs)
         if guide is not None:
@@ -340,20 +343,38 @@ class Scheduler:
         for row in rows[self.watched[rows] & ~ended].tolist():
             self._watch(row)
         for row in rows[ended].tolist():
-            self._finish(row, FinishReason.STOP, drop=1)
+            self._end(row)
         full = rows[~ended]
         for row in full[self.seen[full] >= self.limit[full]].tolist():
             if self.active[row]:
                 self._run_out(row)
+
+    def _end(self, row: int) -> None:
+        """An end token was sampled. Where the output may not end, the grammar engine gave up on the row and left nothing else."""
+        guide = self.live[row].guide
+        self._take_back(row)
+        if guide is not None and (guide.error is not None or not guide.accepting):
+            self._run_out(row)
+        else:
+            self._finish(row, FinishReason.STOP)
+
+    def _take_back(self, row: int) -> None:
+        """The token sampled last is not part of the output."""
+        self.seen[row] -= 1
+        if self.live[row].logprobs:
+            self.live[row].logprobs.pop()
 
     def _watch(self, row: int) -> None:
         """A row that the host must look at after each token: a grammar or stop strings."""
         live = self.live[row]
         token = int(self.tokens[row, self.seen[row] - 1])
         if live.guide is not None:
-            live.guide.accept([token])
-            self._follow(row, live.guide)
-        elif live.stop is not None and (text := live.stop.find([token])) is not None:
+            if live.guide.accept([token]):
+                self._follow(row, live.guide)
+            else:
+                self._take_back(row)
+                self._run_out(row)
+        elif live.stop is not None and (text := live.stop.find(token)) is not None and self.seen[row] >= self.least[row]:
             self._finish(row, FinishReason.STOP, text=text)
 
     def _follow(self, row: int, guide: Guide) -> None:
@@ -390,9 +411,8 @@ class Scheduler:
         self.seen[row] = self.prompt_len[row] + closed.size
         self._finish(row, FinishReason.LENGTH_CLOSED)
 
-    def _finish(self, row: int, reason: FinishReason, drop: int = 0, text: str | None = None, error: str | None = None) -> None:
-        live, end = self.live[row], int(self.seen[row]) - drop
-        output = self.tokens[row, self.prompt_len[row] : end].copy()
+    def _finish(self, row: int, reason: FinishReason, text: str | None = None, error: str | None = None) -> None:
+        live, output = self.live[row], self.tokens[row, self.prompt_len[row] : self.seen[row]].copy()
         self._predictor.observe(output.size)
         self._emit(live.waiting, output, reason, text, error, live.logprobs)
         self._leave(row)
