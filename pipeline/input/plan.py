@@ -88,6 +88,12 @@ class Shard:
         for piece in self.pieces:
             yield from row_ids(piece.file, piece.first_row, piece.num_rows)
 
+    def places(self) -> Iterator[tuple[str, int]]:
+        """The file and the index in it of each row, in order."""
+        for piece in self.pieces:
+            for row in range(piece.first_row, piece.first_row + piece.num_rows):
+                yield piece.file, row
+
 
 @dataclass(frozen=True)
 class Plan:

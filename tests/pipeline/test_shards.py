@@ -31,7 +31,8 @@ def test_a_part_holds_input_columns_results_and_properties(tmp_path: Path) -> No
         [("status", pa.int64()), ("text", pa.large_string()), ("label", pa.string()), ("input_status", pa.bool_())])
     layout = OutputLayout.make(schema, {"properties": {
         "label": {"type": "string"}, "score": {"type": "number"}, "count": {"type": ["integer", "null"]},
-        "sure": {"type": "boolean"}, "tags": {"type": "array"}, "kind": {"enum": ["a", "b"]}, "either": {"anyOf": []}, "one": {"const": 1}, "any": True,
+        "sure": {"type": "boolean"}, "tags": {"type": "array"}, "kind": {"enum": ["a", "b"]}, "either": {"anyOf": []},
+        "one": {"const": 1}, "any": True,
     }})
     assert layout.schema.names == ["input_input_status", "input_text", "label", "input_status", *RESULTS.names,
                                    "json_label", "score", "count", "sure", "tags", "kind", "either", "one", "any"]
