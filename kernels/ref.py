@@ -279,14 +279,15 @@ def _draw(x: Tensor, key: Tensor, temperature: float, top_k: int, top_p: float, 
     if bool(floor > NEG_INF):
         kept = (x >= floor).nonzero().flatten()
         x, column = x[kept], column[kept]
-    z = x / temperature - torch.log(-torch.log(uniform(key, column)))
+    x = (x - top) / temperature     # the likeliest is 0: it can be drawn however cold it is
+    z = x - torch.log(-torch.log(uniform(key, column)))
     at = z.argmax()
     if top_p < 1:
         # A token is kept if the mass of likelier ones is below top_p. If the one drawn is, it is the argmax over all that are. If not,
         # nothing less likely is either, and what remains are the likelier ones.
-        weights = torch.exp((x - top) / temperature)
+        weights = torch.exp(x)
         most = top_p * weights.sum()
-        while bool((x[at] < top) & (weights[x > x[at]].sum() >= most)):
+        while bool((x[at] < 0) & (weights[x > x[at]].sum() >= most)):
             z.masked_fill_(x <= x[at], NEG_INF)
             at = z.argmax()
     return column[at]

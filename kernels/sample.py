@@ -106,14 +106,14 @@ def _kth_largest(logits, V, k, lanes, top, BLOCK: tl.constexpr, ZEROS: tl.conste
 
 
 @triton.jit
-def _draw(logits, V, floor, below, scale, key, second_key, BLOCK: tl.constexpr):
-    """The column with the largest x * scale + Gumbel noise among below < x, floor <= x; 0 if there is none."""
+def _draw(logits, V, floor, below, shift, scale, key, second_key, BLOCK: tl.constexpr):
+    """The column with the largest (x - shift) * scale + Gumbel noise among below < x, floor <= x; 0 if there is none."""
     best = tl.full([], NEG_INF, tl.float32)
     token = tl.zeros([], tl.int32)
     for start in range(0, V, BLOCK):
         column = start + tl.arange(0, BLOCK)
         x = tl.load(logits + column, mask=column < V, other=NEG_INF).to(tl.float32)
-        x = tl.where((x >= floor) & (x > below), x, NEG_INF) * scale
+        x = tl.where((x >= floor) & (x > below), x - shift, NEG_INF) * scale
         if tl.max(x, 0) + LARGEST_NOISE > best:
             # The noise is -log(-log(u)), and -log(u) >= 1 - u: only where 1 - u < exp(x - best) can x + noise exceed best. So the two
             # exact logarithms are taken in the few blocks alone that improve on the best; 0.001 covers what rounding may add.
@@ -171,14 +171,15 @@ def _sample_kernel(logits, table, rows, positions, out, logits_stride, V,
                 floor = top + temperature * tl.log(min_p)
             if limited:
                 floor = tl.maximum(floor, _kth_largest(logits, V, k, lanes, top, BLOCK, ZEROS))
-        token = _draw(logits, V, floor, NEG_INF, scale, key, second_key, BLOCK)
+        # Relative to the largest, where that is known and finite: it can be drawn however cold it is, so the search below ends.
+        shift = tl.where(tl.abs(top) < float("inf"), top, 0.0)
+        token = _draw(logits, V, floor, NEG_INF, shift, scale, key, second_key, BLOCK)
         if top_p < 1.0:
             value = tl.load(logits + token).to(tl.float32)
             above, total = _mass(logits, V, floor, value, top, scale, BLOCK)
             while (above >= top_p * total) & (value < top):
-                token = _draw(logits, V, floor, value, scale, key, second_key, BLOCK)
-                again = tl.load(logits + token).to(tl.float32)
-                value = tl.where(again > value, again, top)     # not above: scaled logits overflowed, nothing was drawn; end all the same
+                token = _draw(logits, V, floor, value, shift, scale, key, second_key, BLOCK)
+                value = tl.load(logits + token).to(tl.float32)
                 above, total = _mass(logits, V, floor, value, top, scale, BLOCK)
     tl.store(out + i, token)
 

@@ -1,0 +1,112 @@
+"""What has only a torch implementation: the noise's statistics, frequencies of samples, penalties and log-probabilities."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from kernel_cases import chi_square_holds, kept64, sampling_table
+
+from kernels import ops, ref
+
+
+def noise(seeds: torch.Tensor, positions: torch.Tensor, width: int) -> torch.Tensor:
+    key = ref.noise_key(seeds.int(), torch.zeros_like(seeds).int(), positions.int())
+    return ref.uniform(key[:, None], torch.arange(width, dtype=torch.int32))
+
+
+def test_hash_is_a_bijection():
+    x = torch.arange(-(2**19), 2**19, dtype=torch.int32)
+    assert ref.hash32(x).unique().numel() == x.numel()
+
+
+@pytest.mark.parametrize("axis", ["columns", "positions", "seeds"])
+def test_noise_is_uniform_and_neighbours_are_unrelated(axis):
+    zeros, steps = torch.zeros(64), torch.arange(64)
+    u = noise(steps if axis == "seeds" else zeros, zeros if axis == "seeds" else steps, 20000)
+    assert float(u.min()) > 0
+    assert float(u.max()) < 1
+    n = u.numel()
+    cells = torch.full((256,), 1 / 256, dtype=torch.float64)
+    assert chi_square_holds(torch.bincount((u.flatten() * 256).long(), minlength=256), cells)
+    low_bits = (u.double() * 2**23).long().flatten() % 256
+    assert chi_square_holds(torch.bincount(low_bits, minlength=256), cells)
+    # Every (seed, position) by itself: a bad key would show as one bad row.
+    per_row = torch.stack([torch.bincount((row * 16).long(), minlength=16) for row in u])
+    assert all(chi_square_holds(row, torch.full((16,), 1 / 16, dtype=torch.float64)) for row in per_row)
+    x = (u.double() - 0.5) * 12**0.5
+    for a, b in ((x[:, :-1], x[:, 1:]), (x[:, :-2], x[:, 2:])) if axis == "columns" else ((x[:-1], x[1:]), (x[:-2], x[2:])):
+        assert abs(float((a * b).mean())) < 5 / n**0.5
+        pairs = ((a * 0.2886751 + 0.5) * 16).long() * 16 + ((b * 0.2886751 + 0.5) * 16).long()
+        assert chi_square_holds(torch.bincount(pairs.flatten(), minlength=256), cells)
+
+
+def test_noise_of_keys_a_column_apart_is_not_the_same_noise_shifted():
+    column = torch.arange(5000, dtype=torch.int32)
+    a = ref.uniform(torch.tensor(1234, dtype=torch.int32), column)
+    b = ref.uniform(torch.tensor(1234, dtype=torch.int32) + ref.GOLDEN, column)
+    assert not bool((a[1:] == b[:-1]).any())
+
+
+@pytest.mark.parametrize("setting", [(1.0, 0, 1.0, 0.0), (0.5, 0, 1.0, 0.0), (2.0, 12, 1.0, 0.0), (1.0, 0, 0.8, 0.0), (1.5, 20, 0.9, 0.01)])
+def test_frequencies_follow_the_filtered_softmax(setting):
+    temperature, top_k, top_p, min_p = setting
+    n, width = 4000, 60
+    logits = torch.randn(width, generator=torch.Generator().manual_seed(3)) * 2
+    logits[7] = ref.NEG_INF
+    table = sampling_table([setting], [42])
+    tokens = ref.sample(logits.expand(n, -1), table, torch.zeros(n, dtype=torch.int32), torch.arange(n, dtype=torch.int32))
+    x = logits.double() / temperature
+    probs = torch.softmax(x.masked_fill(~kept64(x, top_k, top_p, min_p), ref.NEG_INF), 0)
+    assert chi_square_holds(torch.bincount(tokens.long(), minlength=width), probs)
+
+
+def test_seeds_give_independent_tokens_of_the_same_distribution():
+    n, width = 4000, 8
+    logits = torch.linspace(0, 2, width)
+    table = sampling_table([(1.0, 0, 1.0, 0.0)] * n, [i + (i << 40) for i in range(n)])
+    rows = torch.arange(n, dtype=torch.int32)
+    tokens = ref.sample(logits.expand(n, -1), table, rows, torch.full_like(rows, 9)).long()
+    probs = torch.softmax(logits.double(), 0)
+    assert chi_square_holds(torch.bincount(tokens, minlength=width), probs)
+    pairs = torch.bincount(tokens[:-1] * width + tokens[1:], minlength=width * width)
+    assert chi_square_holds(pairs, torch.outer(probs, probs).flatten())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_penalties(dtype):
+    g = torch.Generator().manual_seed(0)
+    n, width, length = 70, 90, 40       # more than one part of 64 rows
+    logits = torch.randn(n + 2, width, generator=g).to(dtype)
+    logits[:, 3] = ref.NEG_INF
+    tokens = torch.randint(0, width, (n + 5, length), generator=g, dtype=torch.int32)
+    tokens[:, 5] = width + 7            # an id that the head does not have
+    index, rows = torch.randperm(n + 2, generator=g)[:n].int(), torch.randperm(n + 5, generator=g)[:n].int()
+    total = torch.randint(1, length + 1, (n,), generator=g, dtype=torch.int32)
+    prompt = (total * torch.rand(n, generator=g)).int()
+    repetition, presence, frequency = (torch.rand(n, generator=g) + 0.5 for _ in range(3))
+    want = logits.clone()
+    for i in range(n):
+        history = tokens[rows[i], : total[i]].tolist()
+        output = history[prompt[i] :]
+        for token in {t for t in history if t < width}:
+            x = float(logits[index[i], token])
+            x = x / float(repetition[i]) if x > 0 else x * float(repetition[i])
+            want[index[i], token] = x - float(frequency[i]) * output.count(token) - float(presence[i]) * (token in output)
+    ops.apply_penalties(logits, index, tokens, rows, prompt, total, repetition, presence, frequency)
+    torch.testing.assert_close(logits, want)
+
+
+@pytest.mark.parametrize("k", [0, 1, 5])
+def test_logprobs(k):
+    g = torch.Generator().manual_seed(0)
+    logits = torch.randn(6, 400, generator=g) * 5
+    logits[:, 50:60] = ref.NEG_INF
+    tokens = torch.randint(60, 400, (6,), generator=g, dtype=torch.int32)
+    chosen, values, ids = ops.logprobs(logits, tokens, k)
+    want = torch.log_softmax(logits.double(), -1)
+    torch.testing.assert_close(chosen.double(), want[torch.arange(6), tokens.long()], rtol=1e-5, atol=1e-5)
+    top = want.topk(k)
+    torch.testing.assert_close(values.double(), top.values, rtol=1e-5, atol=1e-5)
+    assert torch.equal(ids.long(), top.indices)
+    assert chosen.dtype == values.dtype == torch.float32
+    assert ids.dtype == torch.int32
