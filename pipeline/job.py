@@ -7,22 +7,23 @@ import itertools
 import json
 import time
 from collections import deque
-from collections.abc import Callable, Hashable, Iterable, Mapping
-from typing import Any, Protocol
+from collections.abc import Hashable, Mapping
+from typing import Any
 
 from engine.guided.front import GuideSpec
 from engine.guided.grammar import SchemaError
 from engine.guided.validate import Validator
-from engine.request import Completion, EngineStats, FinishReason, Request
+from engine.request import FinishReason
 from pipeline.collect import Collect
 from pipeline.config import RunConfig, flatten
 from pipeline.exits import ConfigError, Exit
 from pipeline.input.feed import Feed, Work
 from pipeline.input.formats import first_line
 from pipeline.input.plan import Shard, make_plan
-from pipeline.input.prompts import Form, PromptBuilder, Tokenizer
-from pipeline.input.schemas import Grammars, Guide, Guides
+from pipeline.input.prompts import Form, PromptBuilder
+from pipeline.input.schemas import Guide, Guides
 from pipeline.input.sources import Input, open_input
+from pipeline.model import EngineFactory, EngineLike, Model, RealModel
 from pipeline.observe.metrics import Metrics, find_gpus
 from pipeline.observe.progress import Progress
 from pipeline.observe.provenance import provenance
@@ -32,46 +33,16 @@ from pipeline.output.rows import Status
 from pipeline.output.run_folder import PLAN, RUN, RunFolder
 from pipeline.output.shards import ShardWriter
 from pipeline.output.store import open_store
+from pipeline.preview import preview
 from pipeline.signals import Stop
 
 
-class EngineLike(Protocol):
-    """What the loop needs of engine.engine.Engine."""
-
-    max_model_len: int
-
-    def submit(self, request: Request) -> None: ...
-    def room(self) -> int: ...
-    def step(self) -> list[Completion]: ...
-    def abort(self, ids: Iterable[Hashable] | None = None) -> None: ...
-    @property
-    def pending(self) -> int: ...
-    def stats(self) -> EngineStats: ...
-    def close(self) -> None: ...
-
-
-class Model(Protocol):
-    """A model on its way to an engine; each step is taken only when it is needed."""
-
-    def fingerprint(self) -> dict[str, str]:
-        """What identifies weights, tokenizer and chat template. Cheap: torch is not imported."""
-
-    def tokenizer(self) -> Tokenizer: ...
-
-    def grammars(self) -> Grammars: ...
-
-    def load(self, progress: Callable[[str], None]) -> EngineLike: ...
-
-
-EngineFactory = Callable[[RunConfig], Model]
-
-
-def run_job(config: RunConfig, factory: EngineFactory | None = None) -> int:
+def run_job(config: RunConfig, factory: EngineFactory = RealModel) -> int:
     """Do what `config` asks for and return the exit code. Raises JobError with one line."""
     stop = Stop(config.limits)
     stop.install()
     progress = Progress()
-    model = (factory or _real_model)(config)
+    model = factory(config)
 
     source = open_input(config.data, config.input)
     form = Form(config.task, config.input.columns, source.schema)
@@ -79,9 +50,7 @@ def run_job(config: RunConfig, factory: EngineFactory | None = None) -> int:
     spec = task_spec(config)
     layout = OutputLayout.make(source.schema, flat_schema(config, spec))
     if config.dry_run:
-        from pipeline.preview import preview
-
-        return preview(config, source, plan, form, spec, model)
+        return preview(config, source, plan, make_builder(config, form, spec, model), model.max_model_len())
 
     identity = model.fingerprint()
     fresh = open_store(config.output.dir).read(RUN) is None
@@ -113,8 +82,10 @@ def run_job(config: RunConfig, factory: EngineFactory | None = None) -> int:
 
 
 def forget(folder: RunFolder) -> None:
-    """Take back what opening a new folder wrote, unless rows were written since: the mended configuration is not another run's."""
-    if not list(folder.store.work.glob("*.journal")) and not any(shard.name in folder.store.names() for shard in folder.plan.shards):
+    """Take back what opening a new folder wrote, unless rows were written since: a mended configuration is not another run's."""
+    if not list(folder.store.work.glob("*.journal")) and not any(
+        shard.name in folder.store.names() for shard in folder.plan.shards
+    ):
         for name in (RUN, PLAN):
             folder.store.delete(name)
 
@@ -141,7 +112,7 @@ def label(
     def open_shard(shard: Shard) -> ShardWriter:
         return folder.reopen_shard(shard, config.retry_errors) if shard.index in reopened else folder.open_shard(shard)
 
-    collect = Collect(source, tokenizer, lambda state: feed.published(state))
+    collect = Collect(source, model.tokenizer(), lambda state: feed.published(state))
     feed = Feed(
         source,
         [*shards, *again],
@@ -171,6 +142,13 @@ def label(
         feed.stop()
         collect.close()
         progress.end(collect.done)
+
+
+def make_builder(config: RunConfig, form: Form, spec: GuideSpec | None, model: Model) -> PromptBuilder:
+    """Load the tokenizer and compile the task's schema."""
+    guides = Guides(model.grammars())
+    guide = task_guide(config, spec, guides)
+    return PromptBuilder(form, config.task, config.effective_sampling, model.tokenizer(), guides, guide)
 
 
 class Loop:
@@ -325,9 +303,3 @@ def short(value: Any) -> str:
     """The value itself, or a hash where it is long."""
     text = value if isinstance(value, str) else json.dumps(value, sort_keys=True)
     return text if len(text) <= 80 and "\n" not in text else "hash " + hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
-
-
-def _real_model(config: RunConfig) -> Model:
-    from pipeline.model import RealModel
-
-    return RealModel(config)

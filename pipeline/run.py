@@ -17,7 +17,7 @@ from pipeline.config import RunConfig, check, did_you_mean, unknown_key
 from pipeline.exits import ConfigError, Exit, JobError
 
 if TYPE_CHECKING:
-    from pipeline.job import EngineFactory
+    from pipeline.model import EngineFactory
 
 HOME = Path(__file__).resolve().parent.parent  # conf/ and jobs/ stand beside the packages, in a checkout and installed
 CONF = HOME / "conf"
@@ -83,7 +83,7 @@ def main(argv: Sequence[str] | None = None, engine_factory: EngineFactory | None
             return Exit.COMPLETE
         from pipeline.job import run_job  # after the check, so that a mistyped key is answered at once
 
-        return run_job(config, engine_factory)
+        return run_job(config, engine_factory) if engine_factory else run_job(config)
     except JobError as error:
         print(f"error: {error}", file=sys.stderr)
         return int(error.exit_code)

@@ -186,8 +186,8 @@ def _jsonl_array(values: list[Any], field: pa.Field) -> pa.Array:
 
 
 class CsvReader:
-    """A header line, then rows. Every column is text as it stands: guessed types would lose leading zeros. An empty field is null,
-    an empty pair of quotes is empty text."""
+    """A header line, then rows. Every column is text as it stands: guessed types would lose leading zeros. An empty field is
+    null, an empty pair of quotes is empty text."""
 
     def __init__(self, handle: BinaryIO, name: str, stamp: str) -> None:
         self._handle, self._name, self.version = handle, name, stamp

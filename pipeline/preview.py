@@ -1,0 +1,75 @@
+"""`dry_run=true`: what the job would do, found out without the model's weights."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from pipeline.config import RunConfig
+from pipeline.exits import Exit
+from pipeline.input.plan import Plan
+from pipeline.input.prompts import Prompt, PromptBuilder
+from pipeline.input.sources import Input
+from pipeline.output.rows import Status
+
+SAMPLE_ROWS = 2000  # that are rendered and tokenised, from the start of the input
+_BINS = 12
+_BAR = 40
+
+
+def preview(config: RunConfig, source: Input, plan: Plan, builder: PromptBuilder, max_model_len: int) -> int:
+    """Print the plan, the token lengths of the first rows, what is wrong with them, and what the task's schema needs."""
+    size = sum(file.size for file in source.files)
+    print(
+        f"input:   {_count(len(source.files), 'file')}, {size / 2**20:,.1f} MiB, {_count(plan.num_rows, 'row')} "
+        f"in {_count(len(plan.shards), 'shard')} of at most {plan.rows_per_shard:,}"
+    )
+    print(
+        f"columns: {', '.join(f'{field.name} ({field.type})' for field in source.schema)}; prompts are made of {', '.join(builder.columns)}"
+    )
+    ask = builder.default
+    print(f"output:  {config.output.dir}; at most {ask.params.max_tokens:,} tokens a row, {_count(ask.n, 'sample')}", end="")
+    print(f"; the shortest output the schema allows has about {ask.guide.grammar.min_tokens:,} tokens" if ask.guide else "")
+    prompts = _sample(source, plan, builder)
+    for prompt in prompts:
+        if (
+            prompt.status is Status.OK
+            and len(prompt.tokens) + (prompt.ask.guide.grammar.min_tokens if prompt.ask.guide else 1) > max_model_len
+        ):
+            prompt.status = Status.PROMPT_TOO_LONG
+            prompt.error = f"{len(prompt.tokens)} prompt tokens leave no room in engine.max_model_len={max_model_len}"
+    _lengths([len(prompt.tokens) for prompt in prompts if prompt.tokens is not None], len(prompts), plan.num_rows)
+    for prompt in [prompt for prompt in prompts if prompt.error][:5]:
+        print(f"row {prompt.row}: {prompt.status}: {prompt.error}")
+    for status, count in Counter(prompt.status for prompt in prompts).most_common():
+        print(f"{'would run' if status is Status.OK else status:<16} {count:>8,}  {count / len(prompts):7.2%}")
+    return Exit.COMPLETE
+
+
+def _sample(source: Input, plan: Plan, builder: PromptBuilder) -> list[Prompt]:
+    cursor, prompts = source.cursor(builder.columns), []
+    for shard in plan.shards:
+        for chunk in cursor.read(shard):
+            prompts += builder.build(chunk, len(prompts))
+            if len(prompts) >= SAMPLE_ROWS:
+                return prompts[:SAMPLE_ROWS]
+    return prompts
+
+
+def _lengths(lengths: list[int], sampled: int, rows: int) -> None:
+    """A histogram of prompt lengths, and what they come to over the whole input."""
+    if not lengths:
+        return
+    mean = sum(lengths) / len(lengths)
+    print(
+        f"prompt tokens of the first {sampled:,} rows: {min(lengths):,} to {max(lengths):,}, mean {mean:,.0f}; "
+        f"about {mean * rows * len(lengths) / sampled:,.0f} in all"
+    )
+    width = max(-(-(max(lengths) + 1 - min(lengths)) // _BINS), 1)
+    bins = Counter((length - min(lengths)) // width for length in lengths)
+    for index in range(max(bins) + 1):
+        first = min(lengths) + index * width
+        print(f"{first:>8,} - {first + width - 1:<8,} {bins[index]:>6,}  {'#' * round(_BAR * bins[index] / max(bins.values()))}")
+
+
+def _count(number: int, word: str) -> str:
+    return f"{number:,} {word}{'' if number == 1 else 's'}"
