@@ -1,4 +1,4 @@
-"""CUDA graphs of the whole decode step, one for each padded number of rows, captured when first needed.
+"""CUDA graphs of the whole decode step, one for each padded number of rows, captured at start-up, the largest first.
 
 A graph reads the row table's `rows` and `starts`, which the staged writes of the step have filled, so nothing is copied in; what stands
 past the step's rows is the dummy row. All graphs share one memory pool: they replay one after another on the compute stream.
@@ -6,47 +6,50 @@ past the step's rows is the dummy row. All graphs share one memory pool: they re
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 
-def padded(rows: int) -> int:
-    """The number of rows a graph is captured for: fine steps where a row is a large share, coarse ones above."""
-    for limit, step in ((4, 1), (64, 8), (256, 16), (512, 32), (1024, 64)):
-        if rows <= limit:
-            return -(-rows // step) * step
-    return -(-rows // 128) * 128
+def graph_sizes(most: int) -> list[int]:
+    """Padded numbers of rows up to `most`: fine steps where a row is a large share of the step, coarse ones above."""
+    steps = [1, 2, 4, *range(8, 64, 8), *range(64, 256, 32), *range(256, 1024, 64), *range(1024, most, 128)]
+    return [n for n in steps if n < most] + [most]
 
 
 class CudaGraphs:
-    def __init__(self, forward: Callable[[int], Tensor]) -> None:
-        """forward(n): launch the decode step of the first n rows of the table; returns logits [n, V]."""
+    def __init__(self, forward: Callable[[int], Tensor], most: int) -> None:
+        """forward(n): launch the decode step of the first n rows of the table, at most `most`; returns logits [n, V]."""
         self._forward = forward
+        self._sizes = graph_sizes(most)
         self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
-        self._pool = torch.cuda.graph_pool_handle()
 
-    def replay(self, n: int) -> Tensor:
-        """-> logits [n, V], valid until the next replay."""
-        if n not in self._graphs:
-            self._graphs[n] = self._capture(n)
-        graph, logits = self._graphs[n]
+    def padded(self, rows: int) -> int:
+        """The smallest captured size that holds `rows`."""
+        return self._sizes[bisect_left(self._sizes, rows)]
+
+    def replay(self, size: int) -> Tensor:
+        """-> logits [size, V], valid until the next replay; `size` as padded() gives it."""
+        graph, logits = self._graphs[size]
         graph.replay()
         return logits
 
-    def _capture(self, n: int) -> tuple[torch.cuda.CUDAGraph, Tensor]:
-        main = torch.cuda.current_stream()
-        side = torch.cuda.Stream()
-        side.wait_stream(main)
+    @torch.inference_mode()
+    def capture(self) -> None:
+        """Capture every size. The first run of each size outside the capture compiles its kernels and makes its handles."""
+        pool, side = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
-            self._forward(n)                         # compiles kernels and makes handles, which a capture must not do
-            side.synchronize()
-            graph = torch.cuda.CUDAGraph()
-            graph.capture_begin(pool=self._pool)
-            try:
-                logits = self._forward(n)
-            finally:
-                graph.capture_end()
-        main.wait_stream(side)
-        return graph, logits
+            for size in reversed(self._sizes):
+                self._forward(size)
+                side.synchronize()
+                graph = torch.cuda.CUDAGraph()
+                graph.capture_begin(pool=pool)
+                try:
+                    logits = self._forward(size)
+                finally:
+                    graph.capture_end()
+                self._graphs[size] = graph, logits
+        torch.cuda.current_stream().wait_stream(side)

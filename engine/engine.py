@@ -58,6 +58,8 @@ class Engine:
         self._scheduler = Scheduler(config, table, self._pool, max_step_tokens, spec.eos_token_ids, tokenizer)
         self._runner = Runner(model, table, caches, config.cuda_graphs)
         self._inflight: deque[Step] = deque()
+        progress("capturing CUDA graphs" if on_gpu and config.cuda_graphs else "ready")
+        self._runner.warm_up()
         gc.collect()
         gc.freeze()          # the heap so far lives as long as the engine: later collections need not walk it
 

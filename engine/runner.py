@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from engine import sampler
-from engine.cuda_graphs import CudaGraphs, padded
+from engine.cuda_graphs import CudaGraphs
 from engine.layers.attention import LayerCache, StepInputs
 from engine.models.decoder import Decoder
 from engine.request import TokenLogprobs
@@ -41,7 +41,13 @@ class Runner:
         self._host_tokens = [torch.empty(rows, dtype=torch.int32, pin_memory=self._pinned) for _ in range(RING)]
         self._host_mask = [torch.empty(0, -(-vocab // 32), dtype=torch.int32) for _ in range(RING)]
         self._one_each = torch.arange(rows + 1, dtype=torch.int32, device=self.device)
-        self._graphs = CudaGraphs(self._decode) if use_graphs and self._pinned else None
+        self._graphs = CudaGraphs(self._decode, rows) if use_graphs and self._pinned else None
+
+    def warm_up(self) -> None:
+        """Capture the graphs. The table's rows are all the dummy row meanwhile."""
+        if self._graphs is not None:
+            self.table.rows.fill_(self.table.dummy)
+            self._graphs.capture()
 
     # --- forward ---
 
@@ -52,7 +58,7 @@ class Runner:
         pure = n == plan.rows.size
         rows, starts = plan.rows, plan.starts
         if pure and self._graphs is not None:
-            size = min(padded(n), self.table.max_rows)
+            size = self._graphs.padded(n)
             rows = np.concatenate([rows, np.full(size - n, self.table.dummy, dtype=np.int32)])
             starts = np.concatenate([starts, np.zeros(size - n, dtype=np.int32)])
             self.table.stage_step(rows, starts)
