@@ -2,8 +2,9 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-# Compiling every file of every package ahead takes longer than compiling the few that get imported.
+# Compiling every file of every package takes longer than compiling the few that get imported, once each.
 INSTALL := $(BIN)/python -m pip install --quiet --quiet --no-compile --disable-pip-version-check
+unexport PYTHONDONTWRITEBYTECODE
 ARGS ?=
 
 .PHONY: run test test-gpu lint soak
