@@ -6,6 +6,7 @@ Every alternative implies the conjunction. Where a schema needs a negation that 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -207,6 +208,10 @@ class Alternatives:
             return next(self._expand(trial, tasks(nodes, ()), [], seen.copy()), None) is not None
 
         if choice.negation is not None:
+            if facts.values is not None and all(self.document.holds(choice.negation, v) is not None for v in facts.values):
+                left = [v for v in facts.values if not self.document.holds(choice.negation, v)]
+                yield tasks([self.made(("left", id(choice.negation), json.dumps(left)), choice.negation, {"enum": left})], ()), []
+                return
             # What a negation looks at counts as not evaluated: no scopes.
             for node in self._negate(choice.negation, facts):
                 if viable(node):

@@ -21,6 +21,7 @@ _STRUCTURE = tuple(b'}],:0123456789"[{ntf-.eE+ \n\t\r')
 # Inside strings that may not end yet: plain characters first, and what patterns like to ask for.
 _CHARACTERS = tuple(b"a0A-./:@_ #+,;=?&%()!*~$<>[]{}'|^`") + tuple(b"bcdefghijklmnopqrstuvwxyzBCDEFGHIJKLMNOPQRSTUVWXYZ123456789")
 _NARROW = 48              # at most this many next bytes: look one step ahead at each
+_WIDE_STEPS = 16          # characters of one string chosen with a look ahead where many are allowed
 _MAX_BYTES = 1 << 16
 _RETRIES = 8
 
@@ -178,14 +179,16 @@ class Closer:
                     return bytes(rest)
             allowed = [b for b in _CHARACTERS if mask >> b & 1]
             if mask.bit_count() <= _NARROW or not allowed:
-                allowed = [b for b in range(256) if mask >> b & 1]
+                allowed = [b for b in range(256) if mask >> b & 1][:_NARROW]
         if not allowed:
             return b""
         if noise is not None and noise.random() < 0.5:
             return bytes([noise.choice(allowed)])
         if len(allowed) == 1:
             return bytes(allowed)
-        return bytes([min(allowed[:_NARROW], key=lambda byte: self._cost(matcher, byte, state))])
+        if len(allowed) > _NARROW and len(string) > _WIDE_STEPS:
+            return bytes(allowed[:1])                    # a long string: what it says does not matter
+        return bytes([min(allowed, key=lambda byte: self._cost(matcher, byte, state))])
 
     def _cost(self, matcher: LLMatcher, byte: int, state: int) -> int:
         """Bytes forced after `byte`, and a guess at what stands open then."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from typing import Any
-from urllib.parse import unquote, urldefrag, urljoin
+from urllib.parse import quote, unquote, urldefrag, urljoin
 
 import jsonschema_rs
 
@@ -22,6 +22,8 @@ _DRAFTS = {
     2020: "https://json-schema.org/draft/2020-12/schema",
 }
 _BY_URI = {uri.partition("://")[2].rstrip("#"): draft for draft, uri in _DRAFTS.items()}
+
+_WHOLE = "json-schema:///document"      # the document itself, in the registry of its validators
 
 _MAPS = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas", "dependencies")
 _LISTS = ("allOf", "anyOf", "oneOf", "prefixItems", "items")
@@ -74,6 +76,8 @@ class Document:
         self._pointers: dict[int, str] = {}
         self._bases: dict[int, str] = {}
         self._targets: dict[str, Node] = {"": self.root}
+        self._validators: dict[int, Any] = {}
+        self._registry: Any = None
         self._dynamic: dict[str, list[Node]] = {}
         self._index(self.root, "", "")
 
@@ -162,6 +166,18 @@ class Document:
         if "$dynamicRef" in words:
             words["allOf"] = [*words.get("allOf", []), self._dynamic_target(node, words.pop("$dynamicRef"))]
         return words
+
+    def holds(self, node: Node, value: Any) -> bool | None:
+        """Whether `value` is valid under a subschema of this document, by the reference validator; None for one made up."""
+        if isinstance(node, bool):
+            return node
+        if id(node) not in self._pointers:
+            return None
+        if id(node) not in self._validators:
+            self._registry = self._registry or jsonschema_rs.Registry([(_WHOLE, self.root)])
+            reference = {"$schema": _DRAFTS[self.draft], "$ref": f"{_WHOLE}#{quote(self.pointer(node))}"}
+            self._validators[id(node)] = jsonschema_rs.validator_for(reference, registry=self._registry, validate_formats=False)
+        return self._validators[id(node)].is_valid(value)
 
     def _dynamic_target(self, node: dict[str, Any], ref: str) -> Node:
         """A dynamic reference has one meaning only where its anchor stands once in the document."""

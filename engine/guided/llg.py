@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import llguidance.hf
@@ -11,6 +11,7 @@ import numpy as np
 from llguidance import LLExecutor, LLMatcher, LLParserLimits, LLTokenizer
 
 from engine.guided.closing import Closer, byte_tokenizer
+from engine.guided.distinct import Scanner, TokensByPrefix, Unique
 from engine.guided.grammar import SchemaError
 from engine.guided.hints import example, schema_hints
 from engine.guided.lower import lower
@@ -62,16 +63,62 @@ class LLGuide:
         return (self.matcher.get_error() or "unknown error") if self.matcher.is_error() else None
 
 
+class DistinctGuide(LLGuide):
+    """A row whose keys, or the items of some arrays, must differ: a mask alone does not say so."""
+
+    __slots__ = ("_error", "_pieces", "_scanner")
+
+    def __init__(self, matcher: LLMatcher, unique: Unique, pieces: Sequence[bytes]) -> None:
+        super().__init__(matcher)
+        self._scanner, self._pieces = Scanner(unique), pieces
+        self._error: str | None = None
+
+    def accept(self, tokens: Sequence[int]) -> int:
+        taken = super().accept(tokens) if self._error is None else 0
+        for i in range(taken):
+            if not self._scanner.feed(self._pieces[tokens[i]]):
+                self._error = "a key or an item that must differ is repeated"
+                return i
+        return taken
+
+    def forced(self) -> list[int]:
+        tokens = super().forced()
+        text = b"".join(self._pieces[t] for t in tokens)
+        return [] if text and any(text.startswith(rest) for rest in self._scanner.repeats()[0]) else tokens
+
+    def restrict(self, row: np.ndarray, vocabulary: TokensByPrefix, end: Sequence[int]) -> None:
+        """Leave out of a filled mask row what would repeat. Where nothing is left the guide is in error, with only `end` allowed."""
+        repeating, doomed = self._scanner.repeats()
+        if repeating:
+            vocabulary.clear(row, repeating, doomed)
+            if not row.any():
+                self._error = "whatever may follow repeats a key or an item that must differ"
+                vocabulary.set(row, end)
+
+    @property
+    def finished(self) -> bool:
+        return self._error is None and super().finished
+
+    @property
+    def accepting(self) -> bool:
+        return self._error is None and super().accepting
+
+    @property
+    def error(self) -> str | None:
+        return self._error or super().error
+
+
 class LLGrammar:
     """A compiled grammar. Immutable, shared by rows and threads.
 
     check: text -> value; raises ValueError where the text is not a valid output.
     minimal: a short valid output, int32 tokens; min_tokens is its length.
+    distinct: arrays whose items must differ, see Scanner; None: no array is, and no object has keys of its own choice.
     """
 
     def __init__(self, backend: LLGuidanceBackend, source: str, check: Callable[[str], Any], hints: Sequence[bytes] = (),
-                 is_json: bool = True) -> None:
-        self._backend = backend
+                 is_json: bool = True, distinct: Unique | None = None) -> None:
+        self._backend, self._distinct = backend, distinct
         self._matcher = _matcher(backend.tokenizer, source, backend.limits)
         self.check = check
         self._closer = Closer(_matcher(byte_tokenizer(), source, backend.limits), backend.tokenize, check, hints, is_json)
@@ -82,7 +129,9 @@ class LLGrammar:
         self.min_tokens = len(self.minimal)
 
     def start(self) -> LLGuide:
-        return LLGuide(self._matcher.deep_copy())
+        if self._distinct is None:
+            return LLGuide(self._matcher.deep_copy())
+        return DistinctGuide(self._matcher.deep_copy(), self._distinct, self._backend.token_bytes)
 
     def close(self, tokens: Sequence[int], budget: int) -> np.ndarray:
         if budget < self.min_tokens:
@@ -105,7 +154,7 @@ class LLGuidanceBackend:
 
     name = "llguidance"
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, vocab_size: int, eos_token_ids: Iterable[int],
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, vocab_size: int, eos_token_ids: Sequence[int],
                  whitespace: str = "dumps", limits: LLParserLimits | None = None, threads: int | None = None) -> None:
         if whitespace not in WHITESPACE:
             raise ValueError(f"guided whitespace must be one of {', '.join(WHITESPACE)}, not {whitespace!r}")
@@ -115,6 +164,8 @@ class LLGuidanceBackend:
         self.tokenizer: LLTokenizer = llguidance.hf.from_tokenizer(
             tokenizer, n_vocab=max(vocab_size, len(tokenizer)), eos_token=list(eos_token_ids))
         self.token_bytes = [self.tokenizer.decode_bytes([i]) for i in range(self.tokenizer.vocab_size)]
+        self._by_prefix = TokensByPrefix(self.token_bytes)
+        self._end = [t for t in eos_token_ids if t < vocab_size]
         self._executor = LLExecutor(threads)
         # The mask llguidance writes: as wide as the larger of its vocabulary and the logits.
         self._words = (self.tokenizer.vocab_size + 31) // 32
@@ -126,9 +177,9 @@ class LLGuidanceBackend:
 
     def compile_schema(self, schema: str | dict[str, Any] | bool) -> LLGrammar:
         original: dict[str, Any] | bool = json.loads(schema) if isinstance(schema, str) else schema
-        lowered = lower(original).schema
-        source = LLMatcher.grammar_from_json_schema(json.dumps(lowered), overrides=self._json_options)
-        return LLGrammar(self, source, Validator(original).check, schema_hints(lowered))
+        lowered = lower(original)
+        source = LLMatcher.grammar_from_json_schema(json.dumps(lowered.schema), overrides=self._json_options)
+        return LLGrammar(self, source, Validator(original).check, schema_hints(lowered.schema), distinct=lowered.distinct)
 
     def compile_regex(self, pattern: str) -> LLGrammar:
         return LLGrammar(self, LLMatcher.grammar_from_regex(pattern), str, [(example(pattern) or "").encode()], is_json=False)
@@ -158,11 +209,14 @@ class LLGuidanceBackend:
             mask[: len(guides)] = out[:, :words]
             if tail := self.vocab_size % 32:
                 mask[: len(guides), -1] &= (1 << tail) - 1
+        for row, guide in zip(mask, guides, strict=False):
+            if isinstance(guide, DistinctGuide):
+                guide.restrict(row, self._by_prefix, self._end)
 
     def accept_many(self, guides: Sequence[LLGuide], tokens: Sequence[int]) -> list[int]:
         """One token for each guide. Returns the indices of the guides that did not take theirs."""
         return [i for i, (guide, token) in enumerate(zip(guides, tokens, strict=True))
-                if guide.matcher.try_consume_tokens([token]) != 1]
+                if guide.accept([token]) != 1]
 
 
 def _matcher(tokenizer: LLTokenizer, source: str, limits: LLParserLimits) -> LLMatcher:

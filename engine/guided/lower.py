@@ -16,6 +16,7 @@ from typing import Any
 
 from engine.guided.alternatives import Alternatives, Conjunction, unique
 from engine.guided.dialect import Document, Node
+from engine.guided.distinct import ANY_ARRAY, Unique
 from engine.guided.facts import Facts, equal
 from engine.guided.grammar import SchemaError
 from engine.guided.regexes import can_meet, literal, matches, refusal
@@ -24,6 +25,7 @@ from engine.guided.regexes import can_meet, literal, matches, refusal
 _FORMATS = {"date-time", "time", "date", "duration", "email", "hostname", "ipv4", "ipv6", "uri", "uuid"}
 _ANY_NAME = {"", "^", ".*", "^.*", ".*$"}     # patterns that are found in every property name
 _SCALARS = ("null", "boolean", "number", "string")
+_EXACT = 2**53            # beyond, readers that take numbers for doubles may not see a multiple as one
 _INLINE = 200            # characters up to which a schema is written where it is used
 _MAX_SUBSETS = 1500      # arrays of unique items, or property subsets, written out one by one
 _MAX_SLOTS = 64
@@ -31,9 +33,14 @@ _MAX_SLOTS = 64
 
 @dataclass
 class Lowered:
-    """schema: in the keywords that llguidance takes. notes: (pointer, what was narrowed)."""
+    """schema: in the keywords that llguidance takes. notes: (pointer, what was narrowed).
+
+    distinct: what a grammar cannot say and a Scanner must see to: that keys differ, and the items of the arrays it names. None:
+    nothing is left to see to.
+    """
 
     schema: dict[str, Any]
+    distinct: Unique | None = None
     notes: list[tuple[str, str]] = field(default_factory=list)
 
 
@@ -65,6 +72,10 @@ class _Writer:
             self._definitions: dict[str, Node] = {}
             self._notes: dict[tuple[str, str], None] = {}
             self._numbers_used = count()
+            # Conjunctions with arrays whose items must differ, and their items where those can be listed.
+            self._unique: dict[frozenset[int], list[Any] | None] = {}
+            self._reached: list[tuple[str, frozenset[int]]] = [("", frozenset([id(self._document.root)]))]
+            self._free_keys = False
             try:
                 root = self._conjunction((self._document.root,))
             except _Unsatisfiable:
@@ -76,12 +87,26 @@ class _Writer:
         schema = dict(root) if isinstance(root, dict) else {}
         if self._definitions:
             schema["$defs"] = self._definitions
-        return Lowered(schema, list(self._notes))
+        items: dict[str, list[list[Any] | None]] = {}
+        for name, key in self._reached:
+            if key in self._unique:
+                items.setdefault(name, []).append(self._unique[key])
+        distinct: Unique = {name: None if None in lists else tuple(
+            json.dumps(value, ensure_ascii=False).encode() for values in lists for value in values or ())
+            for name, lists in items.items()}
+        return Lowered(schema, distinct if distinct or self._free_keys else None, list(self._notes))
+
+    def _child(self, nodes: Conjunction, name: str = ANY_ARRAY) -> Node:
+        """The schema of a property or item; `name`: of the property."""
+        nodes = unique(nodes)
+        self._reached.append((name, frozenset(map(id, nodes))))
+        return self._conjunction(nodes)
 
     def _conjunction(self, nodes: Conjunction) -> Node:
         """The schema for `nodes`, all of which hold at one place: False, True, a reference or a small schema."""
         nodes = unique(nodes)
         if not nodes:
+            self._free_keys = True
             return True
         key = frozenset(map(id, nodes))
         if nodes == (False,) or key in self._hopeless:
@@ -95,7 +120,7 @@ class _Writer:
         place = next((p for n in nodes if (p := self._document.pointer(n))), "")
         written: list[dict[str, Any]] = []
         for facts in self._alternatives.of(nodes):
-            written += [s for s in self._facts(facts, place) if s not in written]
+            written += [s for s in self._facts(facts, key, place) if s not in written]
         del self._active[key]
         result: Node = False if not written else written[0] if len(written) == 1 else {"anyOf": written}
         if result is False and name in self._recursive:
@@ -107,7 +132,7 @@ class _Writer:
         self._done[key] = result
         return result
 
-    def _facts(self, facts: Facts, place: str) -> list[dict[str, Any]]:
+    def _facts(self, facts: Facts, key: frozenset[int], place: str) -> list[dict[str, Any]]:
         """One alternative as schemas, split by type where a type needs more than one."""
         if facts.values is not None:
             values = [v for v in facts.values if self._alternatives.fits(facts, v)]
@@ -116,10 +141,11 @@ class _Writer:
         scalars = self._scalars(facts, place)
         if scalars:
             out.append(scalars)
-        arrays = self._arrays(facts, place) if "array" in facts.types else []
+        arrays = self._arrays(facts, key, place) if "array" in facts.types else []
         objects = self._objects(facts, place) if "object" in facts.types else []
         anything = ([{"type": list(_SCALARS)}], [{"type": "array"}], [{"type": "object"}])
         if not facts.integer and (out, arrays, objects) == anything:
+            self._free_keys = True
             return [{}]
         return out + arrays + objects
 
@@ -151,6 +177,10 @@ class _Writer:
             out["exclusiveMaximum" if facts.high[1] else "maximum"] = facts.high[0]
         if facts.multiple is not None:
             out["multipleOf"] = int(facts.multiple) if facts.multiple.denominator == 1 else float(facts.multiple)
+            if not facts.low:
+                out["minimum"] = -_EXACT
+            if not facts.high:
+                out["maximum"] = _EXACT
         return out
 
     def _strings(self, facts: Facts, place: str) -> dict[str, Any] | None:
@@ -174,7 +204,7 @@ class _Writer:
 
     # Arrays
 
-    def _arrays(self, facts: Facts, place: str) -> list[dict[str, Any]]:
+    def _arrays(self, facts: Facts, key: frozenset[int], place: str) -> list[dict[str, Any]]:
         least, most = facts.items
         slots = max((len(part.prefix) for part in facts.arrays), default=0)
         extra: dict[int, list[Node]] = {}
@@ -199,31 +229,29 @@ class _Writer:
             raise SchemaError(place, f"more than {_MAX_SLOTS} items with schemas of their own")
         prefix: list[Node] = []
         for i in range(slots):
-            item = self._conjunction((*self._alternatives.item_nodes(facts, i), *extra.get(i, ())))
+            item = self._child((*self._alternatives.item_nodes(facts, i), *extra.get(i, ())))
             if item is False:
                 most = i if most is None else min(most, i)
                 break
             prefix.append(item)
         rest_nodes = unique((*self._alternatives.item_nodes(facts, 1 << 30), *rest_extra))
-        rest = self._conjunction(rest_nodes) if most is None or most > len(prefix) else False
+        rest = self._child(rest_nodes) if most is None or most > len(prefix) else False
         if rest is False:
             most = len(prefix) if most is None else min(most, len(prefix))
         if most is not None and most < least:
             return []
         prefix = prefix[:most]
         if facts.unique and (most is None or most > 1):
-            return self._unique(prefix, rest, rest_nodes, least, most, place)
+            return self._unique_items(key, prefix, rest, rest_nodes, least, most, place)
         return [_array(prefix, rest, least, most)]
 
-    def _unique(self, prefix: list[Node], rest: Node, rest_nodes: Conjunction, least: int, most: int | None,
-                place: str) -> list[dict[str, Any]]:
-        """Arrays whose items differ by construction."""
+    def _unique_items(self, key: frozenset[int], prefix: list[Node], rest: Node, rest_nodes: Conjunction, least: int,
+                      most: int | None, place: str) -> list[dict[str, Any]]:
+        """Arrays whose items differ: by construction where they must be many of a few values, else the Scanner sees to it."""
         values = self._finite(rest_nodes) if not prefix and rest_nodes else None
-        if values is None:
-            if least > 1:
-                raise SchemaError(place + "/uniqueItems", "cannot be kept with minItems above 1, unless the items are an enum")
-            self._note(place, "uniqueItems: at most one item, since the items are not an enum")
-            return [_array(prefix[:1], rest, least, 1)]
+        if values is None or least <= 1:
+            self._unique[key] = None if key in self._unique and self._unique[key] is None else values
+            return [_array(prefix, rest, least, most if values is None else min(len(values), len(values) if most is None else most))]
         most = len(values) if most is None else min(most, len(values))
         if least > most:
             return []
@@ -267,7 +295,7 @@ class _Writer:
     def _objects(self, facts: Facts, place: str) -> list[dict[str, Any]]:
         properties: dict[str, Node] = {}
         for name in facts.known_names():
-            properties[name] = self._conjunction(self._alternatives.property_nodes(facts, name))
+            properties[name] = self._child(self._alternatives.property_nodes(facts, name), name)
             if properties[name] is False and name in facts.required:
                 return []
         patterns, rest = self._free(facts, place)
@@ -294,6 +322,7 @@ class _Writer:
             return []
         if least <= needed:
             least = 0
+        self._free_keys |= bool(free) or additional is not False
         base = {"properties": properties, "patternProperties": free, "additionalProperties": additional}
         required = [name for name in declared if name in facts.required]
         if not optional or (not least and most is None):
@@ -330,9 +359,9 @@ class _Writer:
     def _settle_patterns(self, patterns: dict[str, Conjunction], rest: Conjunction, declared: list[str],
                          properties: dict[str, Node], place: str) -> tuple[dict[str, Node], Node]:
         free: dict[str, Node] = {}
-        additional = self._conjunction(rest)
+        additional = self._child(rest)
         for pattern, nodes in patterns.items():
-            child = self._conjunction(nodes)
+            child = self._child(nodes)
             if pattern in _ANY_NAME:
                 additional = child
             elif child is False and additional is False:
@@ -353,7 +382,7 @@ class _Writer:
         options = [f for f in self._alternatives.of(tuple(facts.names)) if "string" in f.types]
         if all(f.values is not None for f in options):
             for name in (v for f in options for v in f.values or () if isinstance(v, str) and v not in properties):
-                properties[name] = self._conjunction(self._alternatives.property_nodes(facts, name))
+                properties[name] = self._child(self._alternatives.property_nodes(facts, name), name)
             return {}, (False,)
         if any(f.values is None and not f.patterns and f.lengths == (0, None) for f in options):
             return patterns, rest
