@@ -1,4 +1,4 @@
-"""From the fused projection to attention's inputs in one pass: norms of the heads of q and k, rotary embedding, keys and values to their pages."""
+"""From the fused projection to attention's inputs in one pass: norms of heads, rotary embedding, keys and values to pages."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ TILE = 2048     # elements of q that one program handles: 16 a lane
 def _rotated(x, heads, inside, d, partner, cos, sin, weight, eps, D: tl.constexpr, NORM: tl.constexpr, PLUS_ONE: tl.constexpr):
     """Heads [HEADS] of the token at x, normed and rotated -> float32 [HEADS, BLOCK_D].
 
-    Every element reads its partner of the other half too: the line is in L1, and any head size and any rotary share take the same path.
+    Every element reads its partner of the other half too: the line is in L1, and every head size and rotary share take one path.
     """
     a = tl.load(x + heads[:, None] * D + d[None, :], mask=inside, other=0.0)
     b = tl.load(x + heads[:, None] * D + partner[None, :], mask=inside, other=0.0)
@@ -33,7 +33,8 @@ def _rotated(x, heads, inside, d, partner, cos, sin, weight, eps, D: tl.constexp
     return a * cos[None, :] + b * sin[None, :]
 
 
-@triton.jit
+# Where in their buffer positions and slots begin must not decide whether a step compiles this anew.
+@triton.jit(do_not_specialize_on_alignment=["positions", "slots"])
 def _rope_and_cache_kernel(qkv, q_weight, k_weight, cos_sin, positions, slots, q_out, k_cache, v_cache, qkv_stride, eps,
                            H: tl.constexpr, K: tl.constexpr, D: tl.constexpr, P: tl.constexpr, ROTARY: tl.constexpr,
                            HEADS_Q: tl.constexpr, HEADS_K: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -60,7 +61,8 @@ def _rope_and_cache_kernel(qkv, q_weight, k_weight, cos_sin, positions, slots, q
         kv_heads = (block - Q_BLOCKS) * HEADS_K + tl.arange(0, HEADS_K)
         kv_inside = (kv_heads < K)[:, None] & (d < D)[None, :]
         v = tl.load(x + (H + K + kv_heads[:, None]) * D + d[None, :], mask=kv_inside)
-        k = _rotated(x + H * D, kv_heads, kv_inside, d, partner, cos, sin, k_weight, eps, D, K_NORM, PLUS_ONE).to(qkv.dtype.element_ty)
+        k = _rotated(x + H * D, kv_heads, kv_inside, d, partner, cos, sin, k_weight, eps, D, K_NORM, PLUS_ONE)
+        k = k.to(qkv.dtype.element_ty)
         slot = tl.load(slots + token)
         at = (((slot // P).to(tl.int64) * K + kv_heads) * P + slot % P)[:, None] * D + d[None, :]
         tl.store(k_cache + at, k.to(k_cache.dtype.element_ty), mask=kv_inside)
@@ -78,8 +80,8 @@ def rope_and_cache(qkv: Tensor, q_weight: Tensor | None, k_weight: Tensor | None
     heads_k = min(triton.next_power_of_2(kv_heads), max(TILE // 2 // block_d, 1))
     grid = tokens, triton.cdiv(num_heads, heads_q) + triton.cdiv(kv_heads, heads_k)
     _rope_and_cache_kernel[grid](
-        qkv, qkv if q_weight is None else q_weight, qkv if k_weight is None else k_weight, cos_sin, positions, slots, q, k_cache, v_cache,
-        qkv.stride(0), eps, H=num_heads, K=kv_heads, D=dim, P=page, ROTARY=cos_sin.shape[1], HEADS_Q=heads_q, HEADS_K=heads_k,
-        BLOCK_D=block_d, Q_NORM=q_weight is not None, K_NORM=k_weight is not None, PLUS_ONE=plus_one,
-        num_warps=min(max(heads_q * block_d // 512, 1), 4))
+        qkv, qkv if q_weight is None else q_weight, qkv if k_weight is None else k_weight, cos_sin, positions, slots,
+        q, k_cache, v_cache, qkv.stride(0), eps, H=num_heads, K=kv_heads, D=dim, P=page, ROTARY=cos_sin.shape[1],
+        HEADS_Q=heads_q, HEADS_K=heads_k, BLOCK_D=block_d, Q_NORM=q_weight is not None, K_NORM=k_weight is not None,
+        PLUS_ONE=plus_one, num_warps=min(max(heads_q * block_d // 512, 1), 4))
     return q

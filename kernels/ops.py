@@ -58,8 +58,8 @@ def decode_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: T
         q, k_cache, v_cache, block_table, rows, positions, scale, window, softcap, max_context)
 
 
-def prefill_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, rows: Tensor, starts: Tensor, cu_q: Tensor,
-                      tiles: Tensor, scale: float, window: int, softcap: float) -> Tensor:
+def prefill_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, rows: Tensor, starts: Tensor,
+                      cu_q: Tensor, tiles: Tensor, scale: float, window: int, softcap: float) -> Tensor:
     return (attention if q.is_cuda else ref).prefill_attention(
         q, k_cache, v_cache, block_table, rows, starts, cu_q, tiles, scale, window, softcap)
 

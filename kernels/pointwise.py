@@ -1,4 +1,4 @@
-"""RMSNorm, its fusion with the residual sum, and gated activations on CUDA: every operand is read once and written once, sums are float32."""
+"""RMSNorm, alone or fused with the residual sum, and gated activations on CUDA: one read and one write, float32 inside."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """The torch twin of every op: what runs on CPU, and the oracle that the Triton kernels are tested against.
 
-Shapes (the field's letters): T tokens of a step, N rows of a step, R rows of the row table, H query heads, K key/value heads, D head size,
-P slots of a page, V columns of the logits. Integers are int32 unless said otherwise.
+Shapes (the field's letters): T tokens of a step, N rows of a step, R rows of the row table, H query heads, K key/value heads,
+D head size, P slots of a page, V columns of the logits. Integers are int32 unless said otherwise.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 NEG_INF = float("-inf")
 
 
-# --- step: the row table and the inputs of a step ---------------------------------------------------------------------------------------
+# --- step: the row table and the inputs of a step -------------------------------------------------------------------------------
 
 
 def apply_writes(state: Tensor, packed: Tensor, segments: Tensor) -> None:
@@ -31,8 +31,8 @@ def expand(tokens: Tensor, block_table: Tensor, rows: Tensor, starts: Tensor, cu
            ids: Tensor, positions: Tensor, slots: Tensor) -> None:
     """From the plan to the model's inputs: token ids, positions and KV slots [T] of the queries of every row.
 
-    Row i's queries are positions starts[i] .. starts[i] + cu_q[i + 1] - cu_q[i] of table row rows[i], at most `max_q`; they stand at
-    cu_q[i] of the outputs. slot = page * page_size + offset.
+    Row i's queries are positions starts[i] .. starts[i] + cu_q[i + 1] - cu_q[i] of table row rows[i], at most `max_q`; they stand
+    at cu_q[i] of the outputs. slot = page * page_size + offset.
     """
     counts = (cu_q[1:] - cu_q[:-1]).long()
     i = torch.repeat_interleave(torch.arange(rows.numel(), device=rows.device), counts)
@@ -45,12 +45,12 @@ def expand(tokens: Tensor, block_table: Tensor, rows: Tensor, starts: Tensor, cu
 
 
 def commit(tokens: Tensor, rows: Tensor, positions: Tensor, sampled: Tensor, out: Tensor) -> None:
-    """Write sampled[i] to tokens[rows[i], positions[i] + 1] and to out[i]; positions[i] is that of the token it was sampled from."""
+    """Write sampled[i] to tokens[rows[i], positions[i] + 1] and to out[i]; positions: of the tokens sampled from."""
     tokens[rows.long(), positions.long() + 1] = sampled
     out.copy_(sampled)
 
 
-# --- pointwise ---------------------------------------------------------------------------------------------------------------------------
+# --- pointwise ------------------------------------------------------------------------------------------------------------------
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, plus_one: bool) -> Tensor:
@@ -102,7 +102,7 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat([(a * cos - b * sin).to(x.dtype), (b * cos + a * sin).to(x.dtype), rest], dim=-1)
 
 
-# --- attention ---------------------------------------------------------------------------------------------------------------------------
+# --- attention ------------------------------------------------------------------------------------------------------------------
 
 QUERY_TILE = 128    # queries of one tile of prefill_attention's work list
 
@@ -111,7 +111,8 @@ def decode_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: T
                      scale: float, window: int, softcap: float, max_context: int) -> Tensor:
     """One query a row: q [N, H, D] at positions [N] attends to positions 0 .. positions[i] of table row rows[i] -> [N, H, D].
 
-    window > 0: only the last `window` positions, the query's own included. softcap > 0: scores become softcap * tanh(score / softcap).
+    window > 0: only the last `window` positions, the query's own included. softcap > 0: scores become
+    softcap * tanh(score / softcap).
     max_context: an upper bound of positions + 1, known on the host.
     """
     n, heads, dim = q.shape
@@ -132,9 +133,9 @@ def decode_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: T
     return (torch.softmax(scores, -1).to(v.dtype) @ v).reshape(n, heads, dim).to(q.dtype)
 
 
-def prefill_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, rows: Tensor, starts: Tensor, cu_q: Tensor,
-                      tiles: Tensor, scale: float, window: int, softcap: float) -> Tensor:
-    """Several queries a row: q [T, H, D]; row i's stand at cu_q[i] .. cu_q[i + 1] and are positions starts[i] .. of table row rows[i].
+def prefill_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, rows: Tensor, starts: Tensor,
+                      cu_q: Tensor, tiles: Tensor, scale: float, window: int, softcap: float) -> Tensor:
+    """Several queries a row: q [T, H, D]; row i's stand at cu_q[i] .. cu_q[i + 1] and start at position starts[i] of row rows[i].
 
     Each attends to all positions up to its own (keys and values of the step are in the cache already) -> [T, H, D].
     tiles [M, 2]: (i, first query) of every tile of QUERY_TILE queries, the kernel's work list; not needed here.
@@ -159,12 +160,12 @@ def prefill_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: 
             scores = (softcap * torch.tanh(scores / softcap)).float().masked_fill(~visible, NEG_INF)
             result = torch.softmax(scores, -1).to(v.dtype) @ v.repeat_interleave(groups, 0)
         else:
-            result = F.scaled_dot_product_attention(query[None], k[None], v[None], attn_mask=visible, scale=scale, enable_gqa=True)[0]
+            result = F.scaled_dot_product_attention(query[None], k[None], v[None], visible, scale=scale, enable_gqa=True)[0]
         out[begin:end] = result.transpose(0, 1).to(q.dtype)
     return out
 
 
-# --- sampling ----------------------------------------------------------------------------------------------------------------------------
+# --- sampling -------------------------------------------------------------------------------------------------------------------
 
 # Columns of the sampling table [R, 8] int32; floats are stored by their bits.
 TEMPERATURE, TOP_P, MIN_P, TOP_K, SEED_LOW, SEED_HIGH = range(6)
@@ -175,7 +176,7 @@ LARGEST_NOISE = 24 * math.log(2)            # Gumbel noise of the largest unifor
 
 
 def mask_logits(logits: Tensor, mask: Tensor, index: Tensor) -> None:
-    """logits[index[i], v] = -inf in place where bit v of mask[i] (int32 [n, ceil(V / 32)], little-endian) is 0; past the mask too."""
+    """logits[index[i], v] = -inf in place where bit v of mask[i] is 0 or missing; int32 [n, ceil(V / 32)], little-endian."""
     bits = torch.arange(8, dtype=torch.uint8, device=mask.device)
     forbidden = ((mask.contiguous().view(torch.uint8).unsqueeze(-1) >> bits) & 1).flatten(1) == 0
     width = logits.shape[1]
@@ -185,10 +186,11 @@ def mask_logits(logits: Tensor, mask: Tensor, index: Tensor) -> None:
 
 def apply_penalties(logits: Tensor, index: Tensor, tokens: Tensor, rows: Tensor, prompt_len: Tensor, length: Tensor,
                     repetition: Tensor, presence: Tensor, frequency: Tensor) -> None:
-    """Penalise in place what a row has seen: logits[index[i]] by tokens[rows[i], :length[i]], of which prompt_len[i] are the prompt.
+    """Penalise in place what a row has seen: logits[index[i]] by tokens[rows[i], :length[i]], prompt_len[i] of them the prompt.
 
-    repetition (arXiv 1909.05858), over prompt and output: logits above 0 are divided by it, others multiplied. Then, over the output alone,
-    minus `presence` where the token occurs and minus `frequency` for each time it does. All [n]; penalties float32. Not for CUDA graphs.
+    repetition (arXiv 1909.05858), over prompt and output: logits above 0 are divided by it, others multiplied. Then, over the
+    output alone, less `presence` where the token occurs and less `frequency` for each time it does. All [n]; penalties float32.
+    Not for CUDA graphs.
     """
     width = logits.shape[1]
     for part in torch.arange(index.numel(), device=logits.device).split(64):      # bounds the counts [64, V]
@@ -197,7 +199,8 @@ def apply_penalties(logits: Tensor, index: Tensor, tokens: Tensor, rows: Tensor,
         where = torch.arange(longest, device=logits.device)
         seen = (where < length[part, None]) & (history < width)
         history = history.masked_fill(~seen, 0)
-        counts = torch.zeros(n, width, device=logits.device).scatter_add_(1, history, (seen & (where >= prompt_len[part, None])).float())
+        output = seen & (where >= prompt_len[part, None])
+        counts = torch.zeros(n, width, device=logits.device).scatter_add_(1, history, output.float())
         occurs = torch.zeros(n, width, device=logits.device).scatter_add_(1, history, seen.float()) > 0
         at = index[part].long()
         x = logits[at].float()
@@ -218,7 +221,7 @@ def logprobs(logits: Tensor, tokens: Tensor, k: int) -> tuple[Tensor, Tensor, Te
 
 
 def hash32(x: Tensor) -> Tensor:
-    """A bijective mixing of int32 bits: xorshift-multiply with the constants of the hash-prospector survey; int32 products wrap."""
+    """A bijective mixing of int32 bits: xorshift-multiply with the hash-prospector survey's constants; int32 products wrap."""
     x = x ^ ((x >> 16) & 0xFFFF)
     x = x * 0x21F0AAAD
     x = x ^ ((x >> 15) & 0x1FFFF)
@@ -234,7 +237,7 @@ def noise_key(seed_low: Tensor, seed_high: Tensor, positions: Tensor) -> Tensor:
 def uniform(key: Tensor, column: Tensor) -> Tensor:
     """Uniform noise in (0, 1), float32: 23 bits that are a function of (key, column) alone; the arguments (int32) are broadcast.
 
-    hash32 with the column spread first, and a second key inside: else keys a small multiple of GOLDEN apart had the same noise, shifted.
+    hash32 of spread column plus key, with a second key inside: else keys a few times GOLDEN apart had the same noise, shifted.
     """
     x = column * GOLDEN + key
     x ^= (x >> 16) & 0xFFFF
@@ -249,9 +252,10 @@ def uniform(key: Tensor, column: Tensor) -> Tensor:
 def sample(logits: Tensor, params: Tensor, rows: Tensor, positions: Tensor) -> Tensor:
     """Sample one token a row -> int32 [N]. logits [N, V], any float type; params [R, 8]; positions: of the token sampled from.
 
-    NaN counts as -inf; a row with nothing above -inf gives 0. temperature below COLDEST: the first largest logit. Otherwise the filters
-    keep: of the tokens at least min_p times as likely as the likeliest, those that reach the k-th largest logit (top_k, 0: all), and of
-    these the fewest likeliest that reach top_p of their mass; tokens tie as one. Among them the argmax of logit / temperature + Gumbel noise.
+    NaN counts as -inf; a row with nothing above -inf gives 0. temperature below COLDEST: the first largest logit. Otherwise the
+    filters keep: of the tokens at least min_p times as likely as the likeliest, those that reach the k-th largest logit (top_k,
+    0: all), and of these the fewest likeliest that reach top_p of their mass; what ties stays or goes together. Of what is kept,
+    the argmax of logit / temperature + Gumbel noise.
     """
     table = params[rows.long()]
     real = table.view(torch.float32)
@@ -263,9 +267,9 @@ def sample(logits: Tensor, params: Tensor, rows: Tensor, positions: Tensor) -> T
     hot = (real[:, TEMPERATURE] >= COLDEST).nonzero().flatten().tolist()
     if hot:
         keys = noise_key(table[:, SEED_LOW], table[:, SEED_HIGH], positions)
-        floats, top_k = real.tolist(), table[:, TOP_K].tolist()
-        out[hot] = torch.stack([_draw(logits[i].float(), keys[i], floats[i][TEMPERATURE], top_k[i], floats[i][TOP_P], floats[i][MIN_P])
-                                for i in hot])
+        top_k = table[:, TOP_K].tolist()
+        temperature, top_p, min_p = real[:, [TEMPERATURE, TOP_P, MIN_P]].T.tolist()
+        out[hot] = torch.stack([_draw(logits[i].float(), keys[i], temperature[i], top_k[i], top_p[i], min_p[i]) for i in hot])
     return out
 
 
@@ -283,8 +287,8 @@ def _draw(x: Tensor, key: Tensor, temperature: float, top_k: int, top_p: float, 
     z = x - torch.log(-torch.log(uniform(key, column)))
     at = z.argmax()
     if top_p < 1:
-        # A token is kept if the mass of likelier ones is below top_p. If the one drawn is, it is the argmax over all that are. If not,
-        # nothing less likely is either, and what remains are the likelier ones.
+        # A token is kept if the mass of likelier ones is below top_p. If the one drawn is, it is the argmax over all that are.
+        # If not, nothing less likely is either, and what remains are the likelier ones.
         weights = torch.exp(x)
         most = top_p * weights.sum()
         while bool((x[at] < 0) & (weights[x > x[at]].sum() >= most)):

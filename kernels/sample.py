@@ -1,10 +1,11 @@
 """Sampling on CUDA: one launch for all rows, greedy or filtered, without a sort.
 
-The draw is an argmax of scaled logits plus Gumbel noise, so top-p needs no threshold: draw among all, then ask in one more pass whether
-the token drawn lies in the nucleus, that is whether the mass of likelier tokens is below top_p. If so, it is also the argmax over the
-nucleus; if not, neither it nor anything less likely is in the nucleus, and the draw is repeated, with the same noise, among likelier tokens
-alone (after the rejection samplers of arXiv 2501.01005). The first token drawn is kept with a probability of top_p at least.
-The k-th largest logit is a search over the bits of order-preserving keys, started at the k-th largest of the lanes' maxima, which it mostly is.
+The draw is an argmax of scaled logits plus Gumbel noise, so top-p needs no threshold: draw among all, then ask in one more pass
+whether the token lies in the nucleus, that is whether the mass of likelier tokens is below top_p. If so, it is also the argmax
+over the nucleus; if not, neither it nor anything less likely is in the nucleus, and the draw is repeated, with the same noise,
+among the likelier tokens (a rejection sampler, as in arXiv 2501.01005). The first token is kept with a probability of top_p at
+least. The k-th largest logit is searched for over the bits of order-preserving keys, from the k-th largest of the lanes' maxima
+on, which it mostly is.
 """
 
 from __future__ import annotations
@@ -20,6 +21,11 @@ NEG_INF = tl.constexpr(float("-inf"))
 LOG2E = tl.constexpr(1.4426950408889634)
 COLDEST = tl.constexpr(ref.COLDEST)
 LARGEST_NOISE = tl.constexpr(ref.LARGEST_NOISE + 0.001)
+COLUMNS = tl.constexpr(ref.PARAM_COLUMNS)
+TEMPERATURE, TOP_P, MIN_P = (tl.constexpr(column) for column in (ref.TEMPERATURE, ref.TOP_P, ref.MIN_P))
+TOP_K, SEED_LOW, SEED_HIGH = (tl.constexpr(column) for column in (ref.TOP_K, ref.SEED_LOW, ref.SEED_HIGH))
+MASK_BYTES = 256    # of the mask, to a program
+FEW_ROWS = 128      # up to so many, the program of a row fills a multiprocessor; of more, several share one, to hide latency
 # Keys leave out as many low bits of a float32 as its values have zeros.
 ZERO_BITS = {torch.float32: 0, torch.float16: 13, torch.bfloat16: 16}
 
@@ -43,7 +49,7 @@ def _uniform(columns, key, second_key):
     x = x ^ (x >> 15) ^ second_key
     x = x * 0xD35A2D97
     x = x ^ (x >> 15)
-    # 23 bits as the mantissa of a number in [1, 2), which half a step less than 1 is taken off: (bits + 0.5) / 2^23 without rounding.
+    # 23 bits as the mantissa of a number in [1, 2), less 1 - 2^-24: (bits + 0.5) / 2^23, exactly.
     return ((x >> 9) | 0x3F800000).to(tl.float32, bitcast=True) - 0.99999994039535522
 
 
@@ -63,7 +69,7 @@ def _from_key(key, ZEROS: tl.constexpr):
 
 @triton.jit
 def _narrow(lo, hi, mid, above, k):
-    """One turn of the search for the least key with fewer than k values above it; exactly k above: they are the top k, and it is done."""
+    """One turn of the search for the least key with fewer than k values above it. Exactly k above: they are the top k, done."""
     hi = tl.where(above < k, mid, hi)
     lo = tl.where(above < k, lo, mid + 1)
     return lo, tl.where(above == k, lo, hi)
@@ -115,8 +121,8 @@ def _draw(logits, V, floor, below, shift, scale, key, second_key, BLOCK: tl.cons
         x = tl.load(logits + column, mask=column < V, other=NEG_INF).to(tl.float32)
         x = tl.where((x >= floor) & (x > below), x - shift, NEG_INF) * scale
         if tl.max(x, 0) + LARGEST_NOISE > best:
-            # The noise is -log(-log(u)), and -log(u) >= 1 - u: only where 1 - u < exp(x - best) can x + noise exceed best. So the two
-            # exact logarithms are taken in the few blocks alone that improve on the best; 0.001 covers what rounding may add.
+            # The noise is -log(-log(u)), and -log(u) >= 1 - u: only where 1 - u < exp(x - best) can x + noise exceed best. So the
+            # two exact logarithms are taken in the few blocks alone that may improve on it; 0.001 covers what rounding may add.
             u = _uniform(column, key, second_key)
             if tl.max((1.0 - u < tl.exp(x - best + 0.001)).to(tl.int32), 0) > 0:
                 z = x - tl.log(-tl.log(u))
@@ -141,10 +147,9 @@ def _mass(logits, V, floor, value, top, scale, BLOCK: tl.constexpr):
     return tl.sum(above, 0), tl.sum(total, 0)
 
 
-@triton.jit
-def _sample_kernel(logits, table, rows, positions, out, logits_stride, V,
-                   COLUMNS: tl.constexpr, TEMPERATURE: tl.constexpr, TOP_P: tl.constexpr, MIN_P: tl.constexpr, TOP_K: tl.constexpr,
-                   SEED_LOW: tl.constexpr, SEED_HIGH: tl.constexpr, ZEROS: tl.constexpr, BLOCK: tl.constexpr):
+# Where a slice of the plan begins must not decide whether a step compiles this anew.
+@triton.jit(do_not_specialize_on_alignment=["rows", "positions"])
+def _sample_kernel(logits, table, rows, positions, out, logits_stride, V, ZEROS: tl.constexpr, BLOCK: tl.constexpr):
     i = tl.program_id(0).to(tl.int64)
     logits += i * logits_stride
     table += tl.load(rows + i).to(tl.int64) * COLUMNS
@@ -184,32 +189,31 @@ def _sample_kernel(logits, table, rows, positions, out, logits_stride, V,
     tl.store(out + i, token)
 
 
-@triton.jit
-def _mask_kernel(logits, mask, index, logits_stride, mask_stride, V, W, WORDS: tl.constexpr):
+@triton.jit(do_not_specialize_on_alignment=["index"])
+def _mask_kernel(logits, mask, index, logits_stride, mask_stride, V, W, BYTES: tl.constexpr):
     i = tl.program_id(0).to(tl.int64)
-    word = tl.program_id(1) * WORDS + tl.arange(0, WORDS)
-    bit = tl.arange(0, 32)
-    allowed = tl.load(mask + i * mask_stride + word, mask=word < W, other=0)
-    column = word[:, None] * 32 + bit[None, :]
-    forbidden = ((allowed[:, None] >> bit[None, :]) & 1) == 0
-    row = tl.load(index + i).to(tl.int64)
-    tl.store(logits + row * logits_stride + column, NEG_INF, mask=forbidden & (column < V))
+    byte = tl.program_id(1) * BYTES + tl.arange(0, BYTES)
+    bit = tl.arange(0, 8)[None, :]
+    bits = (tl.load(mask + i * mask_stride + byte // 4, mask=byte // 4 < W, other=0) >> (byte % 4 * 8)) & 0xFF
+    column = byte[:, None] * 8 + bit
+    at = logits + tl.load(index + i).to(tl.int64) * logits_stride + column
+    # Whole vectors are written, which is fast; read is only where there is something to keep.
+    x = tl.load(at, mask=(bits != 0)[:, None] & (column < V), other=NEG_INF)
+    tl.store(at, tl.where(((bits[:, None] >> bit) & 1) != 0, x, NEG_INF), mask=column < V)
 
 
 def mask_logits(logits: Tensor, mask: Tensor, index: Tensor) -> None:
-    """See ref.mask_logits. Nothing is read but the mask."""
+    """See ref.mask_logits; index must not name a row twice."""
     width = logits.shape[1]
-    _mask_kernel[index.shape[0], triton.cdiv(width, 4096)](logits, mask, index, logits.stride(0), mask.stride(0), width, mask.shape[1],
-                                                           WORDS=128, num_warps=4)
+    grid = index.shape[0], triton.cdiv(width, 8 * MASK_BYTES)
+    _mask_kernel[grid](logits, mask, index, logits.stride(0), mask.stride(0), width, mask.shape[1], BYTES=MASK_BYTES, num_warps=4)
 
 
 def sample(logits: Tensor, params: Tensor, rows: Tensor, positions: Tensor) -> Tensor:
     """See ref.sample; rows of logits may be strided. Safe in a CUDA graph."""
     n, width = logits.shape
     out = torch.empty(n, dtype=torch.int32, device=logits.device)
-    # A row is one program's work. Many rows: small programs, several to a multiprocessor, hide each other's latency. Few: all lanes to each.
-    block, warps = (4096, 8) if n > 128 else (16384, 32)
-    _sample_kernel[n,](logits, params, rows, positions, out, logits.stride(0), width,
-                       COLUMNS=ref.PARAM_COLUMNS, TEMPERATURE=ref.TEMPERATURE, TOP_P=ref.TOP_P, MIN_P=ref.MIN_P, TOP_K=ref.TOP_K,
-                       SEED_LOW=ref.SEED_LOW, SEED_HIGH=ref.SEED_HIGH, ZEROS=ZERO_BITS[logits.dtype], BLOCK=block, num_warps=warps)
+    block, warps = (4096, 8) if n > FEW_ROWS else (16384, 32)
+    _sample_kernel[n,](logits, params, rows, positions, out, logits.stride(0), width, ZEROS=ZERO_BITS[logits.dtype], BLOCK=block,
+                       num_warps=warps)
     return out

@@ -1,4 +1,4 @@
-"""The row table on CUDA: apply a step's writes, expand its plan into the model's inputs, commit the tokens sampled. One launch each."""
+"""The row table on CUDA: apply a step's writes, expand its plan into the model's inputs, commit sampled tokens; a launch each."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ from torch import Tensor
 
 BLOCK = 1024
 SHARES = 4      # programs that share one long segment or one row's queries
+# How many rows a step has, and where its slices of the plan begin, must not decide whether it compiles these anew.
+PLAN = ["packed", "segments", "rows", "starts", "cu_q", "ids", "positions", "slots", "sampled", "out"]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n"], do_not_specialize_on_alignment=PLAN)
 def _apply_writes_kernel(state, packed, segments, BLOCK: tl.constexpr):
     segment = segments + tl.program_id(0) * 3
     dst, src, n = tl.load(segment), tl.load(segment + 1), tl.load(segment + 2)
@@ -19,7 +21,7 @@ def _apply_writes_kernel(state, packed, segments, BLOCK: tl.constexpr):
         tl.store(state + dst + i, tl.load(packed + src + i, mask=i < n), mask=i < n)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n"], do_not_specialize_on_alignment=PLAN)
 def _expand_kernel(tokens, block_table, rows, starts, cu_q, ids, positions, slots, tokens_stride, table_stride,
                    P: tl.constexpr, BLOCK: tl.constexpr):
     i = tl.program_id(0)
@@ -36,7 +38,7 @@ def _expand_kernel(tokens, block_table, rows, starts, cu_q, ids, positions, slot
         tl.store(slots + begin + q, page * P + position % P, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n"], do_not_specialize_on_alignment=PLAN)
 def _expand_decode_kernel(tokens, block_table, rows, starts, cu_q, ids, positions, slots, tokens_stride, table_stride, n,
                           P: tl.constexpr, BLOCK: tl.constexpr):
     """One query a row at most: a lane is a row."""
@@ -52,7 +54,7 @@ def _expand_decode_kernel(tokens, block_table, rows, starts, cu_q, ids, position
     tl.store(slots + begin, page * P + position % P, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n"], do_not_specialize_on_alignment=PLAN)
 def _commit_kernel(tokens, rows, positions, sampled, out, tokens_stride, n, BLOCK: tl.constexpr):
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = i < n

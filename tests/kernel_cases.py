@@ -1,4 +1,4 @@
-"""Checks of the pointwise, cache, step and sampling kernels on any device: tests/kernels runs them interpreted, tests/gpu compiled.
+"""Checks of the pointwise, cache, step and sampling kernels on any device: tests/kernels interprets, tests/gpu compiles.
 
 What is expected is computed in float64, or is exact; what must not be written holds NaN, or the largest integer.
 """
@@ -29,7 +29,7 @@ def randn(*shape: int, like: Tensor) -> Tensor:
     return torch.randn(shape, device=like.device).to(like.dtype)
 
 
-# --- pointwise ---------------------------------------------------------------------------------------------------------------------------
+# --- pointwise ------------------------------------------------------------------------------------------------------------------
 
 
 def norm64(x: Tensor, weight: Tensor, eps: float, plus_one: bool) -> Tensor:
@@ -56,11 +56,11 @@ def check_gated_act(kernels: ModuleType, like: Tensor, tokens: int, width: int, 
     torch.testing.assert_close(kernels.gated_act(x, activation).double(), act * up, rtol=RELATIVE[x.dtype], atol=3e-6)
 
 
-# --- rotary embedding and cache ----------------------------------------------------------------------------------------------------------
+# --- rotary embedding and cache -------------------------------------------------------------------------------------------------
 
 
-def check_rope_and_cache(kernels: ModuleType, like: Tensor, tokens: int, heads: int, kv_heads: int, dim: int, rotary: int, norm: bool,
-                         plus_one: bool = False, page: int = 16, cache_dtype: torch.dtype | None = None) -> None:
+def check_rope_and_cache(kernels: ModuleType, like: Tensor, tokens: int, heads: int, kv_heads: int, dim: int, rotary: int,
+                         norm: bool, plus_one: bool = False, page: int = 16, cache_dtype: torch.dtype | None = None) -> None:
     device = like.device
     pages = -(-tokens // page) + 2
     shape = pages, kv_heads, page, dim
@@ -96,7 +96,7 @@ def check_rope_and_cache(kernels: ModuleType, like: Tensor, tokens: int, heads: 
         assert bool(cache.isnan().all())
 
 
-# --- step --------------------------------------------------------------------------------------------------------------------------------
+# --- step -----------------------------------------------------------------------------------------------------------------------
 
 
 def check_apply_writes(kernels: ModuleType, device: str, lengths: list[int]) -> None:
@@ -149,11 +149,12 @@ def check_commit(kernels: ModuleType, device: str, n: int) -> None:
     assert torch.equal(state.cpu()[: n + 1], tokens[: n + 1])
 
 
-# --- sampling ----------------------------------------------------------------------------------------------------------------------------
+# --- sampling -------------------------------------------------------------------------------------------------------------------
 
-SETTINGS = [(0.0, 0, 1.0, 0.0), (1.0, 0, 1.0, 0.0), (0.3, 0, 1.0, 0.0), (3.0, 0, 1.0, 0.0), (1.0, 1, 1.0, 0.0), (1.5, 40, 1.0, 0.0),
-            (2.0, 10**6, 1.0, 0.0), (1.0, 0, 0.9, 0.0), (1.0, 0, 1e-6, 0.0), (5.0, 0, 0.3, 0.0), (1.0, 0, 1.0, 0.1), (4.0, 0, 1.0, 0.02),
-            (0.7, 20, 0.95, 0.0), (3.0, 150, 0.5, 0.01), (1e-6, 5, 0.5, 0.0)]
+# (temperature, top_k, top_p, min_p)
+SETTINGS = [(0.0, 0, 1.0, 0.0), (1.0, 0, 1.0, 0.0), (0.3, 0, 1.0, 0.0), (3.0, 0, 1.0, 0.0), (1.0, 1, 1.0, 0.0),
+            (1.5, 40, 1.0, 0.0), (2.0, 10**6, 1.0, 0.0), (1.0, 0, 0.9, 0.0), (1.0, 0, 1e-6, 0.0), (5.0, 0, 0.3, 0.0),
+            (1.0, 0, 1.0, 0.1), (4.0, 0, 1.0, 0.02), (0.7, 20, 0.95, 0.0), (3.0, 150, 0.5, 0.01), (1e-6, 5, 0.5, 0.0)]
 
 
 def sampling_table(settings: list[tuple[float, int, float, float]], seeds: list[int]) -> Tensor:

@@ -26,8 +26,8 @@ def poisoned():
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 @pytest.mark.parametrize("norm", [False, True])
-@pytest.mark.parametrize("heads, kv_heads, dim, rotary", [(9, 3, 64, 64), (4, 4, 80, 32), (3, 1, 96, 96), (32, 8, 128, 128), (4, 1, 256, 256),
-                                                          (40, 20, 128, 64)])
+@pytest.mark.parametrize("heads, kv_heads, dim, rotary", [(9, 3, 64, 64), (4, 4, 80, 32), (3, 1, 96, 96), (32, 8, 128, 128),
+                                                          (4, 1, 256, 256), (40, 20, 128, 64)])
 def test_head_sizes(kernels, dtype, norm, heads, kv_heads, dim, rotary):
     check_rope_and_cache(kernels, torch.empty(0, dtype=dtype), 3, heads, kv_heads, dim, rotary, norm)
 

@@ -1,0 +1,37 @@
+"""Norms of heads, rotary embedding and the write to the cache, compiled, against float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from kernel_cases import check_rope_and_cache
+
+if not torch.cuda.is_available():
+    pytest.skip("needs CUDA", allow_module_level=True)
+
+from kernels import kv_cache
+
+SHAPES = [(9, 3, 64, 64), (32, 8, 128, 128), (4, 4, 80, 32), (3, 1, 96, 96), (4, 1, 256, 256), (40, 20, 128, 64)]
+
+
+@pytest.fixture(autouse=True)
+def poisoned():
+    """torch.empty gives NaN: an output that no program wrote shows."""
+    torch.use_deterministic_algorithms(True)
+    torch.manual_seed(0)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize("heads, kv_heads, dim, rotary", SHAPES)
+@pytest.mark.parametrize("tokens", [1, 3000])
+def test_head_sizes(dtype, norm, heads, kv_heads, dim, rotary, tokens):
+    like = torch.empty(0, dtype=dtype, device="cuda")
+    check_rope_and_cache(kv_cache, like, tokens, heads, kv_heads, dim, rotary, norm, plus_one=norm and dim == 256)
+
+
+@pytest.mark.parametrize("page", [16, 32, 64, 128])
+def test_pages(page):
+    check_rope_and_cache(kv_cache, torch.empty(0, dtype=torch.bfloat16, device="cuda"), 777, 32, 8, 128, 128, False, page=page)

@@ -1,0 +1,68 @@
+"""The kernels compile for a GPU that is not there: the interpreter lets pass types that the compiler does not."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def compile_all(element: str) -> None:
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+    from triton.compiler import compile as build
+
+    from kernels import kv_cache, pointwise, sample, step
+
+    elements = {"x", "residual", "weight", "qkv", "q_weight", "k_weight", "q_out", "k_cache", "v_cache", "logits"}
+    scalars = {"V", "W", "n"}
+
+    def kind(kernel: str, name: str) -> str:
+        if name in elements or (name == "out" and kernel in ("_rms_norm_kernel", "_add_rms_norm_kernel", "_gated_act_kernel")):
+            return f"*{element}"
+        if name == "eps":
+            return "fp32"
+        if name == "cos_sin":
+            return "*fp32"
+        return "i32" if name in scalars or name.endswith("stride") else "*i32"
+
+    row = {"WIDTH": 576, "BLOCK": 1024}
+    heads = {"H": 32, "K": 8, "P": 32, "HEADS_Q": 16, "HEADS_K": 8}
+    zeros = {"fp32": 0, "fp16": 13, "bf16": 16}[element]
+    for module, kernel, constants in (
+        (pointwise, "_rms_norm_kernel", {**row, "PLUS_ONE": True}),
+        (pointwise, "_add_rms_norm_kernel", {**row, "PLUS_ONE": False}),
+        (pointwise, "_gated_act_kernel", {**row, "GELU": True}),
+        (pointwise, "_gated_act_kernel", {**row, "GELU": False}),
+        (kv_cache, "_rope_and_cache_kernel",
+         {**heads, "D": 128, "ROTARY": 128, "BLOCK_D": 128, "Q_NORM": False, "K_NORM": False, "PLUS_ONE": False}),
+        (kv_cache, "_rope_and_cache_kernel",
+         {**heads, "D": 80, "ROTARY": 32, "BLOCK_D": 128, "Q_NORM": True, "K_NORM": True, "PLUS_ONE": True}),
+        (step, "_apply_writes_kernel", {"BLOCK": 1024}),
+        (step, "_expand_kernel", {"P": 32, "BLOCK": 1024}),
+        (step, "_expand_decode_kernel", {"P": 32, "BLOCK": 128}),
+        (step, "_commit_kernel", {"BLOCK": 128}),
+        (sample, "_sample_kernel", {"ZEROS": zeros, "BLOCK": 4096}),
+        (sample, "_mask_kernel", {"BYTES": 256}),
+    ):
+        function = getattr(module, kernel)
+        signature = {name: "constexpr" if name in constants else kind(kernel, name) for name in function.arg_names}
+        source = ASTSource(fn=function, signature=signature, constexprs=constants)
+        assert build(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 8}).asm["cubin"], kernel
+
+
+@pytest.mark.parametrize("element", ["bf16", "fp32"])
+def test_kernels_compile_for_hopper(element):
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, __file__, element], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(ROOT))
+    compile_all(sys.argv[1])
