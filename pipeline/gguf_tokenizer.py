@@ -15,7 +15,8 @@ from transformers import PreTrainedTokenizerFast
 from engine.gguf import GgufFile
 from engine.models.spec import ModelError
 
-_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED = 1, 2, 3, 4, 5
+_NORMAL, _CONTROL, _USER_DEFINED, _UNUSED = 1, 3, 4, 5
+_INSTEAD = "give model.tokenizer, a folder with the model's tokenizer.json"
 
 _TAIL = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+"
@@ -27,8 +28,7 @@ _TEKKEN = (r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{L
 _SPLITS = {"qwen2": _QWEN2, "deepseek-r1-qwen": _QWEN2, "llama-bpe": _LLAMA3, "llama3": _LLAMA3, "llama-v3": _LLAMA3,
            "smaug-bpe": _LLAMA3, "tekken": _TEKKEN}
 _SINGLE_DIGITS = ("smollm", "starcoder", "refact", "command-r")      # GPT-2's split, each digit apart
-_WHOLE_WORDS_FIRST = (_LLAMA3, _TEKKEN)                              # a word in the vocabulary is taken without merging
-_BOS_BY_DEFAULT = (_LLAMA3, _TEKKEN)
+_WHOLE_WORDS_FIRST = _BOS_BY_DEFAULT = (_LLAMA3, _TEKKEN)            # a word in the vocabulary is taken without merging
 
 
 def gguf_tokenizer(file: GgufFile) -> PreTrainedTokenizerFast:
@@ -36,8 +36,10 @@ def gguf_tokenizer(file: GgufFile) -> PreTrainedTokenizerFast:
     meta = {key.removeprefix("tokenizer.ggml."): value for key, value in file.metadata.items() if key.startswith("tokenizer.")}
     build = {"gpt2": _byte_level, "llama": _sentencepiece}.get(meta.get("model", ""))
     if build is None:
-        raise ModelError(f"{file.path}: tokenizer {meta.get('model')!r} is not supported; supported: gpt2, llama. Give "
-                         "model.tokenizer, a folder with the model's tokenizer.json")
+        raise ModelError(f"{file.path}: tokenizer {meta.get('model')!r} is not supported; supported: gpt2, llama; {_INSTEAD}")
+    for key in ("tokens", "token_type", "merges" if meta["model"] == "gpt2" else "scores"):
+        if key not in meta:
+            raise ModelError(f"{file.path}: the GGUF metadata has no tokenizer.ggml.{key}; {_INSTEAD}")
     tokens: list[str] = meta["tokens"]
     tokenizer = build(file, meta)
     tokenizer.add_tokens([
@@ -64,21 +66,21 @@ def gguf_tokenizer(file: GgufFile) -> PreTrainedTokenizerFast:
 def _byte_level(file: GgufFile, meta: dict[str, Any]) -> Tokenizer:
     pre = meta.get("pre", "default")
     split = _SPLITS.get(pre)
-    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=split is None)
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=split is None)     # its own pattern is GPT-2's
+    pre_tokenizer: pre_tokenizers.PreTokenizer
+    if split is not None:
+        pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(split), "isolated"), byte_level])
+    elif pre in _SINGLE_DIGITS:
+        pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), byte_level])
+    elif pre == "gpt-2":
+        pre_tokenizer = byte_level
+    else:
+        raise ModelError(f"{file.path}: how {pre!r} splits text is not known; {_INSTEAD}")
     # Unused entries only pad the embedding; text never yields them.
     vocab = {token: i for i, (token, kind) in enumerate(zip(meta["tokens"], meta["token_type"], strict=True)) if kind != _UNUSED}
     merges = [tuple(merge.split(" ")) for merge in meta["merges"]]
     tokenizer = Tokenizer(models.BPE(vocab, merges, ignore_merges=split in _WHOLE_WORDS_FIRST))
-    tokenizer.decoder = decoders.ByteLevel()
-    if split is not None:
-        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(split), "isolated"), byte_level])
-    elif pre in _SINGLE_DIGITS:
-        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), byte_level])
-    elif pre == "gpt-2":
-        tokenizer.pre_tokenizer = byte_level
-    else:
-        raise ModelError(f"{file.path}: how {pre!r} splits text is not known; give model.tokenizer, a folder with the model's "
-                         "tokenizer.json")
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizer, decoders.ByteLevel()
     if split is _QWEN2:
         tokenizer.normalizer = normalizers.NFC()
     return tokenizer

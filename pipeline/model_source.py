@@ -33,7 +33,7 @@ _log = logging.getLogger(__name__)
 _HUB_FILES = ["*.safetensors", "*.json", "tokenizer*", "*.jinja"]
 _HUB_SKIPPED = ["consolidated*", "*.py", "original/*"]
 _IDENTIFYING = {".safetensors", ".gguf", ".json", ".jinja"}
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
+_HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*(@[\w./-]+)?")
 _WHEEL = re.compile(r"(?P<name>[A-Za-z0-9][\w.-]*)==(?P<version>[\w.!-]+)(/(?P<glob>.+))?")
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 
