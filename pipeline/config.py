@@ -196,7 +196,8 @@ def check(raw: Mapping[str, Any]) -> RunConfig:
     try:
         config = RunConfig.model_validate(raw)
     except ValidationError as error:
-        lines = [_line(raw, item) for item in error.errors()]
+        # A union reports each of its branches under the same key: the first will do.
+        lines = list({line.partition(":")[0]: line for line in (_line(raw, item) for item in reversed(error.errors()))}.values())[::-1]
         more = f" (and {len(lines) - 1} more: {'; '.join(lines[1:])})" if len(lines) > 1 else ""
         raise ConfigError(lines[0] + more) from None
     for section, build in (("sampling", config.effective_sampling.params), ("engine", config.engine_config)):
@@ -247,7 +248,7 @@ def did_you_mean(key: str, known: list[str]) -> str:
     near = difflib.get_close_matches(key, known, n=1, cutoff=0.75)
     if not near:
         last = key.rpartition(".")[2]
-        near = [k for k in known if k.rpartition(".")[2] == last][:1]
+        near = sorted((k for k in known if k.rpartition(".")[2] == last), key=lambda k: k.count("."))[:1]
     return f"; did you mean {near[0]}?" if near else ""
 
 
@@ -276,7 +277,7 @@ def _line(raw: Mapping[str, Any], item: Any) -> str:
     key = ".".join(parts)
     if item["type"] == "extra_forbidden":
         return str(unknown_key(key))
-    if item["type"] == "missing":
+    if item["type"] == "missing" or node is None:
         return f"{key}: not set"
     message = item["msg"].removeprefix("Value error, ")
     message = message[0].lower() + message[1:]

@@ -29,8 +29,8 @@ from pipeline.output.rows import Status
 
 OVERRIDES = ("schema", "tools", "sampling", "adapter")
 ROLES = frozenset({"system", "developer", "user", "assistant", "tool", "function"})
-# Private-use characters stand for the special tokens of a row's own text while the chat template is applied.
-_MARK = 0xF0000
+# Private-use characters stand for the special tokens of a row's own text, and for themselves, while the chat template is applied.
+_MARK, _MARKS = 0xF0000, 0x1FFFE
 
 
 class Tokenizer(Protocol):
@@ -211,7 +211,8 @@ class PromptBuilder:
         self._chat = chat
         self._takes_tools = bool(chat and "tools" in (tokenizer.chat_template or ""))
         self._folds_system = chat and not _takes_system(tokenizer)
-        self._special = re.compile("|".join(map(re.escape, sorted(tokenizer.special_tokens, key=len, reverse=True))) or r"(?!)")
+        special = [re.escape(token) for token in sorted(tokenizer.special_tokens, key=len, reverse=True)]
+        self._special = re.compile("|".join([*special, f"[{chr(_MARK)}-{chr(_MARK + _MARKS)}]"]))
 
     @property
     def columns(self) -> list[str]:
@@ -246,35 +247,41 @@ class PromptBuilder:
         if not self._chat:
             return content if isinstance(content, str) else "\n\n".join(message["content"] for message in content), []
         messages = [{"role": "user", "content": content}] if isinstance(content, str) else content
+        tools = self._tools(row)
         hidden: list[str] = []
-        if self._special.search(str(messages)):
-            messages = self._hide(messages, hidden)
+        if any(map(self._special.search, _strings([messages, tools]))):
+            messages, tools = self._hide(messages, hidden), self._hide(tools, hidden)
         if self._folds_system:
             messages = _fold_system(messages)
-        tools = row.get("tools")
-        if tools is not None:
-            tools = _json_value(tools, "tools", Status.SCHEMA_ERROR)
-            if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
-                raise Refused(Status.SCHEMA_ERROR, "tools is not a list of objects")
-            if not self._takes_tools:
-                raise Refused(Status.TEMPLATE_ERROR, "the model's chat template takes no tools")
         try:
             return self._tokenizer.render_chat(messages, tools), hidden
         except Exception as error:
             # Chat templates are code of the model's makers: what one raises on a conversation is an error of this row.
             raise Refused(Status.TEMPLATE_ERROR, f"the chat template refuses: {first_line(error)}") from None
 
+    def _tools(self, row: dict[str, Any]) -> list[dict[str, Any]] | None:
+        if (tools := row.get("tools")) is None or "tools" not in self._form.overrides:
+            return None
+        tools = _json_value(tools, "tools", Status.SCHEMA_ERROR)
+        if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+            raise Refused(Status.SCHEMA_ERROR, "tools is not a list of objects")
+        if not self._takes_tools:
+            raise Refused(Status.TEMPLATE_ERROR, "the model's chat template takes no tools")
+        return tools
+
     def _hide(self, value: Any, hidden: list[str]) -> Any:
         """`value` with each special token replaced by a mark that the chat template leaves alone."""
         if isinstance(value, str):
 
             def mark(match: re.Match[str]) -> str:
+                if len(hidden) == _MARKS:
+                    raise Refused(Status.TEMPLATE_ERROR, f"more than {_MARKS} special tokens in the text")
                 hidden.append(match.group())
                 return chr(_MARK + len(hidden) - 1)
 
             return self._special.sub(mark, value)
         if isinstance(value, dict):
-            return {key: self._hide(item, hidden) for key, item in value.items()}
+            return {self._hide(key, hidden): self._hide(item, hidden) for key, item in value.items()}
         return [self._hide(item, hidden) for item in value] if isinstance(value, list) else value
 
     def _encode_hidden(self, text: str, hidden: list[str]) -> list[int]:
@@ -369,6 +376,14 @@ def _json_value(value: Any, name: str, status: Status) -> Any:
         return orjson.loads(value)
     except orjson.JSONDecodeError as error:
         raise Refused(status, f"{name} is not JSON: {first_line(error)}") from None
+
+
+def _strings(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, (dict, list)):
+        for item in (*value, *value.values()) if isinstance(value, dict) else value:
+            yield from _strings(item)
 
 
 def _pruned(value: Any) -> Any:

@@ -142,7 +142,7 @@ def _find(entry: str, keys: Any) -> list[Found]:
     except PermissionError:
         raise ConfigError(f"data={entry}: permission denied") from None
     except (OSError, ValueError) as error:
-        raise ConfigError(f"data={entry}: cannot be read ({first_line(error)})") from None
+        raise ConfigError(f"data={entry}: cannot be read ({getattr(error, 'strerror', None) or first_line(error)})") from None
 
 
 def _files(entry: str, fs: fsspec.AbstractFileSystem, path: str, keys: Any) -> list[Found]:

@@ -14,9 +14,9 @@ LINE_SECONDS = 20.0  # between plain lines: a log of a night stays readable
 class Progress:
     """Used by one thread. Totals are rows of this worker's shards."""
 
-    def __init__(self, stream: TextIO = sys.stderr) -> None:
-        self._stream, self._started = stream, time.monotonic()
-        self._terminal = stream.isatty()
+    def __init__(self, stream: TextIO | None = None) -> None:
+        self._stream, self._started = stream or sys.stderr, time.monotonic()
+        self._terminal = self._stream.isatty()
         self._bar: tqdm | None = None
         self._total = 0
         self._began = self._printed = self._started

