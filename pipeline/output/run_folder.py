@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -66,7 +67,7 @@ class RunFolder:
         """The run that is there, to look at or to finalize, not to add to. ConfigError if there is none."""
         store = open_store(out, spool)
         fingerprint = _read_run(store)
-        plan = _read_plan(store)
+        plan = _read_plan(store, _plan_names(store))
         if plan is None:
             raise ConfigError(f"{out} has no {PLAN} yet: its job has not begun")
         return cls(store, fingerprint, plan)
@@ -192,7 +193,8 @@ def _settle_run(store: Store, run: Mapping[str, Any]) -> None:
 def _settle_plan(store: Store, found: Plan, on_change: Literal["refuse", "append"]) -> Plan:
     """The plan of the folder, made from `found` if it has none. When workers plan at the same time, one's plan is everyone's."""
     while True:
-        plan = _read_plan(store)
+        names = _plan_names(store)
+        plan = _read_plan(store, names)
         if plan is None:
             store.create(PLAN, found.to_bytes())
             continue
@@ -200,24 +202,22 @@ def _settle_plan(store: Store, found: Plan, on_change: Literal["refuse", "append
         if now == plan:
             return plan
         store.delete(SUCCESS)
-        store.create(_appended(_appends(store)), now.to_bytes(plan))
+        # Named after what was read: of two that append to the same plan one wins, and the other reads what that one added.
+        store.create(_appended(len(names)), now.to_bytes(plan))
 
 
 def _appended(number: int) -> str:
     return f"_plan.g{number:03d}.parquet"
 
 
-def _appends(store: Store) -> int:
-    """The number of the next append."""
+def _plan_names(store: Store) -> list[str]:
+    """The plan and its appends, as far as there are any."""
     names = store.names()
-    number = 1
-    while _appended(number) in names:
-        number += 1
-    return number
+    appended = itertools.takewhile(names.__contains__, map(_appended, itertools.count(1)))
+    return [PLAN, *appended] if PLAN in names else []
 
 
-def _read_plan(store: Store) -> Plan | None:
-    names = [PLAN, *map(_appended, range(1, _appends(store)))]
+def _read_plan(store: Store, names: Iterable[str]) -> Plan | None:
     parts = [data for data in map(store.read, names) if data is not None]
     if not parts:
         return None

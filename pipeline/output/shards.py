@@ -10,6 +10,7 @@ from pathlib import Path
 import orjson
 import pyarrow as pa
 
+from pipeline.exits import StorageError
 from pipeline.input.plan import Shard
 from pipeline.output.journal import Journal, read_journal
 from pipeline.output.layout import OutputLayout
@@ -55,8 +56,12 @@ class ShardWriter:
         payloads = [_encode(result) for result in results]
         for result in results:
             self._add(result)
-        with storage_errors(str(self._store.work)):
-            self._journal.append(payloads)
+        try:
+            with storage_errors(str(self._store.work)):
+                self._journal.append(payloads)
+        except StorageError:
+            if not self._is_committed():
+                raise
 
     def flush(self) -> None:
         """Force what was appended to disk: on drain, and now and then while few rows finish."""
@@ -78,6 +83,10 @@ class ShardWriter:
         try:
             build_part(path, self.shard, self._layout, self._results, input_tables, self._info)
             won = self._publish(path)
+        except StorageError:
+            if not self._is_committed():
+                raise
+            won = False
         finally:
             path.unlink(missing_ok=True)
         with storage_errors(str(self._store.work)):
@@ -95,6 +104,11 @@ class ShardWriter:
             return True
         # A link or PUT that was sent twice is told "exists" of its own first try: the footer knows whose part it is.
         return self._store.publish(path, name) or read_part(self._store, name, info.id).attempt == info.attempt
+
+    def _is_committed(self) -> bool:
+        """Another worker has committed this shard, and its sweep may have taken our journal or part from under us."""
+        name, info = self.shard.name, self._info
+        return name in self._store.names() and read_part(self._store, name, info.id).generation >= info.generation
 
     def _path(self, suffix: str) -> Path:
         return self._store.work / f"{self.shard.index:05d}.{self._info.attempt}.{suffix}"

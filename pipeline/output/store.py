@@ -132,14 +132,20 @@ class LocalStore:
             return won
 
     def create(self, name: str, data: bytes) -> bool:
-        return self.publish(self._temporary(name, data), name)
+        return self.publish(_write_temporary(self.work, name, data), name)
 
     def replace(self, name: str, data: bytes) -> None:
-        path = self._temporary(name, data)
-        with storage_errors(self.out):
-            sync_file(path)
-            os.replace(path, self.root / name)
-            sync_folder(self.root)
+        for left in reversed(range(_TRIES)):
+            path = _write_temporary(self.work, name, data)
+            try:
+                with storage_errors(self.out):
+                    sync_file(path)
+                    os.replace(path, self.root / name)
+                    sync_folder(self.root)
+                return
+            except StorageError:      # the sweep of a worker that has just finished the run may have taken it
+                if not left or path.exists():
+                    raise
 
     def supersede(self, path: Path, name: str, kept_as: str) -> None:
         old = self.root / SUPERSEDED
@@ -158,13 +164,6 @@ class LocalStore:
         with storage_errors(self.out):
             (self.root / name).unlink(missing_ok=True)
             sync_folder(self.root)
-
-    def _temporary(self, name: str, data: bytes) -> Path:
-        path = self.work / f"{name}.{uuid.uuid4().hex}.inprogress"
-        with storage_errors(self.out):
-            self.work.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(data)
-        return path
 
     def _link(self, path: Path, final: Path) -> bool:
         try:
@@ -234,10 +233,10 @@ class ObjectStore:
             return won
 
     def create(self, name: str, data: bytes) -> bool:
-        return self.publish(self._temporary(name, data), name)
+        return self.publish(_write_temporary(self.work, name, data), name)
 
     def replace(self, name: str, data: bytes) -> None:
-        path = self._temporary(name, data)
+        path = _write_temporary(self.work, name, data)
         with client_errors(self.out):
             self._put(path, name, "overwrite")
             path.unlink(missing_ok=True)
@@ -253,13 +252,6 @@ class ObjectStore:
 
     def _key(self, name: str) -> str:
         return f"{self.root}/{name}"
-
-    def _temporary(self, name: str, data: bytes) -> Path:
-        path = self.work / f"{name}.{uuid.uuid4().hex}.inprogress"
-        with storage_errors(str(self.work)):
-            self.work.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(data)
-        return path
 
     def _put(self, path: Path, name: str, mode: str) -> bool:
         for attempt in range(_TRIES):
@@ -277,6 +269,18 @@ class ObjectStore:
         raise AssertionError
 
 
+def _write_temporary(folder: Path, name: str, data: bytes) -> Path:
+    path = folder / f"{name}.{uuid.uuid4().hex}.inprogress"
+    with storage_errors(str(folder)):
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            path.write_bytes(data)
+        except OSError:
+            path.unlink(missing_ok=True)      # half of it would only fill a full disk
+            raise
+    return path
+
+
 def _modified(entry: Mapping[str, Any]) -> datetime | None:
     """fsspec leaves the key to each file system."""
     stamps = (entry.get(key) for key in ("LastModified", "last_modified", "mtime", "updated", "created"))
@@ -290,7 +294,7 @@ def check_writable(store: Store) -> None:
             store.work.mkdir(parents=True, exist_ok=True)
             probe = store.work / f"probe.{uuid.uuid4().hex}"
             probe.write_bytes(b"")
-            probe.unlink()
+            probe.unlink(missing_ok=True)
     except StorageError as error:
         raise ConfigError(str(error)) from error
 
@@ -313,9 +317,8 @@ def sync_folder(path: Path) -> None:
 
 
 def sweep(store: Store) -> None:
-    """Remove what attempts left in the work folder. Only when every part is committed."""
+    """Remove what attempts left in the work folder, not the folder itself: a late worker may be about to use it. Only once every
+    part is committed."""
     with storage_errors(store.out):
         for path in store.work.glob("*"):
             path.unlink(missing_ok=True)
-        with suppress(OSError):      # a late worker may have put something there again: the next finalize takes it
-            store.work.rmdir()

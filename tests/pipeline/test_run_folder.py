@@ -57,7 +57,7 @@ def test_a_run_from_plan_to_success(tmp_path: Path) -> None:
     assert folder.is_complete()
     assert_whole(out, files)
     assert sorted(path.name for path in out.iterdir()) == sorted(
-        ["_SUCCESS", "_manifest.json", "_plan.parquet", "_run.json", *(shard.name for shard in shards)])
+        ["_SUCCESS", "_work", "_manifest.json", "_plan.parquet", "_run.json", *(shard.name for shard in shards)])
     table = pa.concat_tables(pq.read_table(path) for path in parts(out))
     assert manifest["rows"] == sum(manifest["statuses"].values()) == table.num_rows
     assert manifest["statuses"]["prompt_null"] == table.column("status").to_pylist().count("prompt_null")
@@ -66,7 +66,7 @@ def test_a_run_from_plan_to_success(tmp_path: Path) -> None:
     assert orjson.loads((out / "_run.json").read_bytes())["info"] == {"seed": 7}
     assert open_folder(out, files).finalize() == manifest      # again, by another worker
     assert RunFolder.load(str(out)).is_complete()
-    assert not (out / "_work").exists()
+    assert list((out / "_work").iterdir()) == []
 
 
 def test_an_interrupted_run_goes_on(tmp_path: Path) -> None:

@@ -1,0 +1,109 @@
+"""kill -9: at every step of the protocol, and at random until the job is done. `GRISTMILL_KILLS` sets how many of the latter."""
+
+from __future__ import annotations
+
+import os
+import random
+import re
+import signal
+import time
+from collections import Counter
+from pathlib import Path
+
+from output_cases import contents
+
+from pipeline.output.run_folder import RunFolder
+from pipeline.output.shards import journalled
+from tests.faults.jobs import Job, Zygote, assert_readable, assert_same, make_job
+
+KILLS = int(os.environ.get("GRISTMILL_KILLS", "40"))
+AT_ONCE = 4
+
+
+def test_killed_at_every_step_of_the_protocol(zygote: Zygote, tmp_path: Path) -> None:
+    """Before each step that an undisturbed run takes, and in the middle of each write."""
+    whole = make_job(zygote, tmp_path / "whole", rows=40, rows_per_shard=20)
+    assert whole.run(steps=str(tmp_path / "steps")) == 0, whole.said()
+    steps = (tmp_path / "steps").read_text().splitlines()
+    strikes = [(step, when) for step in range(1, len(steps) + 1) for when in ("before", "half")
+               if when == "before" or steps[step - 1].endswith("torn")]
+    strikes.append((len(steps), "after"))
+    killed: Counter[int] = Counter()
+    for start in range(0, len(strikes), AT_ONCE):
+        jobs = [make_job(zygote, tmp_path / f"{step}-{when}", rows=40, rows_per_shard=20)
+                for step, when in strikes[start : start + AT_ONCE]]
+        runs = [job.start(strike={"step": step, "when": when})
+                for job, (step, when) in zip(jobs, strikes[start : start + AT_ONCE], strict=True)]
+        killed.update(run.wait() for run in runs)
+        for job in jobs:
+            assert_readable(job)
+        for job, run in zip(jobs, [job.start() for job in jobs], strict=True):
+            assert run.wait() == 0, job.said()
+            assert_same(job, whole)
+    print(f"{killed[-9]} kills at {len(steps)} steps")
+    assert killed[-9] + killed[0] == len(strikes)
+    assert killed[-9] >= 0.95 * len(strikes)      # threads may make a run a step shorter
+
+
+def test_killed_at_random_until_it_is_done(zygote: Zygote, tmp_path: Path) -> None:
+    """No unreadable part is ever seen, and what comes out is what an undisturbed run gives."""
+    draw = random.Random(7)
+    whole = make_job(zygote, tmp_path / "whole", rows=300)
+    assert whole.run() == 0, whole.said()
+    kills = attempts = jobs = 0
+    while kills < KILLS:
+        job = make_job(zygote, tmp_path / f"job{jobs}", rows=300)
+        jobs += 1
+        code = None
+        while code != 0:
+            run = job.start(env={"SCRIPTED_DELAY": "0.03"})
+            attempts += 1
+            deadline = time.monotonic() + (draw.uniform(0.0, 1.2) if kills < KILLS else 1e9)
+            while time.monotonic() < deadline and Path(f"/proc/{run.pid}/exe").exists():
+                assert_readable(job)
+                time.sleep(0.02)
+            run.send(signal.SIGKILL) if time.monotonic() >= deadline else None
+            code = run.wait()
+            assert code in (0, -9), job.said()
+            kills += code == -9
+        assert_same(job, whole)
+    print(f"{kills} kills in {attempts} runs of {jobs} jobs")
+
+
+def test_what_is_journalled_is_not_computed_again(zygote: Zygote, tmp_path: Path) -> None:
+    job = make_job(zygote, tmp_path, rows=400, rows_per_shard=200)
+    run = job.start(env={"SCRIPTED_DELAY": "0.05"})
+    while sum(path.stat().st_size for path in job.out.glob("_work/*.journal")) < 8000:
+        time.sleep(0.01)
+    run.send(signal.SIGKILL)
+    assert run.wait() == -9
+    folder = RunFolder.load(str(job.out))
+    kept = {200 * shard.index + result.row
+            for shard in folder.plan.shards for result in journalled(folder.store, shard, folder.shard_id(shard))}
+    asked = {row for row in range(400) if row % 10 and row % 23 and row % 31}      # the others are null, fail or are equal
+    assert len(asked & kept) > 30
+    assert job.run(rows=str(tmp_path / "second")) == 0, job.said()
+    again = {int(row) for row in re.findall(r"prompt (\d+)", (tmp_path / "second").read_text())}
+    assert again == asked - kept
+
+
+def test_a_clock_that_is_wrong_changes_nothing(job: Job, whole: Job) -> None:
+    for clock, step in ((3600, "link part-00001"), (-3600, "link part-00002"), (7200, "link part-00003")):
+        assert job.run(clock=clock, strike={"step": step, "when": "after"}) == -9
+    assert job.run(clock=-86400) == 0, job.said()
+    assert_same(job, whole)
+
+
+def test_a_kill_while_failed_rows_are_done_again(job: Job, whole: Job) -> None:
+    again = "retry_errors=[engine_error]"
+    assert job.run() == 0
+    for strike in ({"step": "write 0000", "when": "half"}, {"step": "replace part-", "when": "before"},
+                   {"step": "replace part-", "when": "after"}, {"step": "replace _manifest", "when": "before"}):
+        assert job.run(again, strike=strike) == -9
+        assert_readable(job)
+        assert len(job.parts()) == len(whole.parts())
+    assert job.run(again) == 0, job.said()
+    (job.out / "_superseded").rename(job.folder / "superseded")
+    assert len(list((job.folder / "superseded").iterdir())) >= 3
+    for path in whole.parts():      # the scripted engine fails on the same rows again
+        assert contents(job.out / path.name)[0] == contents(path)[0]
