@@ -131,11 +131,11 @@ def _combine_kernel(partial, positions, out, window, splits, H: tl.constexpr, D:
     tl.store(out + (i * H + head) * D + d, result.to(out.dtype.element_ty), mask=d < D)
 
 
-def _decode_tile(cache: Tensor) -> tuple[int, int, int]:
-    """Keys of a tile, warps, stages: 32 KiB of keys and values a tile, three programs to a multiprocessor."""
+def _decode_tile(cache: Tensor) -> tuple[int, dict[str, int]]:
+    """Keys of a tile and launch options: 32 KiB of keys and values a tile, three programs to a multiprocessor."""
     if cache.dtype == torch.float32:
-        return 32, 4, 3
-    return (64 if cache.shape[3] > 64 else 128), 4, 3
+        return 32, {"num_warps": 8, "num_stages": 2}
+    return (64 if cache.shape[3] > 64 else 128), {"num_warps": 4, "num_stages": 3}
 
 
 def decode_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, rows: Tensor, positions: Tensor,
@@ -145,7 +145,7 @@ def decode_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: T
     kv_heads, page = k_cache.shape[1], k_cache.shape[2]
     block_m = max(16, triton.next_power_of_2(heads // kv_heads))
     block_d = triton.next_power_of_2(dim)
-    block_n, warps, stages = _decode_tile(k_cache)
+    block_n, options = _decode_tile(k_cache)
     tiles = triton.cdiv(min(max_context, window) if window else max_context, block_n)
     splits = min(triton.next_power_of_2(triton.cdiv(DECODE_PROGRAMS, n * kv_heads)), MAX_SPLITS, tiles)
     out = torch.empty((n, heads, dim), dtype=q.dtype, device=q.device)
@@ -154,8 +154,7 @@ def decode_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: T
     _decode_kernel[kv_heads, splits, n](
         q, k_cache, v_cache, block_table, rows, positions, out, partial, factor, inner, window, block_table.stride(0),
         q.stride(0), splits, H=heads, K=kv_heads, P=page, D=dim, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_D=block_d,
-        SPLIT=splits > 1, WINDOW=window > 0, SOFTCAP=softcap > 0, PRECISION=_precision(k_cache), num_warps=warps,
-        num_stages=stages)
+        SPLIT=splits > 1, WINDOW=window > 0, SOFTCAP=softcap > 0, PRECISION=_precision(k_cache), **options)
     if splits > 1:
         _combine_kernel[heads, n](partial, positions, out, window, splits, H=heads, D=dim, BLOCK_N=block_n, BLOCK_D=block_d,
                                   BLOCK_S=triton.next_power_of_2(splits), WINDOW=window > 0, num_warps=4)
@@ -259,11 +258,11 @@ def _prefill_kernel(q, k_cache, v_cache, block_table, rows, starts, cu_q, tiles,
     tl.store(out + row * (H * D) + column, result, mask=real)
 
 
-def _prefill_tile(cache: Tensor) -> tuple[int, int, int, int]:
-    """Rows (queries times heads) and keys of a tile, warps, stages."""
+def _prefill_tile(cache: Tensor) -> tuple[int, int, dict[str, int]]:
+    """Rows (queries times heads) and keys of a tile, and launch options."""
     if cache.dtype == torch.float32:
-        return 32, 32, 8, 2
-    return 128, 64, 8, 3 if cache.shape[3] <= 128 else 2
+        return 16, 16, {"num_warps": 8, "num_stages": 2}
+    return 128, 64, {"num_warps": 8, "num_stages": 3 if cache.shape[3] <= 128 else 2}
 
 
 def prefill_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, rows: Tensor, starts: Tensor,
@@ -274,12 +273,12 @@ def prefill_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: 
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if not tiles.shape[0]:
         return out
-    block_m, block_n, warps, stages = _prefill_tile(k_cache)
+    block_m, block_n, options = _prefill_tile(k_cache)
     block_d = triton.next_power_of_2(dim)
     factor, inner = _log2_scales(scale, softcap)
     grid = tiles.shape[0] * triton.cdiv(QUERY_TILE * (heads // kv_heads), block_m) * kv_heads
     _prefill_kernel[grid,](
         q, k_cache, v_cache, block_table, rows, starts, cu_q, tiles, out, factor, inner, window, block_table.stride(0),
         q.stride(0), H=heads, K=kv_heads, P=page, D=dim, TILE=QUERY_TILE, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_D=block_d,
-        WINDOW=window > 0, SOFTCAP=softcap > 0, PRECISION=_precision(k_cache), num_warps=warps, num_stages=stages)
+        WINDOW=window > 0, SOFTCAP=softcap > 0, PRECISION=_precision(k_cache), **options)
     return out

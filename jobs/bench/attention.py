@@ -193,7 +193,7 @@ def fused(q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, rows
           scale: float, window: int, softcap: float, max_context: int) -> Tensor:
     n, heads, dim = q.shape
     kv_heads = k_cache.shape[1]
-    block_n, warps, stages = attention._decode_tile(k_cache)
+    block_n, options = attention._decode_tile(k_cache)
     tiles = triton.cdiv(min(max_context, window) if window else max_context, block_n)
     splits = min(triton.next_power_of_2(triton.cdiv(attention.DECODE_PROGRAMS, n * kv_heads)), attention.MAX_SPLITS, tiles)
     out = torch.empty((n, heads, dim), dtype=q.dtype, device=q.device)
@@ -203,8 +203,7 @@ def fused(q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, rows
         q, k_cache, v_cache, block_table, rows, positions, out, partial, _arrivals(q.device, 1 << 16), factor, inner, window,
         block_table.stride(0), q.stride(0), splits, H=heads, K=kv_heads, P=k_cache.shape[2], D=dim,
         BLOCK_M=max(16, triton.next_power_of_2(heads // kv_heads)), BLOCK_N=block_n, BLOCK_D=triton.next_power_of_2(dim),
-        SPLIT=splits > 1, WINDOW=window > 0, SOFTCAP=softcap > 0, PRECISION=_precision(k_cache), BLOCK_S=MERGED, num_warps=warps,
-        num_stages=stages)
+        SPLIT=splits > 1, WINDOW=window > 0, SOFTCAP=softcap > 0, PRECISION=_precision(k_cache), BLOCK_S=MERGED, **options)
     return out
 
 
@@ -215,7 +214,7 @@ def listed(q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, row
            scale: float, window: int, softcap: float, max_context: int) -> Tensor:
     n, heads, dim = q.shape
     kv_heads = k_cache.shape[1]
-    block_n, warps, stages = attention._decode_tile(k_cache)
+    block_n, options = attention._decode_tile(k_cache)
     programs = RESIDENT * torch.cuda.get_device_properties(q.device).multi_processor_count if q.is_cuda else 11
     out = torch.empty((n, heads, dim), dtype=q.dtype, device=q.device)
     partial = torch.empty(2 * programs * (heads // kv_heads) * (dim + 2), dtype=torch.float32, device=q.device)
@@ -224,8 +223,8 @@ def listed(q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, row
         q, k_cache, v_cache, block_table, rows, positions, out, partial, _arrivals(q.device, 1 << 16), factor, inner, window,
         block_table.stride(0), q.stride(0), n, H=heads, K=kv_heads, P=k_cache.shape[2], D=dim,
         BLOCK_M=max(16, triton.next_power_of_2(heads // kv_heads)), BLOCK_N=block_n, BLOCK_D=triton.next_power_of_2(dim),
-        WINDOW=window > 0, SOFTCAP=softcap > 0, PRECISION=_precision(k_cache), BLOCK_S=MERGED, CHUNK=1024, num_warps=warps,
-        num_stages=stages)
+        WINDOW=window > 0, SOFTCAP=softcap > 0, PRECISION=_precision(k_cache), BLOCK_S=MERGED, CHUNK=1024,
+        **options)
     return out
 
 
@@ -273,6 +272,20 @@ class DecodeWay:
         return f"{self.way} {'/'.join(map(str, self.tile))} {self.programs}"
 
 
+@dataclass(frozen=True)
+class Tile:
+    rows: int
+    keys: int
+    warps: int
+    stages: int
+    registers: int = 0
+
+    @property
+    def name(self) -> str:
+        limit = f" {self.registers} registers" if self.registers else ""
+        return f"{self.rows}/{self.keys}/{self.warps}/{self.stages}{limit}"
+
+
 def _ragged(n: int) -> tuple[int, ...]:
     return tuple(torch.randint(100, 1125, (n,), generator=torch.Generator().manual_seed(n)).tolist())
 
@@ -296,16 +309,19 @@ DECODE_SHAPES = {
 }
 DECODE_WAYS = [
     DecodeWay("split", (64, 4, 3), 1024), DecodeWay("split", (64, 4, 2), 1024), DecodeWay("split", (128, 4, 2), 1024),
-    DecodeWay("split", (32, 4, 4), 1024), DecodeWay("split", (64, 4, 3), 2048), DecodeWay("fused", (64, 4, 3), 1024),
-    DecodeWay("fused", (64, 4, 3), 2048), DecodeWay("fused", (64, 4, 2), 2048), DecodeWay("list", (64, 4, 3), 3),
-    DecodeWay("list", (64, 4, 2), 4), DecodeWay("list", (128, 4, 2), 2), DecodeWay("list", (32, 4, 4), 4),
+    DecodeWay("split", (128, 4, 3), 1024), DecodeWay("split", (32, 4, 4), 1024), DecodeWay("split", (64, 4, 3), 2048),
+    DecodeWay("fused", (64, 4, 3), 1024), DecodeWay("fused", (64, 4, 3), 2048), DecodeWay("fused", (64, 4, 2), 2048),
+    DecodeWay("list", (64, 4, 3), 3), DecodeWay("list", (64, 4, 2), 4), DecodeWay("list", (128, 4, 2), 2),
+    DecodeWay("list", (32, 4, 4), 4),
 ]
 PREFILL_SHAPES = [PrefillShape("8 x 2048", 8, 0, 2048), PrefillShape("16 x 1024", 16, 0, 1024),
                   PrefillShape("64 x 150 after 800", 64, 800, 150)]
 PREFILL_TILES = {
-    MISTRAL: [(128, 64, 8, 3), (128, 64, 8, 4), (128, 128, 8, 2), (128, 128, 8, 3), (64, 64, 4, 3), (64, 128, 4, 2)],
-    SMOLLM: [(128, 64, 8, 3), (128, 128, 8, 2), (128, 128, 8, 3), (128, 64, 4, 3), (64, 64, 4, 3), (64, 128, 4, 3)],
-    GEMMA: [(128, 64, 8, 2), (128, 32, 8, 3), (64, 64, 4, 2), (64, 32, 4, 3)],
+    MISTRAL: [Tile(128, 64, 8, 3), Tile(128, 64, 8, 4), Tile(128, 128, 8, 2), Tile(128, 128, 8, 3), Tile(128, 64, 8, 2, 128),
+              Tile(128, 32, 8, 3, 128), Tile(128, 64, 4, 2), Tile(64, 64, 4, 2)],
+    SMOLLM: [Tile(128, 64, 8, 3), Tile(128, 128, 8, 2), Tile(128, 128, 8, 3), Tile(128, 64, 4, 3), Tile(64, 64, 4, 3),
+             Tile(64, 128, 4, 3)],
+    GEMMA: [Tile(128, 64, 8, 2), Tile(128, 32, 8, 3), Tile(64, 64, 4, 2), Tile(64, 32, 4, 3)],
 }
 
 
@@ -371,7 +387,8 @@ def decode(way: DecodeWay, model: Model, shape: DecodeShape, pool: Pool, timed: 
     q = torch.randn(n, model.heads, model.dim, dtype=DTYPE, device=DEVICE)
     rows = ints(range(n))
     RESIDENT = way.programs
-    tile = mock.Mock(return_value=(way.tile[0] * 128 // model.dim, *way.tile[1:]))
+    keys, warps, stages = way.tile
+    tile = mock.Mock(return_value=(keys * 128 // model.dim, {"num_warps": warps, "num_stages": stages}))
     with mock.patch.multiple(attention, DECODE_PROGRAMS=way.programs, _decode_tile=tile):
         calls = [functools.partial(function, q, pool.k, pool.v, table, rows, contexts - 1, scale, 0, 0.0, MAX_MODEL_LEN)
                  for table in tables]
@@ -385,7 +402,7 @@ def decode(way: DecodeWay, model: Model, shape: DecodeShape, pool: Pool, timed: 
         return size / seconds(calls) / 1e12
 
 
-def prefill(tile: tuple[int, int, int, int], model: Model, shape: PrefillShape, pool: Pool, timed: bool) -> float:
+def prefill(tile: Tile, model: Model, shape: PrefillShape, pool: Pool, timed: bool) -> float:
     """TFLOP/s of what the mask leaves; rows share no page."""
     n, scale = shape.rows, model.dim**-0.5
     context = shape.prefix + shape.queries
@@ -394,14 +411,15 @@ def prefill(tile: tuple[int, int, int, int], model: Model, shape: PrefillShape, 
     tiles = ints([(i, first) for i in range(n) for first in range(0, shape.queries, ref.QUERY_TILE)])
     q = torch.randn(cu_q[-1], model.heads, model.dim, dtype=DTYPE, device=DEVICE)
     inputs = (q, pool.k, pool.v, pool.tables(ints([context] * n)), ints(range(n)), ints([shape.prefix] * n))
-    with mock.patch.object(attention, "_prefill_tile", return_value=tile):
+    options = {"num_warps": tile.warps, "num_stages": tile.stages} | ({"maxnreg": tile.registers} if tile.registers else {})
+    with mock.patch.object(attention, "_prefill_tile", return_value=(tile.rows, tile.keys, options)):
         call = functools.partial(attention.prefill_attention, *inputs, ints(cu_q), tiles, scale, 0, 0.0)
         got = call()
         if not timed:
             return 0.0
         last = [x[-1:] for x in inputs[4:]]
         want = ref.prefill_attention(q[-shape.queries :], *inputs[1:4], *last, ints([0, shape.queries]), tiles, scale, 0, 0.0)
-        check(f"{model.name} {shape.name} {tile}", got[-shape.queries :], want)
+        check(f"{model.name} {shape.name} {tile.name}", got[-shape.queries :], want)
         return flops / seconds([call] * 4) / 1e12
 
 
@@ -468,7 +486,7 @@ def main() -> None:
                 own = [attempt(prefill, tile, model, s, pool, True) for tile in tiles]
                 lines.append((s.name, own + [torch_prefill(model, s, backend) for backend in BACKENDS if not s.prefix]))
             table_of(f"prefill, {model.name}, bf16: TFLOP/s",
-                     [*("/".join(map(str, tile)) for tile in tiles), *(f"torch {b.name}" for b in BACKENDS)], lines, 0)
+                     [*(tile.name for tile in tiles), *(f"torch {b.name}" for b in BACKENDS)], lines, 0)
     print(f"\n{time.perf_counter() - begin:.0f} s in all")
 
 

@@ -16,8 +16,9 @@ LIMIT = {torch.float16: 2e-3, torch.float32: 2e-6}
 
 
 @pytest.fixture(autouse=True)
-def poisoned():
-    """torch.empty gives NaN: an output that no program wrote shows."""
+def poisoned(monkeypatch):
+    """torch.empty gives NaN: an output that no program wrote shows. Few programs: the interpreter runs them one by one."""
+    monkeypatch.setattr(attention, "DECODE_PROGRAMS", 16)
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
@@ -41,25 +42,25 @@ def check_decode(contexts: list[int], heads: int, kv_heads: int, dim: int, page:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
-@pytest.mark.parametrize("heads, kv_heads, dim", [(8, 2, 64), (4, 2, 80), (3, 1, 96), (4, 4, 128), (2, 1, 256), (20, 1, 64)])
+@pytest.mark.parametrize("heads, kv_heads, dim", [(8, 2, 64), (4, 1, 80), (3, 1, 96), (2, 2, 128), (2, 1, 256), (20, 1, 64)])
 def test_decode_head_sizes(dtype, heads, kv_heads, dim):
     check_decode([1, 77, 300], heads, kv_heads, dim, 16, dtype)
 
 
 @pytest.mark.parametrize("page", [16, 32, 64, 128])
 def test_decode_page_sizes(page):
-    check_decode([page, page + 1, 129, 5 * page - 1], 8, 2, 64, page, torch.float32)
+    check_decode([page, page + 1, 129, 5 * page - 1], 4, 2, 64, page, torch.float16)
 
 
 @pytest.mark.parametrize("window, softcap", [(1, 0.0), (50, 0.0), (128, 5.0), (1000, 0.0), (0, 5.0)])
 def test_decode_window_and_softcap(window, softcap):
-    check_decode([1, 49, 50, 51, 400, 129], 6, 2, 64, 32, torch.float32, window, softcap)
+    check_decode([1, 49, 50, 51, 400, 129], 3, 1, 64, 32, torch.float32, window, softcap)
 
 
-@pytest.mark.parametrize("programs", [1, 24, 4096])
-def test_decode_does_not_depend_on_the_number_of_splits(programs, monkeypatch):
+@pytest.mark.parametrize("programs", [1, 24, 200])
+def test_decode_with_any_number_of_splits(programs, monkeypatch):
     monkeypatch.setattr(attention, "DECODE_PROGRAMS", programs)
-    check_decode([1, 700, 64, 65, 31], 4, 2, 128, 32, torch.float16)
+    check_decode([1, 700, 64, 65, 31], 2, 1, 128, 32, torch.float16)
 
 
 def test_decode_padding_rows_are_finite_and_rows_may_repeat():
@@ -104,20 +105,19 @@ def check_prefill(counts: list[int], starts: list[int], heads: int, kv_heads: in
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
-@pytest.mark.parametrize("heads, kv_heads, dim", [(8, 2, 64), (4, 2, 80), (3, 1, 96), (2, 2, 128), (2, 1, 256), (7, 1, 64)])
+@pytest.mark.parametrize("heads, kv_heads, dim", [(4, 2, 64), (2, 1, 80), (3, 1, 96), (2, 2, 128), (2, 1, 256), (7, 1, 64)])
 def test_prefill_head_sizes(dtype, heads, kv_heads, dim):
-    check_prefill([100, 1, 33], [0, 40, 7], heads, kv_heads, dim, 16, dtype)
+    check_prefill([60, 1, 13], [0, 40, 90], heads, kv_heads, dim, 16, dtype)
 
 
 @pytest.mark.parametrize("page", [16, 32, 64, 128])
 def test_prefill_page_sizes(page):
-    check_prefill([page + 1, 2 * page], [page - 1, 0], 4, 2, 64, page, torch.float32)
+    check_prefill([page + 1, 2 * page], [page - 1, 0], 4, 2, 64, page, torch.float16)
 
 
 @pytest.mark.parametrize("window, softcap", [(1, 0.0), (20, 0.0), (64, 5.0), (150, 0.0), (1000, 5.0), (0, 5.0)])
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
-def test_prefill_window_and_softcap(dtype, window, softcap):
-    check_prefill([140, 60, 3], [0, 130, 300], 6, 2, 64, 32, dtype, window, softcap)
+def test_prefill_window_and_softcap(window, softcap):
+    check_prefill([140, 60, 3], [0, 130, 300], 3, 1, 64, 32, torch.float16, window, softcap)
 
 
 def test_prefill_long_rows_take_several_tiles_and_padding_is_left_alone():
@@ -134,11 +134,11 @@ def test_prefill_of_nothing():
 
 
 def test_prefill_chunks_agree_with_decode_of_every_position():
-    contexts = [150]
-    case = make_case(contexts, 150, 4, 2, 64, 32, torch.float32)
+    n = 80
+    case = make_case([n], n, 2, 1, 64, 32, torch.float32)
     whole = attention.prefill_attention(
         case.q, case.k_cache, case.v_cache, case.block_table, case.rows, torch.zeros(1, dtype=torch.int32),
-        torch.tensor([0, 150], dtype=torch.int32), work_list([0, 150]), case.scale, 40, 0.0)
-    one = attention.decode_attention(case.q, case.k_cache, case.v_cache, case.block_table, case.rows.expand(150).contiguous(),
-                                     torch.arange(150, dtype=torch.int32), case.scale, 40, 0.0, 150)
+        torch.tensor([0, n], dtype=torch.int32), work_list([0, n]), case.scale, 40, 0.0)
+    one = attention.decode_attention(case.q, case.k_cache, case.v_cache, case.block_table, case.rows.expand(n).contiguous(),
+                                     torch.arange(n, dtype=torch.int32), case.scale, 40, 0.0, n)
     assert error(one, whole.double()) < 2e-6
