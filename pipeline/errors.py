@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 
 import orjson
+import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
@@ -17,6 +18,7 @@ from pipeline.exits import Exit
 from pipeline.input.plan import Shard
 from pipeline.output.rows import Status
 from pipeline.output.run_folder import RunFolder
+from pipeline.output.store import client_errors
 
 FINE = (Status.OK, Status.LENGTH)
 EXAMPLES = """\
@@ -53,9 +55,9 @@ def failed_rows(folder: RunFolder, statuses: set[str] | None = None) -> Iterator
 
 def _failed_rows(folder: RunFolder, shard: Shard, wanted: set[str]) -> Iterator[FailedRow]:
     places = dict(zip(shard.row_ids(), shard.places(), strict=True))
-    with folder.store.open(shard.name) as file:
+    with client_errors(folder.out), folder.store.open(shard.name) as file:
         for batch in pq.ParquetFile(file).iter_batches(columns=["row_id", "sample", "status", "error"]):
-            for row in batch.filter(pc.is_in(batch.column("status"), pc.SetLookupOptions(sorted(wanted)))).to_pylist():
+            for row in batch.filter(pc.is_in(batch.column("status"), value_set=pa.array(sorted(wanted)))).to_pylist():
                 yield FailedRow(*places[row["row_id"]], row["sample"], row["row_id"], row["status"], row["error"] or "")
 
 
