@@ -197,7 +197,8 @@ def check(raw: Mapping[str, Any]) -> RunConfig:
         config = RunConfig.model_validate(raw)
     except ValidationError as error:
         # A union reports each of its branches under the same key: the first will do.
-        lines = list({line.partition(":")[0]: line for line in (_line(raw, item) for item in reversed(error.errors()))}.values())[::-1]
+        found = [_line(raw, item) for item in error.errors()]
+        lines = list({line.partition(":")[0]: line for line in reversed(found)}.values())[::-1]
         more = f" (and {len(lines) - 1} more: {'; '.join(lines[1:])})" if len(lines) > 1 else ""
         raise ConfigError(lines[0] + more) from None
     for section, build in (("sampling", config.effective_sampling.params), ("engine", config.engine_config)):

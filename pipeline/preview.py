@@ -18,23 +18,18 @@ _BAR = 40
 
 def preview(config: RunConfig, source: Input, plan: Plan, builder: PromptBuilder, max_model_len: int) -> int:
     """Print the plan, the token lengths of the first rows, what is wrong with them, and what the task's schema needs."""
-    size = sum(file.size for file in source.files)
-    print(
-        f"input:   {_count(len(source.files), 'file')}, {size / 2**20:,.1f} MiB, {_count(plan.num_rows, 'row')} "
-        f"in {_count(len(plan.shards), 'shard')} of at most {plan.rows_per_shard:,}"
-    )
-    print(
-        f"columns: {', '.join(f'{field.name} ({field.type})' for field in source.schema)}; prompts are made of {', '.join(builder.columns)}"
-    )
+    size = sum(file.size for file in source.files) / 2**20
+    print(f"input:   {_count(len(source.files), 'file')}, {size:,.1f} MiB, {_count(plan.num_rows, 'row')} "
+          f"in {_count(len(plan.shards), 'shard')} of at most {plan.rows_per_shard:,}")
+    print(f"columns: {', '.join(f'{field.name} ({field.type})' for field in source.schema)}")
+    print(f"prompts: made of {', '.join(builder.columns)}")
     ask = builder.default
-    print(f"output:  {config.output.dir}; at most {ask.params.max_tokens:,} tokens a row, {_count(ask.n, 'sample')}", end="")
-    print(f"; the shortest output the schema allows has about {ask.guide.grammar.min_tokens:,} tokens" if ask.guide else "")
+    need = ask.guide.grammar.min_tokens if ask.guide else 1
+    shortest = f"; the shortest that the schema allows has about {need:,}" if ask.guide else ""
+    print(f"output:  {config.output.dir}; {_count(ask.n, 'sample')} a row of at most {ask.params.max_tokens:,} tokens{shortest}")
     prompts = _sample(source, plan, builder)
     for prompt in prompts:
-        if (
-            prompt.status is Status.OK
-            and len(prompt.tokens) + (prompt.ask.guide.grammar.min_tokens if prompt.ask.guide else 1) > max_model_len
-        ):
+        if prompt.tokens is not None and len(prompt.tokens) + need > max_model_len:
             prompt.status = Status.PROMPT_TOO_LONG
             prompt.error = f"{len(prompt.tokens)} prompt tokens leave no room in engine.max_model_len={max_model_len}"
     _lengths([len(prompt.tokens) for prompt in prompts if prompt.tokens is not None], len(prompts), plan.num_rows)

@@ -1,4 +1,4 @@
-"""From rows to prompts: columns by name, templates, the chat template, batched tokenising, and what one row asks for itself.
+"""From rows to prompts: the chat template, batched tokenising, and what a row asks for itself.
 
 A row that cannot become a prompt becomes a `Prompt` with a status; only what is wrong for every row raises.
 """
@@ -9,26 +9,20 @@ import hashlib
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NoReturn, Protocol
+from typing import Any, Protocol
 
-import jinja2
-import jinja2.meta
-import jinja2.sandbox
 import numpy as np
-import orjson
-import pyarrow as pa
 from pydantic import ValidationError
 
 from engine.guided.grammar import SchemaError
 from engine.request import SamplingParams
 from pipeline.config import Sampling, TaskKeys
 from pipeline.exits import ConfigError
-from pipeline.input.formats import JSON_TEXT, Chunk, first_line
+from pipeline.input.form import Form, Refused, json_value
+from pipeline.input.formats import Chunk, first_line
 from pipeline.input.schemas import Guide, Guides
 from pipeline.output.rows import Status
 
-OVERRIDES = ("schema", "tools", "sampling", "adapter")
-ROLES = frozenset({"system", "developer", "user", "assistant", "tool", "function"})
 # Private-use characters stand for the special tokens of a row's own text, and for themselves, while the chat template is applied.
 _MARK, _MARKS = 0xF0000, 0x1FFFE
 
@@ -49,14 +43,6 @@ class Tokenizer(Protocol):
 
     def decode_batch(self, tokens: Sequence[Sequence[int]]) -> list[str]:
         """Special tokens are left out."""
-
-
-class Refused(Exception):
-    """A row that cannot be run, with its status."""
-
-    def __init__(self, status: Status, error: str) -> None:
-        super().__init__(error)
-        self.status, self.error = status, error
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,119 +66,6 @@ class Prompt:
     status: Status = Status.OK
     error: str | None = None
     note: str | None = None
-
-
-class Form:
-    """Which columns a prompt is made of, and how: checked against the input's schema before anything is loaded."""
-
-    def __init__(self, task: TaskKeys, mapping: Mapping[str, str | None], schema: pa.Schema) -> None:
-        self._there = schema.names
-        for name, column in mapping.items():
-            if column is not None and column not in schema.names:
-                raise ConfigError(
-                    f"input.columns.{name}={column}: the input has no such column; it has {', '.join(schema.names)}"
-                )
-        self._column = {name: name for name in schema.names} | dict(mapping)
-        environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-            undefined=jinja2.StrictUndefined, finalize=lambda value: "" if value is None else value, keep_trailing_newline=True
-        )
-        environment.filters["json"] = lambda value: orjson.dumps(value).decode()
-        used: set[str] = set()
-        if task.messages is not None:
-            sources = [
-                (f"task.messages.{i}.content", message["role"], message["content"]) for i, message in enumerate(task.messages)
-            ]
-        else:
-            sources = [
-                (f"task.{key}", role, text)
-                for key, role, text in (("system", "system", task.system), ("prompt", "user", task.prompt))
-                if text is not None
-            ]
-        self._templates = [(role, self._compile(environment, key, text, used)) for key, role, text in sources]
-        self.templated = task.messages is not None or task.prompt is not None
-        self.base = None if self.templated else self._base_column()
-        self._fields = sorted(used)
-        overrides = [name for name in OVERRIDES if self._column.get(name) is not None and name not in used]
-        for name in mapping:
-            if name not in used and name not in OVERRIDES and name != self.base and name not in ("messages", "prompt"):
-                raise ConfigError(
-                    f"input.columns.{name}: nothing uses the name {name}; the task uses "
-                    f"{', '.join([*self._fields, *filter(None, [self.base])]) or 'no column'}"
-                )
-        self._names = dict.fromkeys([*self._fields, *([self.base] if self.base else []), *overrides])
-        self._json = {name for name in self._names if schema.field(self._column[name]).metadata == JSON_TEXT}  # type: ignore[arg-type]
-        self.overrides = frozenset(overrides)
-        self._structured = self.overrides | {"messages"} - set(self._fields)
-        self.columns = (
-            list(dict.fromkeys(self._column[name] for name in self._names)) or schema.names[:1]
-        )  # one at least counts the rows
-
-    def _compile(self, environment: jinja2.Environment, key: str, text: str, used: set[str]) -> jinja2.Template:
-        try:
-            names = jinja2.meta.find_undeclared_variables(environment.parse(text)) - (
-                set(environment.globals) - set(self._column)
-            )
-            template = environment.from_string(text)
-        except jinja2.TemplateSyntaxError as error:
-            raise ConfigError(f"{key}: line {error.lineno}: {first_line(error)}") from None
-        for name in sorted(names):
-            if self._column.get(name) is None:
-                raise ConfigError(
-                    f"{key}: the template uses the column {name}, which the input has not; it has {', '.join(self._there)}; "
-                    f"for another name set input.columns.{name}=COLUMN"
-                )
-        used |= names
-        return template
-
-    def _base_column(self) -> str:
-        for name in ("messages", "prompt"):
-            if self._column.get(name) is not None:
-                return name
-        raise ConfigError(
-            "the input has no column messages or prompt, and the task has no template; it has "
-            f"{', '.join(self._there)}; set input.columns.prompt=COLUMN or task.prompt='... {{{{ {self._there[0]} }}}} ...'"
-        )
-
-    def rows(self, table: pa.Table) -> Iterator[dict[str, Any]]:
-        """The values of the names in use, row by row."""
-        columns = [self._values(name, table.column(column)) for name in self._names if (column := self._column[name]) is not None]
-        for values in zip(*columns, strict=True) if columns else ((),) * table.num_rows:
-            yield dict(zip(self._names, values, strict=True))
-
-    def _values(self, name: str, column: pa.ChunkedArray) -> list[Any]:
-        values = column.to_pylist()
-        if name in self._json:
-            return [None if value is None else orjson.loads(value) for value in values]
-        return [_pruned(value) for value in values] if name in self._structured and pa.types.is_nested(column.type) else values
-
-    def content(self, row: dict[str, Any]) -> list[dict[str, Any]] | str:
-        """The row's conversation, or its text. Raises Refused."""
-        extra = [{"role": role, "content": self._render(template, row)} for role, template in self._templates]
-        if self.base is None:
-            if self._fields and all(_blank(row[name]) for name in self._fields):
-                raise Refused(
-                    Status.PROMPT_NULL,
-                    f"the template's {_plural('column', self._fields)} {', '.join(self._fields)} "
-                    f"{'is' if len(self._fields) == 1 else 'are'} null or empty",
-                )
-            if not any(message["content"].strip() for message in extra):
-                raise Refused(Status.PROMPT_NULL, "the template renders to nothing")
-            return extra
-        value = row[self.base]
-        if self.base == "prompt":
-            if _blank(value):
-                raise Refused(Status.PROMPT_NULL, "the prompt is null or empty")
-            text = value if isinstance(value, str) else str(value)
-            return [*extra, {"role": "user", "content": text}] if extra else text
-        return [*extra, *_conversation(value)]
-
-    @staticmethod
-    def _render(template: jinja2.Template, row: dict[str, Any]) -> str:
-        try:
-            return template.render(row)
-        except Exception as error:
-            # Whatever an expression of the user's template runs into is an error of this row, not of the job.
-            raise Refused(Status.TEMPLATE_ERROR, f"{type(error).__name__}: {first_line(error)}") from None
 
 
 class PromptBuilder:
@@ -262,7 +135,7 @@ class PromptBuilder:
     def _tools(self, row: dict[str, Any]) -> list[dict[str, Any]] | None:
         if (tools := row.get("tools")) is None or "tools" not in self._form.overrides:
             return None
-        tools = _json_value(tools, "tools", Status.SCHEMA_ERROR)
+        tools = json_value(tools, "tools", Status.SCHEMA_ERROR)
         if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
             raise Refused(Status.SCHEMA_ERROR, "tools is not a list of objects")
         if not self._takes_tools:
@@ -298,7 +171,7 @@ class PromptBuilder:
         """The task's parameters under the row's own. Raises Refused."""
         ask = self.default
         if (value := row.get("sampling")) is not None:
-            ask = self._sampled(ask, _json_value(value, "sampling", Status.TEMPLATE_ERROR))
+            ask = self._sampled(ask, json_value(value, "sampling", Status.TEMPLATE_ERROR))
         if (value := row.get("schema")) is not None:
             try:
                 guide = self._guides.get(value)
@@ -341,56 +214,12 @@ def row_seed(run_seed: int, row_id: str, sample: int) -> int:
     return int.from_bytes(digest, "big") >> 1
 
 
-def _conversation(value: Any) -> list[dict[str, Any]]:
-    """A row's `messages`, checked: what a chat template makes of a wrong one is anybody's guess."""
-    value = _json_value(value, "messages", Status.TEMPLATE_ERROR)
-    if not value:
-        raise Refused(Status.PROMPT_NULL, "messages is null or empty")
-    if not isinstance(value, list):
-        _bad("messages is not a list")
-    messages = []
-    for index, message in enumerate(value):
-        if not isinstance(message, dict):
-            _bad(f"messages.{index} is not an object")
-        if message.get("role") not in ROLES:
-            _bad(f"messages.{index}.role is {message.get('role')!r}; there are {', '.join(sorted(ROLES))}")
-        content = message.get("content") or ""
-        if isinstance(content, list):  # parts, as the chat completions API writes them
-            if not all(
-                isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str) for part in content
-            ):
-                _bad(f"messages.{index}.content has a part that is not text")
-            content = "".join(part["text"] for part in content)
-        if not isinstance(content, str):
-            _bad(f"messages.{index}.content is not text")
-        messages.append({**message, "content": content})
-    if not any(message["content"].strip() or message.get("tool_calls") for message in messages):
-        raise Refused(Status.PROMPT_NULL, "no message has content")
-    return messages
-
-
-def _json_value(value: Any, name: str, status: Status) -> Any:
-    if not isinstance(value, str):
-        return value
-    try:
-        return orjson.loads(value)
-    except orjson.JSONDecodeError as error:
-        raise Refused(status, f"{name} is not JSON: {first_line(error)}") from None
-
-
 def _strings(value: Any) -> Iterator[str]:
     if isinstance(value, str):
         yield value
     elif isinstance(value, (dict, list)):
         for item in (*value, *value.values()) if isinstance(value, dict) else value:
             yield from _strings(item)
-
-
-def _pruned(value: Any) -> Any:
-    """Without nulls: an Arrow struct has every key of every row."""
-    if isinstance(value, dict):
-        return {key: _pruned(item) for key, item in value.items() if item is not None}
-    return [_pruned(item) for item in value] if isinstance(value, list) else value
 
 
 def _takes_system(tokenizer: Tokenizer) -> bool:
@@ -409,15 +238,3 @@ def _fold_system(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
     if len(messages) < 2 or messages[0]["role"] not in ("system", "developer") or messages[1]["role"] != "user":
         return messages
     return [{"role": "user", "content": messages[0]["content"] + "\n\n" + messages[1]["content"]}, *messages[2:]]
-
-
-def _blank(value: Any) -> bool:
-    return value is None or (isinstance(value, str) and not value.strip())
-
-
-def _plural(word: str, items: Sequence[Any]) -> str:
-    return word if len(items) == 1 else word + "s"
-
-
-def _bad(error: str) -> NoReturn:
-    raise Refused(Status.TEMPLATE_ERROR, error)

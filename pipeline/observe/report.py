@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from engine.guided.front import GuideSpec
+from pipeline.command import histogram
 from pipeline.config import RunConfig
 from pipeline.exits import Exit
 from pipeline.observe.metrics import merge_metrics
@@ -24,7 +25,6 @@ from pipeline.output.run_folder import MANIFEST, RUN, RunFolder
 REPORT = "report.html"
 FINE = (Status.OK, Status.LENGTH)  # all others are errors
 LABEL_ROWS = 200_000  # that the table of labels counts, at most
-_BAR = 30
 
 
 def finish(config: RunConfig, folder: RunFolder, spec: GuideSpec | None) -> int:
@@ -46,8 +46,10 @@ def say_done(config: RunConfig, folder: RunFolder) -> int:
 
 def say(config: RunConfig, folder: RunFolder, manifest: Mapping[str, Any]) -> int:
     """Labels, speed, place, what to type next, statuses. Returns the exit code."""
-    for name, counts in manifest.get("labels", {}).items():
-        print(f"{name}: " + ", ".join(f"{value} {count:,}" for value, count in sorted(counts.items(), key=lambda item: -item[1])))
+    labels: dict[str, dict[str, int]] = manifest.get("labels", {})
+    width = max(map(len, labels), default=0)
+    for name, counts in labels.items():
+        print(f"{name:<{width}}  " + ", ".join(f"{value} {count:,}" for value, count in Counter(counts).most_common()))
     if rate := manifest.get("speed"):
         print(
             f"{rate['rows']:,} rows in {duration(rate['seconds'])}: {rate['rows_per_second']:,.1f} rows/s, "
@@ -67,8 +69,7 @@ def say(config: RunConfig, folder: RunFolder, manifest: Mapping[str, Any]) -> in
             f"{bad:,} of {rows:,} rows have errors, more than limits.max_error_rate={config.limits.max_error_rate:g}; "
             "the column error says why"
         )
-    for status, count in sorted(statuses.items(), key=lambda item: -item[1]):
-        print(f"{status:<16} {count:>12,}  {count / rows:7.2%}  {'#' * max(round(_BAR * count / rows), 1)}")
+    print(histogram(statuses))
     return Exit.ERROR_RATE if too_many else Exit.COMPLETE
 
 

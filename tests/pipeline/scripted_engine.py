@@ -37,7 +37,9 @@ class ScriptedTokenizer:
     def __init__(self, chat_template: str | None = TEMPLATE) -> None:
         self.chat_template, self.special_tokens = chat_template, SPECIAL
         self._compiled = (
-            jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True).from_string(chat_template) if chat_template else None
+            jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True).from_string(chat_template)
+            if chat_template
+            else None
         )
 
     def render_chat(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] | None = None) -> str:

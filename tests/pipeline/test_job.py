@@ -50,7 +50,9 @@ def test_what_stands_beside_the_parts(run: Run, table: Any) -> None:
     assert names == {"_run.json", "_plan.parquet", "part-00000-of-00001.parquet", "metrics.parquet", "report.html", "_manifest.json", "_work",
                      "_SUCCESS"}  # fmt: skip
     metrics = pq.read_table(ran.folder / "metrics.parquet")
-    assert {"rows_per_second", "generated_tokens_per_second", "running", "waiting", "kv_use", "gpu_use", "time"} <= set(metrics.column_names)
+    assert {"rows_per_second", "generated_tokens_per_second", "running", "waiting", "kv_use", "gpu_use", "time"} <= set(
+        metrics.column_names
+    )
     assert metrics.column("rows").to_pylist()[-1] == 3
     report = (ran.folder / "report.html").read_text()
     assert "prompt_null" in report
@@ -125,7 +127,10 @@ def test_too_many_errors_are_exit_code_4_on_a_whole_output(run: Run, table: Any)
 
 def test_an_adapter_that_is_not_there_is_an_error_of_its_row(run: Run, table: Any) -> None:
     ran = run(f"data={table(prompt=['a', 'a'], adapter=['lora', None])}")
-    assert [(row["status"], row["error"]) for row in ran.rows()] == [("engine_error", "this engine has no LoRA adapters"), ("ok", None)]
+    assert [(row["status"], row["error"]) for row in ran.rows()] == [
+        ("engine_error", "this engine has no LoRA adapters"),
+        ("ok", None),
+    ]
 
 
 def test_input_columns_with_our_names_are_kept_under_others(run: Run, table: Any) -> None:
@@ -174,7 +179,16 @@ def test_samples_stand_one_after_another(run: Run, table: Any, temperature: int)
     data = table(prompt=["a", None, "b"], sampling=[None, None, '{"n": 2}'])
     ran = run(f"data={data}", "sampling.n=3", f"sampling.temperature={temperature}")
     rows = ran.rows()
-    assert [(row["prompt"], row["sample"]) for row in rows] == [("a", 0), ("a", 1), ("a", 2), (None, 0), (None, 1), (None, 2), ("b", 0), ("b", 1)]
+    assert [(row["prompt"], row["sample"]) for row in rows] == [
+        ("a", 0),
+        ("a", 1),
+        ("a", 2),
+        (None, 0),
+        (None, 1),
+        (None, 2),
+        ("b", 0),
+        ("b", 1),
+    ]
     assert len({row["text"] for row in rows[:3]}) == (3 if temperature else 1)
 
 
@@ -183,7 +197,9 @@ def test_samples_do_not_depend_on_shards_or_neighbours(run: Run, table: Any) -> 
     data = table(prompt=prompts, row_group_size=8)
     texts = []
     for number, rows_per_shard in enumerate((3, 8, 60)):
-        ran = run(f"data={data}", "sampling.temperature=1", f"plan.rows_per_shard={rows_per_shard}", out=f"out{number}", turns=number)
+        ran = run(
+            f"data={data}", "sampling.temperature=1", f"plan.rows_per_shard={rows_per_shard}", out=f"out{number}", turns=number
+        )
         texts.append([row["text"] for row in ran.rows()])
     assert texts[0] == texts[1] == texts[2]
     other = run(f"data={data}", "sampling.temperature=1", "seed=1", out="other")
@@ -268,13 +284,17 @@ def test_a_schema_that_cannot_be_kept_stops_the_job_and_leaves_the_folder_free(r
     assert ran.line == "task.schema: /properties/REFUSED: cannot be kept"
     assert not ran.engines
     short = run(f"data={data}", 'task.schema={"type": "integer"}', "sampling.max_tokens=2")
-    assert short.line.startswith("sampling.max_tokens=2: the shortest output that the schema allows needs 4; set sampling.max_tokens=")
+    assert short.line.startswith(
+        "sampling.max_tokens=2: the shortest output that the schema allows needs 4; set sampling.max_tokens="
+    )
     assert run(f"data={data}", 'task.schema={"type": "integer"}').code == 0
 
 
 def test_an_invalid_schema_stops_the_job(run: Run, table: Any) -> None:
     assert run(f"data={table(prompt=['a'])}", 'task.schema={"type": "objekt"}').line.startswith("task.schema: ")
-    assert run(f"data={table(prompt=['a'])}", "output.flatten=true").line.startswith("output.flatten=true: the task has no schema")
+    assert run(f"data={table(prompt=['a'])}", "output.flatten=true").line.startswith(
+        "output.flatten=true: the task has no schema"
+    )
 
 
 def test_a_failing_model_leaves_the_folder_free(run: Run, table: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -308,7 +328,7 @@ def test_failed_rows_may_be_tried_again(run: Run, table: Any) -> None:
     data = table(prompt=["a", "FAIL", None, "b"])
     assert [row["status"] for row in run(f"data={data}").rows()] == ["ok", "engine_error", "prompt_null", "ok"]
     ran = run(f"data={data}", "retry_errors=[engine_error]")
-    assert len(ran.engines[0].submitted) == 2    # the row, and once more since it fails again
+    assert len(ran.engines[0].submitted) == 2  # the row, and once more since it fails again
     assert [row["status"] for row in ran.rows()] == ["ok", "engine_error", "prompt_null", "ok"]
     assert run(f"data={data}", "retry_errors=[timeout]").out.startswith("All is done")
 
@@ -333,7 +353,7 @@ def test_a_budget_of_tokens_drains_and_the_same_command_goes_on(run: Run, table:
     assert ran.code == 0
     rows = ran.rows()
     assert [(row["prompt"], row["text"]) for row in rows] == [(row["prompt"], row["text"]) for row in whole]
-    assert submitted < 1000    # rows in flight at a stop may be computed again, journalled ones are not
+    assert submitted < 1000  # rows in flight at a stop may be computed again, journalled ones are not
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR2])

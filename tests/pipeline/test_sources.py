@@ -25,7 +25,9 @@ def opened(data: Any, **keys: Any) -> Input:
     return open_input(str(data) if isinstance(data, Path) else data, InputKeys(**keys))
 
 
-def everything(source: Input, rows_per_shard: int = 7, columns: list[str] | None = None, backwards: bool = False) -> list[dict[str, Any]]:
+def everything(
+    source: Input, rows_per_shard: int = 7, columns: list[str] | None = None, backwards: bool = False
+) -> list[dict[str, Any]]:
     """All rows, read shard by shard."""
     cursor = source.cursor(columns)
     shards = make_plan(source.files, rows_per_shard).shards
@@ -163,7 +165,10 @@ def test_jsonl_rows_come_back_whatever_the_blocks(tmp_path_factory: pytest.TempP
 
 
 def test_jsonl_types(tmp_path: Path) -> None:
-    lines = [{"i": 1, "f": 1, "s": "2026-01-01", "b": True, "o": {"x": 1}, "l": [1, "a"], "n": None}, {"f": 2.5, "o": {"y": None}, "l": None}]
+    lines = [
+        {"i": 1, "f": 1, "s": "2026-01-01", "b": True, "o": {"x": 1}, "l": [1, "a"], "n": None},
+        {"f": 2.5, "o": {"y": None}, "l": None},
+    ]
     (tmp_path / "x.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     rows = everything(opened(tmp_path / "x.jsonl"))
     assert rows[0] == {"i": 1, "f": 1.0, "s": "2026-01-01", "b": True, "o": '{"x":1}', "l": '[1,"a"]', "n": None}
@@ -218,7 +223,9 @@ def test_a_hub_dataset_that_cannot_be_had_is_one_line(monkeypatch: pytest.Monkey
         raise ConnectionError("no route to the hub\nmore")
 
     monkeypatch.setattr(datasets, "load_dataset", load)
-    with pytest.raises(ConfigError, match=r"data=hf://org/name: the dataset cannot be loaded \(ConnectionError: no route to the hub\)$"):
+    with pytest.raises(
+        ConfigError, match=r"data=hf://org/name: the dataset cannot be loaded \(ConnectionError: no route to the hub\)$"
+    ):
         opened("hf://org/name")
 
 
@@ -250,7 +257,9 @@ def test_a_file_that_changes_after_planning_is_noticed(tmp_path: Path, change: s
         raw = bytearray(path.read_bytes())
         raw[4:60] = b"\xff" * 56
         path.write_bytes(raw)
-    with pytest.raises(ConfigError, match={"replaced": "has changed", "gone": "gone since", "damaged": "row group 0 is damaged"}[change]):
+    with pytest.raises(
+        ConfigError, match={"replaced": "has changed", "gone": "gone since", "damaged": "row group 0 is damaged"}[change]
+    ):
         list(source.cursor().read(shard))
 
 
