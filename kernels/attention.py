@@ -14,7 +14,8 @@ from torch import Tensor
 from kernels.ref import QUERY_TILE
 
 LOG2E = 1.4426950408889634
-MASKED = tl.constexpr(-1.0e30)      # finite: what a query sums over tiles that it does not see, the first key that it sees wipes
+MASKED = tl.constexpr(-1.0e30)      # the score of a key that a query does not see
+LOWEST = tl.constexpr(-1.0e20)      # peaks start here: above a masked score by far, so that no rounding of one lets it weigh
 DECODE_PROGRAMS = 1024              # enough to fill the largest chips; fewer rows than that are split along their keys
 MAX_SPLITS = 64
 
@@ -54,7 +55,7 @@ def _attend(queries, k_cache, v_cache, table, head, lo, hi, scale, inner, K: tl.
     """Softmax sums (peak, total, acc) of queries [BLOCK_M, D] over keys lo .. hi of the row whose pages `table` points at."""
     n = tl.arange(0, BLOCK_N)
     d = tl.arange(0, BLOCK_D)
-    peak = tl.full([BLOCK_M], MASKED, tl.float32)
+    peak = tl.full([BLOCK_M], LOWEST, tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     page = tl.load(table + (lo + n) // P, mask=lo + n < hi, other=0)
@@ -238,7 +239,7 @@ def _prefill_kernel(q, k_cache, v_cache, block_table, rows, starts, cu_q, tiles,
     lo = tl.maximum(low + 1 - window, 0) if WINDOW else 0           # the keys that any of them sees
     hi = high + 1
     table = block_table + tl.load(rows + i).to(tl.int64) * table_stride
-    peak = tl.full([BLOCK_M], MASKED, tl.float32)
+    peak = tl.full([BLOCK_M], LOWEST, tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     full = 0
@@ -262,7 +263,11 @@ def _prefill_tile(cache: Tensor) -> tuple[int, int, dict[str, int]]:
     """Rows (queries times heads) and keys of a tile, and launch options."""
     if cache.dtype == torch.float32:
         return 16, 16, {"num_warps": 8, "num_stages": 2}
-    return 128, 64, {"num_warps": 8, "num_stages": 3 if cache.shape[3] <= 128 else 2}
+    if cache.shape[3] <= 64:
+        return 128, 64, {"num_warps": 4, "num_stages": 3}
+    if cache.shape[3] <= 128:
+        return 128, 64, {"num_warps": 8, "num_stages": 2, "maxnreg": 128}     # two programs to a multiprocessor
+    return 128, 64, {"num_warps": 8, "num_stages": 2}
 
 
 def prefill_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, rows: Tensor, starts: Tensor,
