@@ -23,8 +23,9 @@ from tests.pipeline.conftest import Run
 
 def scripted(*words: str, **env: str) -> subprocess.Popen[str]:
     """The same as a process of its own."""
-    return subprocess.Popen([sys.executable, "-m", "tests.pipeline.scripted_run", *words], cwd=HOME, text=True, stdout=subprocess.PIPE,
-                            stderr=subprocess.PIPE, env={**os.environ, **env})  # fmt: skip
+    command = [sys.executable, "-m", "tests.pipeline.scripted_run", *words]
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, cwd=HOME, text=True, stdout=pipe, stderr=pipe, env={**os.environ, **env})
 
 
 # --- what comes out ---
@@ -47,8 +48,8 @@ def test_every_row_is_there_once_in_order_with_its_columns(run: Run, table: Any)
 def test_what_stands_beside_the_parts(run: Run, table: Any) -> None:
     ran = run(f"data={table(prompt=['a', 'b', None])}")
     names = {path.name for path in ran.folder.iterdir()}
-    assert names == {"_run.json", "_plan.parquet", "part-00000-of-00001.parquet", "metrics.parquet", "report.html", "_manifest.json", "_work",
-                     "_SUCCESS"}  # fmt: skip
+    assert names == {"_run.json", "_plan.parquet", "part-00000-of-00001.parquet", "metrics.parquet", "report.html", "_manifest.json",
+                     "_work", "_SUCCESS"}  # fmt: skip
     metrics = pq.read_table(ran.folder / "metrics.parquet")
     assert {"rows_per_second", "generated_tokens_per_second", "running", "waiting", "kv_use", "gpu_use", "time"} <= set(
         metrics.column_names
@@ -102,8 +103,8 @@ def test_an_output_that_does_not_fit_the_schema_is_an_error(run: Run, table: Any
 def test_bad_rows_and_good_ones(run: Run, table: Any) -> None:
     prompts = ["fine", None, "", "  ", "x" * 5000, "FAIL", "FAILONCE", "LONG", "<|im_end|>", "nul \0", "fine"]
     ran = run(f"data={table(prompt=prompts)}", "sampling.max_tokens=5", "limits.max_error_rate=1", "engine.max_model_len=4096")
-    assert [row["status"] for row in ran.rows()] == ["ok", "prompt_null", "prompt_null", "prompt_null", "prompt_too_long", "engine_error", "ok",
-                                                     "length", "ok", "ok", "ok"]  # fmt: skip
+    assert [row["status"] for row in ran.rows()] == ["ok", "prompt_null", "prompt_null", "prompt_null", "prompt_too_long",
+                                                     "engine_error", "ok", "length", "ok", "ok", "ok"]  # fmt: skip
     errors = [row["error"] for row in ran.rows()]
     assert errors[4].startswith("5019 prompt tokens leave no room for an output of 1 in engine.max_model_len=4096")
     assert errors[5] == "scripted failure"
@@ -229,7 +230,8 @@ def test_an_answer_to_a_finished_folder_is_quick_and_loads_no_torch(run: Run, ta
     ran = run(f"data={data}")
     code = (f"import sys, time; start = time.monotonic(); from pipeline.run import main; "
             f"code = main(['data={data}', 'output.dir={ran.folder}']); "
-            f"print(time.monotonic() - start, [m for m in ('torch', 'transformers', 'datasets') if m in sys.modules], code)")  # fmt: skip
+            f"heavy = [m for m in ('torch', 'transformers', 'datasets') if m in sys.modules]; "
+            f"print(time.monotonic() - start, heavy, code)")  # fmt: skip
     done = subprocess.run([sys.executable, "-c", code], cwd=HOME, capture_output=True, text=True, check=True)
     assert done.stdout.startswith("All is done")
     assert done.stdout.splitlines()[-1].split(" ", 1)[1] == "[] 0", done.stdout
@@ -409,7 +411,7 @@ def test_kill_9_loses_only_rows_in_flight(tmp_path: Path, table: Any) -> None:
     job.kill()
     job.communicate()
     again = scripted(*words)
-    out, err = again.communicate(timeout=60)
+    _, err = again.communicate(timeout=60)
     assert again.returncode == 0, err
     rows = pq.read_table(tmp_path / "out/part-00000-of-00001.parquet").to_pylist()
     assert [row["prompt"] for row in rows] == [f"q{i}" for i in range(1000)]
@@ -447,7 +449,7 @@ def test_memory_does_not_grow_with_the_input(tmp_path: Path, table: Any) -> None
     for rows in (20_000, 100_000):
         data = table(prompt=[f"question {i}" for i in range(rows)], row_group_size=5000)
         job = scripted(f"data={data}", f"output.dir={tmp_path / str(rows)}", "engine.max_rows=1024")
-        out, err = job.communicate(timeout=200)
+        _, err = job.communicate(timeout=200)
         assert job.returncode == 0, err
         metrics = pq.read_table(tmp_path / str(rows) / "metrics.parquet")
         peaks.append(max(metrics.column("memory_gib").to_pylist()))

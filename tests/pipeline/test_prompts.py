@@ -20,13 +20,19 @@ from pipeline.output.rows import Status
 from tests.pipeline.scripted_engine import SPECIAL, TEMPLATE, ScriptedGrammars, ScriptedTokenizer
 
 
-def build(columns: dict[str, Any] | pa.Table, task: dict[str, Any] | None = None, mapping: dict[str, str | None] | None = None,
-          chat_template: str | None = TEMPLATE, sampling: dict[str, Any] | None = None, schema: Any = None) -> list[Prompt]:  # fmt: skip
+def build(
+    columns: dict[str, Any] | pa.Table,
+    task: dict[str, Any] | None = None,
+    mapping: dict[str, str | None] | None = None,
+    chat_template: str | None = TEMPLATE,
+    schema: Any = None,
+) -> list[Prompt]:
     table = columns if isinstance(columns, pa.Table) else pa.table(columns)
     keys = TaskKeys(**(task or {}))
     guides = Guides(ScriptedGrammars())
-    builder = PromptBuilder(Form(keys, mapping or {}, table.schema), keys, Sampling(**(sampling or {})).over(keys.sampling),
-                            ScriptedTokenizer(chat_template), guides, guides.get(schema) if schema is not None else None)  # fmt: skip
+    guide = guides.get(schema) if schema is not None else None
+    form = Form(keys, mapping or {}, table.schema)
+    builder = PromptBuilder(form, keys, keys.sampling, ScriptedTokenizer(chat_template), guides, guide)
     return builder.build(Chunk(table.select(builder.columns)), 0)
 
 
@@ -94,10 +100,12 @@ def test_lists_and_objects_of_jsonl_are_lists_and_objects_in_a_template() -> Non
 @pytest.mark.parametrize("columns, task, mapping, line", [
     (["a", "b"], {}, {}, "the input has no column messages or prompt, and the task has no template; it has a, b; "
                          "set input.columns.prompt=COLUMN or task.prompt='... {{ a }} ...'"),
-    (["a", "b"], {"prompt": "{{ message }}"}, {}, "task.prompt: the template uses the column message, which the input has not; it has a, b; "
-                                                  "for another name set input.columns.message=COLUMN"),
+    (["a", "b"], {"prompt": "{{ message }}"}, {},
+     "task.prompt: the template uses the column message, which the input has not; it has a, b; "
+     "for another name set input.columns.message=COLUMN"),
     (["a"], {"prompt": "{{ a }}", "system": "{{ b }}"}, {}, "task.system: the template uses the column b"),
-    (["a"], {"messages": [{"role": "user", "content": "{{ b }}"}]}, {}, "task.messages.0.content: the template uses the column b"),
+    (["a"], {"messages": [{"role": "user", "content": "{{ b }}"}]}, {},
+     "task.messages.0.content: the template uses the column b"),
     (["a"], {"prompt": "{{ a "}, {}, "task.prompt: line 1: "),
     (["a"], {"prompt": "{{ a | nofilter }}"}, {}, "task.prompt: "),
     (["a"], {}, {"prompt": "c"}, "input.columns.prompt=c: the input has no such column; it has a"),
@@ -125,7 +133,8 @@ def test_chat_without_a_template_stops_the_job() -> None:
     ({"prompt": [None]}, {}, Status.PROMPT_NULL, "the prompt is null or empty"),
     ({"prompt": [""]}, {}, Status.PROMPT_NULL, "the prompt is null or empty"),
     ({"prompt": [" \n\t"]}, {}, Status.PROMPT_NULL, "the prompt is null or empty"),
-    ({"a": [None], "b": [""]}, {"prompt": "{{ a }}, {{ b }}"}, Status.PROMPT_NULL, "the template's columns a, b are null or empty"),
+    ({"a": [None], "b": [""]}, {"prompt": "{{ a }}, {{ b }}"},
+     Status.PROMPT_NULL, "the template's columns a, b are null or empty"),
     ({"a": [None]}, {"prompt": "Say {{ a }}"}, Status.PROMPT_NULL, "the template's column a is null or empty"),
     ({"a": ["x"]}, {"prompt": "{% if a == 'y' %}yes{% endif %}"}, Status.PROMPT_NULL, "the template renders to nothing"),
     ({"a": ["x"]}, {"prompt": "{{ a.b.c }}"}, Status.TEMPLATE_ERROR, "UndefinedError: "),
@@ -139,11 +148,13 @@ def test_chat_without_a_template_stops_the_job() -> None:
     ({"messages": ['["hi"]']}, {}, Status.TEMPLATE_ERROR, "messages.0 is not an object"),
     ({"messages": ['[{"role": "robot", "content": "hi"}]']}, {}, Status.TEMPLATE_ERROR, "messages.0.role is 'robot'; there are "),
     ({"messages": ['[{"role": "user", "content": 5}]']}, {}, Status.TEMPLATE_ERROR, "messages.0.content is not text"),
-    ({"messages": ['[{"role": "user", "content": [{"type": "image_url"}]}]']}, {}, Status.TEMPLATE_ERROR, "messages.0.content has a part"),
+    ({"messages": ['[{"role": "user", "content": [{"type": "image_url"}]}]']}, {},
+     Status.TEMPLATE_ERROR, "messages.0.content has a part"),
     ({"prompt": ["x"], "schema": ["{"]}, {}, Status.SCHEMA_ERROR, "schema: "),
     ({"prompt": ["x"], "schema": ['{"properties": {"REFUSED": {}}}']}, {}, Status.SCHEMA_ERROR, "schema: /properties/REFUSED: "),
     ({"prompt": ["x"], "schema": ['{"type": "objekt"}']}, {}, Status.SCHEMA_ERROR, "schema: "),
-    ({"prompt": ["x"], "schema": ["{}"], "sampling": ['{"max_tokens": 2}']}, {}, Status.SCHEMA_ERROR, "max_tokens=2 is below the 4 "),
+    ({"prompt": ["x"], "schema": ["{}"], "sampling": ['{"max_tokens": 2}']}, {},
+     Status.SCHEMA_ERROR, "max_tokens=2 is below the 4 "),
     ({"prompt": ["x"], "tools": ["{}"]}, {}, Status.SCHEMA_ERROR, "tools is not a list of objects"),
     ({"prompt": ["x"], "tools": ["["]}, {}, Status.SCHEMA_ERROR, "tools is not JSON: "),
     ({"prompt": ["x"], "sampling": ['{"temperature": -1}']}, {}, Status.TEMPLATE_ERROR, "sampling.temperature must be 0 or more"),

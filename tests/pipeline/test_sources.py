@@ -211,8 +211,8 @@ def test_text_that_is_not_unicode_is_repaired_once(tmp_path: Path) -> None:
 
 
 def test_a_saved_dataset_has_splits(tmp_path: Path) -> None:
-    datasets.DatasetDict({"train": datasets.Dataset.from_dict({"a": [1]}), "test": datasets.Dataset.from_dict({"a": [2]})}).save_to_disk(
-        tmp_path / "d")  # fmt: skip
+    splits = {name: datasets.Dataset.from_dict({"a": [a]}) for name, a in (("train", 1), ("test", 2))}
+    datasets.DatasetDict(splits).save_to_disk(tmp_path / "d")
     assert everything(opened(tmp_path / "d", split="test")) == [{"a": 2}]
     with pytest.raises(ConfigError, match=r"input.split=dev: .* has train, test"):
         opened(tmp_path / "d", split="dev")
