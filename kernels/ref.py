@@ -177,11 +177,13 @@ LARGEST_NOISE = 24 * math.log(2)            # Gumbel noise of the largest unifor
 
 def mask_logits(logits: Tensor, mask: Tensor, index: Tensor) -> None:
     """logits[index[i], v] = -inf in place where bit v of mask[i] is 0 or missing; int32 [n, ceil(V / 32)], little-endian."""
-    bits = torch.arange(8, dtype=torch.uint8, device=mask.device)
-    forbidden = ((mask.contiguous().view(torch.uint8).unsqueeze(-1) >> bits) & 1).flatten(1) == 0
+    byte = torch.arange(256, device=mask.device).unsqueeze(1)
+    bits = (byte >> torch.arange(8, device=mask.device)) & 1 == 1       # bool [256, 8]
+    allowed = bits[mask.contiguous().view(torch.uint8).int()].flatten(1)
     width = logits.shape[1]
-    forbidden = F.pad(forbidden, (0, max(0, width - forbidden.shape[1])), value=True)[:, :width]
-    logits[index.long()] = logits[index.long()].masked_fill_(forbidden, NEG_INF)
+    allowed = F.pad(allowed, (0, max(0, width - allowed.shape[1])))[:, :width]
+    rows = index.long()
+    logits[rows] = torch.where(allowed, logits[rows], NEG_INF)
 
 
 def apply_penalties(logits: Tensor, index: Tensor, tokens: Tensor, rows: Tensor, prompt_len: Tensor, length: Tensor,
@@ -284,7 +286,8 @@ def _draw(x: Tensor, key: Tensor, temperature: float, top_k: int, top_p: float, 
         kept = (x >= floor).nonzero().flatten()
         x, column = x[kept], column[kept]
     x = (x - top) / temperature     # the likeliest is 0: it can be drawn however cold it is
-    z = x - torch.log(-torch.log(uniform(key, column)))
+    # In parts too small for torch to spread over threads: waiting for each other at every little operation would cost more.
+    z = x + torch.cat([_gumbel(key, part) for part in column.split(1 << 15)])
     at = z.argmax()
     if top_p < 1:
         # A token is kept if the mass of likelier ones is below top_p. If the one drawn is, it is the argmax over all that are.
@@ -295,3 +298,7 @@ def _draw(x: Tensor, key: Tensor, temperature: float, top_k: int, top_p: float, 
             z.masked_fill_(x <= x[at], NEG_INF)
             at = z.argmax()
     return column[at]
+
+
+def _gumbel(key: Tensor, column: Tensor) -> Tensor:
+    return uniform(key, column).log_().neg_().log_().neg_()
