@@ -11,7 +11,9 @@ from dataclasses import dataclass
 
 import torch
 
-_CHUNK = 1 << 17     # weights unpacked at a time, so that the intermediate arrays stay in the cache
+# Weights unpacked at a time. The arrays between stay in the cache, and torch runs operations of this size on one thread: its
+# barrier after each of them costs ten times the work itself where other processes hold the cores.
+_CHUNK = 1 << 14
 
 
 def _half(raw: torch.Tensor, at: int) -> torch.Tensor:
