@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Hashable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -41,12 +42,7 @@ def mixed_requests() -> list[Request]:
              SamplingParams(max_tokens=40, temperature=0.8, top_p=0.9), SamplingParams(max_tokens=12, logprobs=2),
              SamplingParams(max_tokens=30, repetition_penalty=1.2, presence_penalty=0.5, frequency_penalty=0.3),
              SamplingParams(max_tokens=20, temperature=1.0, top_k=20, min_p=0.02, min_tokens=5)]
-    params = [SamplingParams(**{**_fields(kinds[i % len(kinds)]), "seed": 2**40 + i}) for i in range(len(prompts))]
-    return make_requests(prompts, params)
-
-
-def _fields(params: SamplingParams) -> dict:
-    return {name: getattr(params, name) for name in SamplingParams.__slots__}
+    return make_requests(prompts, [replace(kinds[i % len(kinds)], seed=2**40 + i) for i in range(len(prompts))])
 
 
 @pytest.fixture(scope="module", params=["llama", "mistral", "qwen3"])
