@@ -100,7 +100,7 @@ def test_left_overs_of_a_killed_fetch_go(index):
     ("pypi:whole==1.0#sha256=" + "0" * 64, "so it is not the one meant"),
     ("pypi:whole", "is not NAME==VERSION"),
     ("pypi:whole>=1.0", "is not NAME==VERSION"),
-    ("pypi:--index-url=evil==1.0", "is not NAME==VERSION"),
+    ("pypi:--no-deps==1.0", "is not NAME==VERSION"),
     ("pypi:whole==1.0#md5=0", "sha256= and 64"),
 ])
 def test_refusals_leave_no_model(source, says, index, tmp_path):
