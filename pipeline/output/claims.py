@@ -1,0 +1,89 @@
+"""Leases on shards: which shard a worker does next, so that workers of unequal speed end together.
+
+A lease saves GPU time and no more. Two workers at one shard are harmless (the first to publish wins), so a lease that is lost,
+stolen or swept away costs a shard's work at most, and nobody asks whether it still holds.
+"""
+
+from __future__ import annotations
+
+import random
+import threading
+from collections.abc import Iterator
+
+from filelock import SoftFileLease, Timeout
+
+from pipeline.exits import ConfigError
+from pipeline.input.plan import Shard
+from pipeline.output.run_folder import RunFolder
+from pipeline.output.store import LocalStore, storage_errors
+
+LEASE_SECONDS = 60.0      # after so long without a sign of life, by the contender's own clock, a holder counts as dead
+_POLL_SECONDS = 2.0
+
+
+class Claims:
+    """Iterates the shards that this worker should do: its own share first, then what others have not begun, and at the end what
+    they began and let die. Blocks while others hold all that is left; ends when every shard is committed or in its own hands.
+
+    `release` and `stop` may be called from any thread.
+    """
+
+    def __init__(self, folder: RunFolder, worker: int = 0, workers: int = 1, seconds: float = LEASE_SECONDS) -> None:
+        if not isinstance(folder.store, LocalStore):
+            raise ConfigError(f"leases need a folder that all workers share, and {folder.out} is none: set cluster.lease=false")
+        self._folder, self._seconds = folder, seconds
+        self._work = folder.store.work
+        self._leases: dict[int, SoftFileLease] = {}
+        self._held: set[int] = set()
+        self._stopped = threading.Event()
+        pending = folder.pending_shards()
+        others = [shard for shard in pending if shard.index % workers != worker]
+        random.Random(worker).shuffle(others)      # so that two thieves rarely want the same
+        self._left = [*(shard for shard in pending if shard.index % workers == worker), *others]
+
+    def __iter__(self) -> Iterator[Shard]:
+        while self._left and not self._stopped.is_set():
+            shard = self._next()
+            if shard is not None:
+                yield shard
+            elif self._left:
+                self._stopped.wait(_POLL_SECONDS)
+
+    def release(self, shard: Shard) -> None:
+        """The shard is committed, or given up."""
+        if shard.index in self._held:
+            self._held.remove(shard.index)
+            with storage_errors(str(self._work)):
+                self._leases.pop(shard.index).release()
+
+    def stop(self) -> None:
+        """End the iteration, soon, and release all."""
+        self._stopped.set()
+        for shard in self._folder.plan.shards:
+            self.release(shard)
+
+    def _next(self) -> Shard | None:
+        """The first shard that is free, or None. Forgets those that are committed."""
+        names = self._folder.store.names()
+        self._left = [shard for shard in self._left if shard.name not in names]
+        for shard in self._left:
+            if self._claim(shard):
+                self._left.remove(shard)
+                if not self._folder.is_committed(shard):
+                    return shard
+                self.release(shard)      # its holder committed it a moment ago
+        return None
+
+    def _claim(self, shard: Shard) -> bool:
+        lease = self._leases.get(shard.index)
+        if lease is None:
+            # One object a shard: it remembers since when it has seen no sign of life. Released by another thread than claims.
+            path = self._work / f"{shard.index:05d}.lease"
+            lease = self._leases[shard.index] = SoftFileLease(path, lease_duration=self._seconds, thread_local=False)
+        with storage_errors(str(self._work)):
+            try:
+                lease.acquire(blocking=False)
+            except Timeout:
+                return False
+        self._held.add(shard.index)
+        return True
