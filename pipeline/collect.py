@@ -87,13 +87,13 @@ class Collect(threading.Thread):
         results: dict[OpenShard, list[RowResult]] = {}
         made: list[tuple[Work, RowResult]] = []
         finished: list[tuple[Work, Completion]] = []
-        for item in filter(None, items):
+        for item in items:
             match item:
-                case OpenShard() as state, rows:
+                case OpenShard() as state, list() as rows:
                     results.setdefault(state, []).extend(rows)
-                case work, RowResult() as result:
+                case Work() as work, RowResult() as result:
                     made.append((work, result))
-                case work, completion:
+                case Work() as work, Completion() as completion:
                     finished.append((work, completion))
         for work, result in itertools.chain(made, self._decoded(finished)):
             with work.state.lock:

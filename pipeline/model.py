@@ -17,7 +17,7 @@ from pipeline.input.schemas import Grammars
 from pipeline.model_source import ModelSourceError, resolve_model
 
 if TYPE_CHECKING:
-    from engine.guided.llg import LLGuidanceBackend
+    from engine.guided.grammar import GrammarBackend
     from engine.weights import Checkpoint
     from pipeline.tokenizer import RowTokenizer
 
@@ -113,13 +113,13 @@ class RealModel:
         return _one_line(lambda: open_checkpoint(self._path))
 
     @cached_property
-    def _backend(self) -> LLGuidanceBackend:
+    def _backend(self) -> GrammarBackend:
         from engine.guided.llg import LLGuidanceBackend
 
         spec, keys = self._checkpoint.spec, self._config.guided
-        return LLGuidanceBackend(
-            self._tokenizer.tokenizer, spec.vocab_size, spec.eos_token_ids, keys.whitespace, threads=keys.threads or None
-        )
+        tokenizer = self._tokenizer.tokenizer
+        # A backend takes no guides but those it made, which its type does not say.
+        return LLGuidanceBackend(tokenizer, spec.vocab_size, spec.eos_token_ids, keys.whitespace, threads=keys.threads or None)  # type: ignore[return-value]
 
 
 def _one_line(make: Callable[[], Any]) -> Any:

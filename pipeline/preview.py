@@ -41,7 +41,8 @@ def preview(config: RunConfig, source: Input, plan: Plan, builder: PromptBuilder
 
 
 def _sample(source: Input, plan: Plan, builder: PromptBuilder) -> list[Prompt]:
-    cursor, prompts = source.cursor(builder.columns), []
+    cursor = source.cursor(builder.columns)
+    prompts: list[Prompt] = []
     for shard in plan.shards:
         for chunk in cursor.read(shard):
             prompts += builder.build(chunk, len(prompts))

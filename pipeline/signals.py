@@ -1,13 +1,17 @@
-"""When to stop: signals, budgets and the end of a Slurm allocation, as one question that the run's loop asks."""
+"""When to stop: signals, budgets and the end of a Slurm allocation, asked by the run's loop; and what ends a loop that hangs."""
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import signal
+import sys
+import threading
 import time
 from types import FrameType
 
 from pipeline.config import LimitKeys
+from pipeline.exits import Exit
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
 _MARGIN = 30.0  # seconds kept, after the grace, for the journal and the shutdown of the device
@@ -48,3 +52,27 @@ class Stop:
         if self._slurm_end is not None and time.time() >= self._slurm_end - limits.grace_seconds - _MARGIN:
             return "the end of the Slurm allocation"
         return None
+
+
+class Watchdog(threading.Thread):
+    """Ends a process whose loop does not turn. What is journalled stays, and the job may be started anew, perhaps elsewhere."""
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__(name="watchdog", daemon=True)
+        self._seconds, self._turned, self._over = seconds, time.monotonic(), threading.Event()
+
+    def turn(self) -> None:
+        """The loop is alive."""
+        self._turned = time.monotonic()
+
+    def stop(self) -> None:
+        self._over.set()
+        self.join()
+
+    def run(self) -> None:
+        while not self._over.wait(min(self._seconds / 4, 5.0)):
+            if time.monotonic() - self._turned > self._seconds:
+                print(f"stopped: no step for limits.hang_seconds={self._seconds:g}; the same command goes on from here. "
+                      "What every thread is doing:", file=sys.stderr, flush=True)
+                faulthandler.dump_traceback(all_threads=True)
+                os._exit(Exit.DRAINED)

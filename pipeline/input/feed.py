@@ -6,7 +6,7 @@ import hashlib
 import queue
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 
@@ -171,7 +171,9 @@ class Feed(threading.Thread):
         while building:
             yield building.popleft().result()
 
-    def _works(self, state: OpenShard, prompts: list[Prompt], recovered: dict, ids: Iterator[str]) -> list[Work]:
+    def _works(self, state: OpenShard, prompts: list[Prompt], recovered: Container[tuple[int, int]], ids: Iterator[str]
+               ) -> list[Work]:
+        """What the engine has to do for these rows; rows that need it not are delivered."""
         works: list[Work] = []
         done: list[RowResult] = []
         for prompt, row_id in zip(prompts, ids, strict=False):

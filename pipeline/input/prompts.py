@@ -27,21 +27,27 @@ from pipeline.output.rows import Status
 _MARK, _MARKS = 0xF0000, 0x1FFFE
 
 
+Tokens = Sequence[int] | np.ndarray
+
+
 class Tokenizer(Protocol):
     """What rows need of a tokenizer; thread-safe."""
 
-    chat_template: str | None
-    special_tokens: Sequence[str]
+    @property
+    def chat_template(self) -> str | None: ...
+
+    @property
+    def special_tokens(self) -> Sequence[str]: ...
 
     def render_chat(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] | None = None) -> str:
         """The conversation as text, with the header of the answer. Raises what the template raises where it refuses."""
 
-    def encode_batch(self, texts: Sequence[str], add_special_tokens: bool) -> list[Sequence[int]]: ...
+    def encode_batch(self, texts: Sequence[str], add_special_tokens: bool) -> Sequence[Tokens]: ...
 
-    def encode_plain(self, text: str) -> Sequence[int]:
+    def encode_plain(self, text: str) -> Tokens:
         """Special tokens in `text` are text like any other."""
 
-    def decode_batch(self, tokens: Sequence[Sequence[int]]) -> list[str]:
+    def decode_batch(self, tokens: Sequence[Tokens]) -> list[str]:
         """Special tokens are left out."""
 
 

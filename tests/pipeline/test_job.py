@@ -48,8 +48,8 @@ def test_every_row_is_there_once_in_order_with_its_columns(run: Run, table: Any)
 def test_what_stands_beside_the_parts(run: Run, table: Any) -> None:
     ran = run(f"data={table(prompt=['a', 'b', None])}")
     names = {path.name for path in ran.folder.iterdir()}
-    assert names == {"_run.json", "_plan.parquet", "part-00000-of-00001.parquet", "metrics.parquet", "report.html", "_manifest.json",
-                     "_work", "_SUCCESS"}  # fmt: skip
+    assert names == {"_run.json", "_plan.parquet", "part-00000-of-00001.parquet", "metrics.parquet", "report.html",
+                     "_manifest.json", "_work", "_SUCCESS"}  # fmt: skip
     metrics = pq.read_table(ran.folder / "metrics.parquet")
     assert {"rows_per_second", "generated_tokens_per_second", "running", "waiting", "kv_use", "gpu_use", "time"} <= set(
         metrics.column_names
@@ -401,6 +401,15 @@ def test_a_second_signal_ends_at_once(tmp_path: Path, table: Any) -> None:
     job.send_signal(signal.SIGTERM)
     job.communicate(timeout=5)
     assert job.returncode == 143
+
+
+def test_an_engine_that_hangs_is_stopped_with_its_stacks(tmp_path: Path, table: Any) -> None:
+    data = table(prompt=["a"])
+    job = scripted(f"data={data}", f"output.dir={tmp_path / 'out'}", "limits.hang_seconds=1", SCRIPTED_DELAY="50")
+    _, err = job.communicate(timeout=30)
+    assert job.returncode == 75
+    assert "no step for limits.hang_seconds=1" in err
+    assert "in step" in err
 
 
 def test_kill_9_loses_only_rows_in_flight(tmp_path: Path, table: Any) -> None:

@@ -1,0 +1,119 @@
+"""Loop: the turns of a job between the feed, the engine and the collector, in one thread."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections import deque
+from collections.abc import Hashable
+
+from engine.request import FinishReason
+from pipeline.collect import Collect
+from pipeline.config import LimitKeys
+from pipeline.input.feed import Feed, Work
+from pipeline.input.formats import first_line
+from pipeline.model import EngineLike
+from pipeline.observe.metrics import Metrics
+from pipeline.observe.progress import Progress
+from pipeline.output.rows import Status
+from pipeline.signals import Stop, Watchdog
+
+
+class Loop:
+    """The turns between the feed, the engine and the collector."""
+
+    def __init__(self, engine: EngineLike, feed: Feed, collect: Collect, stop: Stop, progress: Progress, metrics: Metrics,
+                 total: int) -> None:
+        self._engine, self._feed, self._collect = engine, feed, collect
+        self._stop, self._progress, self._metrics, self._total = stop, progress, metrics, total
+        self._ready: deque[Work] = deque()
+        self._running: dict[Hashable, Work] = {}  # what the engine holds
+        self._numbers = itertools.count()
+        self._looked = 0.0
+        self._generated = 0
+
+    def run(self, limits: LimitKeys) -> str | None:
+        """Until all is done (None) or a stop is asked for (why). Raises what the threads of feed and collector ran into."""
+        watchdog = Watchdog(limits.hang_seconds)
+        watchdog.start()
+        try:
+            return self._run(limits.grace_seconds, watchdog)
+        finally:
+            watchdog.stop()
+
+    def _run(self, grace_seconds: float, watchdog: Watchdog) -> str | None:
+        self._progress.phase("prefill and decode")
+        self._progress.begin(self._total)
+        while (reason := self._stop.reason(self._generated)) is None:
+            self._admit()
+            if self._engine.pending:
+                self._step()
+            elif self._feed.exhausted and not self._ready:
+                break
+            else:
+                self._ready.extend(self._feed.take(wait=0.05))
+            self._look()
+            watchdog.turn()
+        if reason is not None:
+            self._drain(reason, grace_seconds)
+        self._feed.stop()
+        self._collect.close()
+        self._look(now=True)
+        return reason
+
+    def _admit(self) -> None:
+        """Row by row as there is room: whole batches would wait for their slowest row."""
+        for _ in range(self._engine.room()):
+            if not self._ready:
+                self._ready.extend(self._feed.take())
+                if not self._ready:
+                    return
+            self._submit(self._ready.popleft())
+
+    def _submit(self, work: Work) -> None:
+        limit, output = self._engine.max_model_len, work.ask.guide.grammar.min_tokens if work.ask.guide else 1
+        if len(work.tokens) + output > limit:
+            error = f"{len(work.tokens)} prompt tokens leave no room for an output of {output} in engine.max_model_len={limit}"
+            self._collect.refuse(work, Status.PROMPT_TOO_LONG, error)
+            return
+        number = next(self._numbers)
+        try:
+            self._engine.submit(work.request(number))
+        except ValueError as error:
+            self._collect.refuse(work, Status.ENGINE_ERROR, first_line(error))
+            return
+        self._running[number] = work
+
+    def _step(self) -> None:
+        for completion in self._engine.step():
+            work = self._running.pop(completion.id)
+            if completion.finish_reason is FinishReason.ERROR and not work.tries:
+                work.tries = 1  # once more: what failed may have been the company it kept
+                self._ready.appendleft(work)
+            elif completion.finish_reason is not FinishReason.ABORTED:
+                self._collect.put(work, completion)
+
+    def _drain(self, reason: str, grace_seconds: float) -> None:
+        """Admit nothing more, give running rows their grace, then abort the rest: the next attempt computes those again."""
+        self._progress.line(f"{reason}: finishing the rows that run, at most {grace_seconds:g} s")
+        deadline = time.monotonic() + grace_seconds
+        while self._engine.pending and time.monotonic() < deadline:
+            self._step()
+            self._look()
+        self._engine.abort()
+        while self._engine.pending:
+            self._step()
+
+    def _look(self, now: bool = False) -> None:
+        """A few times a second: errors of the threads, progress, metrics."""
+        if not now and time.monotonic() - self._looked < 0.1:
+            return
+        self._looked = time.monotonic()
+        self._feed.check()
+        self._collect.check()
+        stats = self._engine.stats()
+        self._generated = stats.generated_tokens
+        self._progress.update(
+            self._collect.done, self._collect.recovered, stats.prompt_tokens, stats.generated_tokens, stats.running, stats.waiting
+        )
+        self._metrics.tick(self._collect.results, stats, now)
