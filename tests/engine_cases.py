@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -65,21 +66,43 @@ def random_prompts(count: int, seed: int, shortest: int = 1, longest: int = 100,
     return [stem + tokens if i % 2 else tokens for i, tokens in enumerate(own)]
 
 
-@torch.inference_mode()
-def full_logits(path: Path, tokens: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Our decoder's logits after every token of one sequence, float32 [T, V] on the CPU: one prefill step, without an engine."""
-    checkpoint, page, n = open_checkpoint(path), 16, len(tokens)
-    model = Decoder(checkpoint.spec, dtype, n, device)
+def mixed_requests(count: int = 16, shared: int = 50) -> list[Request]:
+    """Greedy and sampled rows, plain and with extras; every second one begins with the same `shared` tokens."""
+    kinds = [SamplingParams(max_tokens=40, ignore_eos=True), SamplingParams(max_tokens=25, temperature=0.8, top_p=0.9),
+             SamplingParams(max_tokens=40, temperature=0.8, top_p=0.9), SamplingParams(max_tokens=12, logprobs=2),
+             SamplingParams(max_tokens=30, repetition_penalty=1.2, presence_penalty=0.5, frequency_penalty=0.3),
+             SamplingParams(max_tokens=20, temperature=1.0, top_k=20, min_p=0.02, min_tokens=5)]
+    params = [replace(kinds[i % len(kinds)], seed=2**40 + i) for i in range(count)]
+    return make_requests(random_prompts(count, seed=3, longest=60, shared=shared), params)
+
+
+def load_decoder(path: Path, dtype: torch.dtype, device: str = "cpu") -> Decoder:
+    """The bare model, for at most 512 positions."""
+    checkpoint = open_checkpoint(path)
+    model = Decoder(checkpoint.spec, dtype, 512, torch.device(device))
     model.load(checkpoint)
-    pages = -(-n // page)
+    return model
+
+
+@torch.inference_mode()
+def full_logits(model: Decoder, tokens: Sequence[int], decode: int = 0) -> Tensor:
+    """The logits after every token of one sequence, float32 [T, V] on the CPU.
+
+    One prefill step, but for the last `decode` tokens, which are decode steps.
+    """
+    device, page, total = model.embedding.weight.device, 16, len(tokens)
+    pages = -(-total // page)
     caches = make_caches(model, pages + 1, page, device)
 
     def ints(values: Sequence[Any]) -> Tensor:
         return torch.tensor(values, dtype=torch.int32, device=device)
 
-    block_table = torch.arange(1, pages + 1, dtype=torch.int32, device=device)[None]
-    positions = torch.arange(n, dtype=torch.int32, device=device)
-    tiles = [(0, at) for at in range(0, n, ops.QUERY_TILE)]
-    step = StepInputs(ints(tokens), positions, positions + page, block_table, ints([]), 0, 0,
-                      rest_rows=ints([0]), rest_starts=ints([0]), rest_cu_q=ints([0, n]), tiles=ints(tiles))
-    return model.logits(model(step, caches)).float().cpu()
+    ids, positions = ints(tokens), torch.arange(total, dtype=torch.int32, device=device)
+    table, row, none = torch.arange(1, pages + 1, dtype=torch.int32, device=device)[None], ints([0]), ints([])
+    n = total - decode
+    tiles = ints([(0, at) for at in range(0, n, ops.QUERY_TILE)])
+    steps = [StepInputs(ids[:n], positions[:n], positions[:n] + page, table, none, 0, 0,
+                        rest_rows=row, rest_starts=row, rest_cu_q=ints([0, n]), tiles=tiles)]
+    steps += [StepInputs(ids[i : i + 1], positions[i : i + 1], positions[i : i + 1] + page, table, row, 1, i + 1)
+              for i in range(n, total)]
+    return torch.cat([model.logits(model(step, caches)).float().cpu() for step in steps])

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import random
 from collections.abc import Hashable
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-from engine_cases import finish, make_requests, random_prompts, running, tokens_of
+from engine_cases import finish, make_requests, mixed_requests, random_prompts, running, tokens_of
 from models import TURN_END, VOCAB, tiny_checkpoint, tiny_tokenizer
 
 from engine.engine import Engine
@@ -33,16 +32,6 @@ def backend() -> LLGuidanceBackend:
 
 
 # --- the same rows, however they are run ---
-
-
-def mixed_requests() -> list[Request]:
-    """Greedy and sampled rows, with and without a common prefix of three pages, short and long."""
-    prompts = random_prompts(16, seed=3, longest=60, shared=50)
-    kinds = [SamplingParams(max_tokens=40, ignore_eos=True), SamplingParams(max_tokens=25, temperature=0.8, top_p=0.9),
-             SamplingParams(max_tokens=40, temperature=0.8, top_p=0.9), SamplingParams(max_tokens=12, logprobs=2),
-             SamplingParams(max_tokens=30, repetition_penalty=1.2, presence_penalty=0.5, frequency_penalty=0.3),
-             SamplingParams(max_tokens=20, temperature=1.0, top_k=20, min_p=0.02, min_tokens=5)]
-    return make_requests(prompts, [replace(kinds[i % len(kinds)], seed=2**40 + i) for i in range(len(prompts))])
 
 
 @pytest.fixture(scope="module", params=["llama", "mistral", "qwen3"])

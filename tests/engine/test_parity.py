@@ -18,7 +18,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 import torch
-from engine_cases import finish, full_logits, make_requests, random_prompts, running, tokens_of
+from engine_cases import finish, full_logits, load_decoder, make_requests, random_prompts, running, tokens_of
 from models import TINY_FAMILIES, load_reference, real_model, reference_greedy, tiny_checkpoint
 
 from engine.request import SamplingParams
@@ -82,12 +82,14 @@ def test_tiny_models(family: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("family", TINY_FAMILIES)
 def test_logits_of_tiny_models(family: str, tmp_path: Path) -> None:
-    """Not only the likeliest token: every logit of every position."""
+    """Not only the likeliest token: every logit of every position, by prefill and by decode."""
     model = tiny_checkpoint(family, tmp_path, seed=1)
     prompt = random_prompts(1, seed=2, shortest=150, longest=150)[0]
     want = reference_logits(model, prompt[:1], prompt[1:])
-    got = full_logits(model, prompt, torch.float32, torch.device("cpu"))[: len(prompt) - 1]
-    assert (got - want).abs().max() < 1e-4 * want.std()
+    decoder = load_decoder(model, torch.float32)
+    for decode in (0, 120):
+        got = full_logits(decoder, prompt, decode)[: len(prompt) - 1]
+        assert (got - want).abs().max() < 1e-4 * want.std()
 
 
 @pytest.mark.timeout(1800)
