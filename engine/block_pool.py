@@ -23,10 +23,12 @@ class OutOfPages(Exception):
 class Node:
     """One page of a prefix. `page` is 0 while no row has computed it; `parent` is None once the node has left the tree."""
 
-    __slots__ = ("children", "key", "page", "parent", "pending")
+    __slots__ = ("children", "depth", "key", "page", "parent", "pending", "running")
 
     def __init__(self, parent: Node | None, key: bytes) -> None:
         self.parent, self.key, self.page, self.pending = parent, key, 0, 0
+        self.depth = parent.depth + 1 if parent is not None else 0           # pages from the root, its own included
+        self.running = 0                                                     # running rows whose prefix goes through it
         self.children: dict[bytes, Node] = {}
 
 

@@ -10,7 +10,7 @@ class EngineConfig:
     device: str = "auto"                 # auto | cuda | cuda:N | cpu
     dtype: str = "auto"                  # auto: bfloat16 on CUDA, float32 on CPU
     max_model_len: int | None = None     # longest prompt + output, in tokens; None: what the model was trained for, at most 8192
-    max_rows: int | None = None          # rows running at once; None: 1024 on CUDA, 32 on CPU
+    max_rows: int | None = None          # rows running at once; None: 2048 on CUDA, 32 on CPU
     max_step_tokens: int | None = None   # tokens of one step; None: 16384 on CUDA, 1024 on CPU
     gpu_memory: float = 0.92             # share of the GPU's memory for weights, activations and keys and values
     cpu_kv_gib: float = 2.0              # size of the KV pool on CPU

@@ -1,7 +1,7 @@
-"""CUDA graphs of the whole decode step, one for each padded number of rows, captured at start-up, the largest first.
+"""CUDA graphs of the whole decode step, one for each padded number of rows.
 
 A graph reads the row table's `rows` and `starts`, which the staged writes of the step have filled, so nothing is copied in; what stands
-past the step's rows is the dummy row. All graphs share one memory pool: they replay one after another on the compute stream.
+past the step's rows is the dummy row. Graphs share one memory pool: they replay one after another on the compute stream.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ def graph_sizes(most: int) -> list[int]:
 
 
 class CudaGraphs:
-    def __init__(self, forward: Callable[[int], Tensor], most: int) -> None:
+    def __init__(self, forward: Callable[[int], Tensor], most: int, pool: tuple[int, int]) -> None:
         """forward(n): launch the decode step of the first n rows of the table, at most `most`; returns logits [n, V]."""
-        self._forward = forward
+        self._forward, self._pool = forward, pool
         self._sizes = graph_sizes(most)
         self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
 
@@ -32,24 +32,30 @@ class CudaGraphs:
 
     def replay(self, size: int) -> Tensor:
         """-> logits [size, V], valid until the next replay; `size` as padded() gives it."""
+        if size not in self._graphs:
+            self._capture(size)
         graph, logits = self._graphs[size]
         graph.replay()
         return logits
 
+    def capture_all(self) -> None:
+        """At start-up, so that no step of the job waits for a capture."""
+        for size in reversed(self._sizes):
+            self._capture(size)
+
     @torch.inference_mode()
-    def capture(self) -> None:
-        """Capture every size. The first run of each size outside the capture compiles its kernels and makes its handles."""
-        pool, side = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
+    def _capture(self, size: int) -> None:
+        """A first run outside the capture compiles the kernels and makes the handles; it does what the replay does once more."""
+        side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
-            for size in reversed(self._sizes):
-                self._forward(size)
-                side.synchronize()
-                graph = torch.cuda.CUDAGraph()
-                graph.capture_begin(pool=pool)
-                try:
-                    logits = self._forward(size)
-                finally:
-                    graph.capture_end()
-                self._graphs[size] = graph, logits
+            self._forward(size)
+            side.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            graph.capture_begin(pool=self._pool)
+            try:
+                logits = self._forward(size)
+            finally:
+                graph.capture_end()
         torch.cuda.current_stream().wait_stream(side)
+        self._graphs[size] = graph, logits

@@ -14,6 +14,7 @@ from engine.config import EngineConfig
 from engine.guided.grammar import GrammarBackend
 from engine.memory import make_caches, size_pool
 from engine.models.decoder import Decoder
+from engine.prefix_groups import PrefixGroups
 from engine.request import Completion, EngineStats, Request
 from engine.row_table import RowTable
 from engine.runner import Runner, Step
@@ -42,7 +43,7 @@ class Engine:
         on_gpu = self.device.type == "cuda"
         dtype = getattr(torch, config.dtype if config.dtype != "auto" else "bfloat16" if on_gpu else "float32")
         self.max_model_len = config.max_model_len or min(spec.max_positions, DEFAULT_CONTEXT)
-        max_rows = config.max_rows or (1024 if on_gpu else 32)
+        max_rows = config.max_rows or (2048 if on_gpu else 32)
         max_step_tokens = max(config.max_step_tokens or (16384 if on_gpu else 1024), max_rows)
         self._tokenizer, self._guided = tokenizer, guided
 
@@ -55,7 +56,10 @@ class Engine:
         caches = make_caches(model, pages, config.page_size, self.device)
         self._pool = BlockPool(pages, config.page_size)
         self._table = table
-        self._scheduler = Scheduler(config, table, self._pool, max_step_tokens, spec.eos_token_ids, tokenizer)
+        windowed = any(layer.window for layer in spec.layers)            # a window hides the prefix: there is nothing to share
+        token_bytes = 2 * spec.num_kv_heads * spec.head_dim * dtype.itemsize
+        groups = PrefixGroups(max_rows, config.page_size, token_bytes) if config.prefix_sharing and not windowed else None
+        self._scheduler = Scheduler(config, table, self._pool, max_step_tokens, spec.eos_token_ids, tokenizer, groups)
         self._runner = Runner(model, table, caches, config.cuda_graphs)
         self._inflight: deque[Step] = deque()
         progress("capturing CUDA graphs" if on_gpu and config.cuda_graphs else "ready")

@@ -6,6 +6,8 @@ Everything a kernel reads per row lives in one flat int32 tensor, so that a step
     block_table  [R + 1, pages]    KV pages; row R is the dummy row of graph padding and points at page 0, the dummy page
     params       [R + 1, 8]        sampling parameters (columns: kernels/ref.py), floats by their bits
     rows, starts [R] each          the step at hand: table row and first query position of each of its rows
+    shared       [R]               tokens of the prefix that a decode row of the step shares with its neighbours, and
+    prefix_tiles [R / 8, 2]        the runs of such rows (kernels/ref.py, decode_attention); what is not used is 0
 
 Writes are applied on the compute stream in launch order, which makes reuse of rows and pages safe without any other barrier.
 """
@@ -28,7 +30,8 @@ class RowTable:
         self.dummy = max_rows
         self.pages_per_row = -(-max_len // page_size)
         widths = {"tokens": (max_rows + 1, max_len + 1), "block_table": (max_rows + 1, self.pages_per_row),
-                  "params": (max_rows + 1, ref.PARAM_COLUMNS), "rows": (max_rows,), "starts": (max_rows,)}
+                  "params": (max_rows + 1, ref.PARAM_COLUMNS), "rows": (max_rows,), "starts": (max_rows,),
+                  "shared": (max_rows,), "prefix_tiles": (max(1, max_rows // 8), 2)}
         total = sum(int(np.prod(shape)) for shape in widths.values())
         if total >= 2**31:
             raise ValueError(f"engine.max_rows={max_rows} x engine.max_model_len={max_len} is too large for the row table: lower one")
@@ -41,6 +44,7 @@ class RowTable:
             at += size
         self.tokens, self.block_table, self.params = views["tokens"], views["block_table"], views["params"]
         self.rows, self.starts = views["rows"], views["starts"]
+        self.shared, self.prefix_tiles = views["shared"], views["prefix_tiles"]
         self._pinned = device.type == "cuda"
         self._ring: list[tuple[Tensor, torch.cuda.Event | None]] = []
         self._turn = 0
@@ -77,6 +81,13 @@ class RowTable:
 
     def stage_step(self, rows: np.ndarray, starts: np.ndarray) -> None:
         self._stage(np.array([self.offset["rows"], self.offset["starts"]]), np.full(2, rows.size), np.concatenate([rows, starts]))
+
+    def stage_prefixes(self, shared: np.ndarray, tiles: np.ndarray) -> None:
+        """`shared` of the step's decode rows, `tiles` int32 [M, 2], M at most prefix_tiles' length."""
+        padded = np.zeros(self.prefix_tiles.numel(), dtype=np.int32)
+        padded[: tiles.size] = tiles.ravel()
+        at = np.array([self.offset["shared"], self.offset["prefix_tiles"]])
+        self._stage(at, np.array([shared.size, padded.size]), np.concatenate([shared, padded]))
 
     def flush_staged(self) -> None:
         """Apply what was staged without a step, so that a row which left again is never staged twice in one launch."""

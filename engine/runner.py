@@ -41,13 +41,17 @@ class Runner:
         self._host_tokens = [torch.empty(rows, dtype=torch.int32, pin_memory=self._pinned) for _ in range(RING)]
         self._host_mask = [torch.empty(0, -(-vocab // 32), dtype=torch.int32) for _ in range(RING)]
         self._one_each = torch.arange(rows + 1, dtype=torch.int32, device=self.device)
-        self._graphs = CudaGraphs(self._decode, rows) if use_graphs and self._pinned else None
+        self._graphs: CudaGraphs | None = None
+        if use_graphs and self._pinned:
+            pool = torch.cuda.graph_pool_handle()
+            self._graphs = CudaGraphs(self._decode, rows, pool)
+            self._sharing_graphs = CudaGraphs(lambda n: self._decode(n, sharing=True), rows, pool)
 
     def warm_up(self) -> None:
-        """Capture the graphs. The table's rows are all the dummy row meanwhile."""
+        """Capture the graphs, but for those with shared prefixes, which few jobs need; the table's rows are all dummies meanwhile."""
         if self._graphs is not None:
             self.table.rows.fill_(self.table.dummy)
-            self._graphs.capture()
+            self._graphs.capture_all()
 
     # --- forward ---
 
@@ -61,23 +65,34 @@ class Runner:
             size = self._graphs.padded(n)
             rows = np.concatenate([rows, np.full(size - n, self.table.dummy, dtype=np.int32)])
             starts = np.concatenate([starts, np.zeros(size - n, dtype=np.int32)])
-            self.table.stage_step(rows, starts)
+            self._stage(plan, rows, starts)
             self.table.flush(np.empty(0, dtype=np.int32))
             self.graph_steps += 1
-            return Step(plan, self._graphs.replay(size)[:n], self.table.rows[:n], self.table.starts[:n])
-        self.table.stage_step(rows, starts)
+            graphs = self._graphs if plan.shared is None else self._sharing_graphs
+            return Step(plan, graphs.replay(size)[:n], self.table.rows[:n], self.table.starts[:n])
+        self._stage(plan, rows, starts)
         if pure:
             self.table.flush(np.empty(0, dtype=np.int32))
-            return Step(plan, self._decode(n, int(starts.max()) + 1), self.table.rows[:n], self.table.starts[:n])
+            return Step(plan, self._decode(n, plan.shared is not None, int(starts.max()) + 1), self.table.rows[:n], self.table.starts[:n])
         return self._mixed(plan)
 
-    def _decode(self, n: int, max_context: int | None = None) -> Tensor:
+    def _stage(self, plan: StepPlan, rows: np.ndarray, starts: np.ndarray) -> None:
+        self.table.stage_step(rows, starts)
+        if plan.shared is not None and plan.prefix_tiles is not None:
+            padding = np.zeros(rows.size - plan.rows.size, dtype=np.int32)
+            self.table.stage_prefixes(np.concatenate([plan.shared, padding]), plan.prefix_tiles)
+
+    def _prefixes(self, n: int, sharing: bool) -> tuple[Tensor | None, Tensor | None]:
+        return (self.table.shared[:n], self.table.prefix_tiles) if sharing else (None, None)
+
+    def _decode(self, n: int, sharing: bool = False, max_context: int | None = None) -> Tensor:
         """One query for each of the first n rows of the table -> logits [n, V]. The captured part: it reads device state alone."""
         table = self.table
         ids, positions, slots = self._empty(n)
         ops.expand(table.tokens, table.block_table, table.rows[:n], table.starts[:n], self._one_each[: n + 1], 1, table.page_size,
                    ids, positions, slots)
-        inputs = StepInputs(ids, positions, slots, table.block_table, table.rows[:n], n, max_context or table.max_len)
+        inputs = StepInputs(ids, positions, slots, table.block_table, table.rows[:n], n, max_context or table.max_len,
+                            *self._prefixes(n, sharing))
         return self.model.logits(self.model(inputs, self.caches))
 
     def _mixed(self, plan: StepPlan) -> Step:
@@ -100,7 +115,8 @@ class Runner:
         ops.expand(*expand, table.rows[rest], table.starts[rest], rest_cu_q, int(counts.max()), table.page_size,
                    ids[n:], where[n:], slots[n:])
         inputs = StepInputs(ids, where, slots, table.block_table, table.rows[:n], n, int(plan.starts[:n].max(initial=0)) + 1,
-                            table.rows[rest], table.starts[rest], rest_cu_q, tiles.view(-1, 2))
+                            *self._prefixes(n, plan.shared is not None), table.rows[rest], table.starts[rest], rest_cu_q,
+                            tiles.view(-1, 2))
         hidden = self.model(inputs, self.caches)
         return Step(plan, self.model.logits(hidden[at]), rows, positions)
 

@@ -19,6 +19,7 @@ from engine.admission import LengthPredictor, admissible
 from engine.block_pool import BlockPool, Node, OutOfPages
 from engine.config import EngineConfig
 from engine.guided.grammar import Guide
+from engine.prefix_groups import PrefixGroups
 from engine.request import Completion, EngineStats, FinishReason, Request, SamplingParams, TokenLogprobs
 from engine.row_table import RowTable
 from engine.stop_strings import StopStrings
@@ -67,6 +68,8 @@ class StepPlan:
     guides: list[Guide]         # of the sampled rows under a grammar ...
     guided: np.ndarray          # ... int32, and their index into sampled
     special: list[Special]
+    shared: np.ndarray | None          # int32 [num_decode] and [M, 2]: see PrefixGroups.arrange
+    prefix_tiles: np.ndarray | None
 
     @property
     def num_tokens(self) -> int:
@@ -75,7 +78,7 @@ class StepPlan:
 
 class Scheduler:
     def __init__(self, config: EngineConfig, table: RowTable, pool: BlockPool, max_step_tokens: int, end_ids: tuple[int, ...],
-                 tokenizer: PreTrainedTokenizerFast | None = None) -> None:
+                 tokenizer: PreTrainedTokenizerFast | None = None, groups: PrefixGroups | None = None) -> None:
         self._table, self._pool, self._max_step_tokens, self.end_ids = table, pool, max_step_tokens, end_ids
         self.window = Window(pool, config.window, config.prefix_sharing)
         self._window_size, self._tokenizer = config.window, tokenizer
@@ -94,6 +97,7 @@ class Scheduler:
         self.known, self.seen, self.computed, self.staged = (np.zeros(rows, dtype=np.int32) for _ in range(4))
         self.prompt_len, self.limit, self.least, self.order, self.shared_pages = (np.zeros(rows, dtype=np.int32) for _ in range(5))
         self.stop_ids = np.full((rows, MAX_STOP_IDS), -1, dtype=np.int32)
+        self._groups = groups
         self.live: dict[int, Live] = {}
         self._free_rows = deque(range(rows))
         self._admitted = 0
@@ -227,8 +231,13 @@ class Scheduler:
             live.waiting.cached_tokens = cached
             self._prompt_tokens += live.waiting.request.prompt.size
             self._cached_tokens += cached
+        if self._groups is not None:
+            self._groups.join(live.waiting.path)
 
     def _plan(self, decode: np.ndarray, rest: np.ndarray, chunks: np.ndarray) -> StepPlan:
+        shared = prefix_tiles = None
+        if self._groups is not None:
+            decode, shared, prefix_tiles = self._groups.arrange(decode, self._paths)
         rows = np.concatenate([decode, rest])
         counts = np.concatenate([np.ones_like(decode), chunks])
         starts = self.computed[rows]
@@ -245,7 +254,11 @@ class Scheduler:
         guided = np.flatnonzero(self.guided[to_sample]).astype(np.int32)
         guides = [self.live[row].guide for row in to_sample[guided].tolist()]
         special = [self._special(i, int(to_sample[i])) for i in np.flatnonzero(self.special[to_sample]).tolist()]
-        return StepPlan(rows, starts, counts, decode.size, sampled, self.generation[to_sample], guides, guided, special)
+        return StepPlan(rows, starts, counts, decode.size, sampled, self.generation[to_sample], guides, guided, special,
+                        shared, prefix_tiles)
+
+    def _paths(self) -> dict[int, list[Node]]:
+        return {row: live.waiting.path for row, live in self.live.items() if self.arrived[row]}
 
     def _special(self, index: int, row: int) -> Special:
         length = int(self.known[row]) - 1
@@ -313,7 +326,10 @@ class Scheduler:
         self.window.put_back(live.waiting)
 
     def _leave(self, row: int) -> None:
-        self._depart(self.live[row].waiting.path, bool(self.arrived[row]))
+        path, arrived = self.live[row].waiting.path, bool(self.arrived[row])
+        self._depart(path, arrived)
+        if arrived and self._groups is not None:
+            self._groups.leave(row, path)
         self._pool.release(self.pages[row, : self.num_pages[row]])
         self.active[row] = False
         self.generation[row] += 1

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.ref import QUERY_TILE
+from kernels.ref import PREFIX_TILE, QUERY_TILE
 
 LOG2E = 1.4426950408889634
 MASKED = tl.constexpr(-1.0e30)      # the score of a key that a query does not see
@@ -50,14 +50,11 @@ def _precision(cache: Tensor) -> str:
 
 
 @triton.jit
-def _attend(queries, k_cache, v_cache, table, head, lo, hi, scale, inner, K: tl.constexpr, P: tl.constexpr, D: tl.constexpr,
-            BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr):
-    """Softmax sums (peak, total, acc) of queries [BLOCK_M, D] over keys lo .. hi of the row whose pages `table` points at."""
+def _attend(queries, k_cache, v_cache, table, head, lo, hi, peak, total, acc, scale, inner, K: tl.constexpr, P: tl.constexpr,
+            D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr):
+    """Fold keys lo .. hi of the row whose pages `table` points at into the softmax sums of queries [BLOCK_M, D]."""
     n = tl.arange(0, BLOCK_N)
     d = tl.arange(0, BLOCK_D)
-    peak = tl.full([BLOCK_M], LOWEST, tl.float32)
-    total = tl.zeros([BLOCK_M], tl.float32)
-    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     page = tl.load(table + (lo + n) // P, mask=lo + n < hi, other=0)
     for start in range(lo, hi, BLOCK_N):
         key = start + n
@@ -77,14 +74,17 @@ def _attend(queries, k_cache, v_cache, table, head, lo, hi, scale, inner, K: tl.
     return peak, total, acc
 
 
-@triton.jit(do_not_specialize=["splits"])
-def _decode_kernel(q, k_cache, v_cache, block_table, rows, positions, out, partial, scale, inner, window, table_stride, q_stride,
-                   splits, H: tl.constexpr, K: tl.constexpr, P: tl.constexpr, D: tl.constexpr,
+@triton.jit(do_not_specialize=["splits"], do_not_specialize_on_alignment=["rows", "positions", "shared"])
+def _decode_kernel(q, k_cache, v_cache, block_table, rows, positions, shared, prefix, out, partial, scale, inner, window,
+                   table_stride, q_stride, splits, H: tl.constexpr, K: tl.constexpr, P: tl.constexpr, D: tl.constexpr,
                    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-                   SPLIT: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr):
+                   SPLIT: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, SHARED: tl.constexpr,
+                   PRECISION: tl.constexpr):
     head, split, i = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     hi = tl.load(positions + i) + 1
-    lo = tl.maximum(hi - window, 0) if WINDOW else 0
+    lo = tl.load(shared + i) if SHARED else tl.maximum(hi - window, 0) if WINDOW else 0
+    if SHARED:
+        resuming = tl.where(split == 0, tl.minimum(lo, 1), 0)   # 1 where what the prefix kernel has summed goes on here
     if SPLIT:
         share = tl.cdiv(tl.cdiv(hi - lo, BLOCK_N), splits) * BLOCK_N
         lo += split * share
@@ -98,24 +98,36 @@ def _decode_kernel(q, k_cache, v_cache, block_table, rows, positions, out, parti
     column = (head * G + m)[:, None] * D + d[None, :]
     queries = tl.load(q + i * q_stride + column, mask=real, other=0.0).to(k_cache.dtype.element_ty)
     table = block_table + tl.load(rows + i).to(tl.int64) * table_stride
-    peak, total, acc = _attend(queries, k_cache, v_cache, table, head, lo, hi, scale, inner, K, P, D, BLOCK_M, BLOCK_N, BLOCK_D,
-                               SOFTCAP, PRECISION)
+    if SHARED:
+        at = i * H + head * G + m
+        count = tl.num_programs(2).to(tl.int64) * H
+        peak = tl.load(prefix + count * D + at, mask=m < G * resuming, other=LOWEST)
+        total = tl.load(prefix + count * (D + 1) + at, mask=m < G * resuming, other=0.0)
+        acc = tl.load(prefix + at[:, None] * D + d[None, :], mask=(m < G * resuming)[:, None] & (d < D)[None, :], other=0.0)
+    else:
+        peak = tl.full([BLOCK_M], LOWEST, tl.float32)
+        total = tl.zeros([BLOCK_M], tl.float32)
+        acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    peak, total, acc = _attend(queries, k_cache, v_cache, table, head, lo, hi, peak, total, acc, scale, inner, K, P, D,
+                               BLOCK_N, BLOCK_D, SOFTCAP, PRECISION)
     if SPLIT:   # partial: the sums [N, H, splits, D], then the peaks [N, H, splits], then the totals
         base = (i * H + head * G + m) * splits + split
-        count = tl.num_programs(2).to(tl.int64) * H * splits
+        ends = tl.num_programs(2).to(tl.int64) * H * splits
         tl.store(partial + base[:, None] * D + d[None, :], acc, mask=real)
-        tl.store(partial + count * D + base, peak, mask=m < G)
-        tl.store(partial + count * (D + 1) + base, total, mask=m < G)
+        tl.store(partial + ends * D + base, peak, mask=m < G)
+        tl.store(partial + ends * (D + 1) + base, total, mask=m < G)
     else:
         result = (acc / total[:, None]).to(out.dtype.element_ty)
         tl.store(out + i * H * D + column, result, mask=real)
 
 
-@triton.jit(do_not_specialize=["splits"])
-def _combine_kernel(partial, positions, out, window, splits, H: tl.constexpr, D: tl.constexpr, BLOCK_N: tl.constexpr,
-                    BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr, WINDOW: tl.constexpr):
+@triton.jit(do_not_specialize=["splits"], do_not_specialize_on_alignment=["positions", "shared"])
+def _combine_kernel(partial, positions, shared, out, window, splits, H: tl.constexpr, D: tl.constexpr, BLOCK_N: tl.constexpr,
+                    BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr, WINDOW: tl.constexpr, SHARED: tl.constexpr):
     head, i = tl.program_id(0), tl.program_id(1).to(tl.int64)
     keys = tl.load(positions + i) + 1
+    if SHARED:
+        keys -= tl.load(shared + i)
     if WINDOW:
         keys = tl.minimum(keys, window)
     tiles = tl.cdiv(keys, BLOCK_N)
@@ -133,14 +145,15 @@ def _combine_kernel(partial, positions, out, window, splits, H: tl.constexpr, D:
 
 
 def _decode_tile(cache: Tensor) -> tuple[int, dict[str, int]]:
-    """Keys of a tile and launch options: 32 KiB of keys and values a tile, three programs to a multiprocessor."""
+    """Keys of a tile and launch options, as jobs/bench/attention.py measured them."""
     if cache.dtype == torch.float32:
         return 32, {"num_warps": 8, "num_stages": 2}
-    return (64 if cache.shape[3] > 64 else 128), {"num_warps": 4, "num_stages": 3}
+    return 64, {"num_warps": 4, "num_stages": 2}
 
 
 def decode_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, rows: Tensor, positions: Tensor,
-                     scale: float, window: int, softcap: float, max_context: int) -> Tensor:
+                     scale: float, window: int, softcap: float, max_context: int, shared: Tensor | None = None,
+                     prefix_tiles: Tensor | None = None) -> Tensor:
     """See ref.decode_attention. Safe in a CUDA graph: the grid follows from N and max_context, lengths are read on the device."""
     n, heads, dim = q.shape
     kv_heads, page = k_cache.shape[1], k_cache.shape[2]
@@ -152,13 +165,18 @@ def decode_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: T
     out = torch.empty((n, heads, dim), dtype=q.dtype, device=q.device)
     partial = torch.empty(n * heads * splits * (dim + 2), dtype=torch.float32, device=q.device) if splits > 1 else out
     factor, inner = _log2_scales(scale, softcap)
+    prefix = out
+    if shared is not None:
+        prefix = _prefix_sums(q, k_cache, v_cache, block_table, rows, shared, prefix_tiles, factor, inner, softcap > 0)
     _decode_kernel[kv_heads, splits, n](
-        q, k_cache, v_cache, block_table, rows, positions, out, partial, factor, inner, window, block_table.stride(0),
+        q, k_cache, v_cache, block_table, rows, positions, positions if shared is None else shared, prefix, out, partial, factor, inner, window, block_table.stride(0),
         q.stride(0), splits, H=heads, K=kv_heads, P=page, D=dim, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_D=block_d,
-        SPLIT=splits > 1, WINDOW=window > 0, SOFTCAP=softcap > 0, PRECISION=_precision(k_cache), **options)
+        SPLIT=splits > 1, WINDOW=window > 0, SOFTCAP=softcap > 0, SHARED=shared is not None, PRECISION=_precision(k_cache),
+        **options)
     if splits > 1:
-        _combine_kernel[heads, n](partial, positions, out, window, splits, H=heads, D=dim, BLOCK_N=block_n, BLOCK_D=block_d,
-                                  BLOCK_S=triton.next_power_of_2(splits), WINDOW=window > 0, num_warps=4)
+        _combine_kernel[heads, n](partial, positions, positions if shared is None else shared, out, window, splits, H=heads, D=dim,
+                                  BLOCK_N=block_n, BLOCK_D=block_d, BLOCK_S=triton.next_power_of_2(splits), WINDOW=window > 0,
+                                  SHARED=shared is not None, num_warps=4)
     return out
 
 
@@ -208,7 +226,7 @@ def _attend_block(queries, positions, k_cache, v_cache, table, head, begin, end,
     return peak, total, acc
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["rows", "starts", "cu_q", "tiles"])
 def _prefill_kernel(q, k_cache, v_cache, block_table, rows, starts, cu_q, tiles, out, scale, inner, window, table_stride,
                     q_stride, H: tl.constexpr, K: tl.constexpr, P: tl.constexpr, D: tl.constexpr, TILE: tl.constexpr,
                     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -287,3 +305,58 @@ def prefill_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: 
         q.stride(0), H=heads, K=kv_heads, P=page, D=dim, TILE=QUERY_TILE, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_D=block_d,
         WINDOW=window > 0, SOFTCAP=softcap > 0, PRECISION=_precision(k_cache), **options)
     return out
+
+
+# --- a prefix that rows of a decode step share ------------------------------------------------------------------------------------
+
+
+@triton.jit(do_not_specialize=["n"], do_not_specialize_on_alignment=["rows", "shared", "tiles"])
+def _prefix_kernel(q, k_cache, v_cache, block_table, rows, shared, tiles, prefix, scale, inner, n, table_stride, q_stride,
+                   H: tl.constexpr, K: tl.constexpr, P: tl.constexpr, D: tl.constexpr, TILE: tl.constexpr,
+                   BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+                   SOFTCAP: tl.constexpr, PRECISION: tl.constexpr):
+    # As in prefill, a tile's rows times the G heads of a KV head are the rows of a dot product; all of them see all keys.
+    G: tl.constexpr = H // K
+    BLOCKS: tl.constexpr = (TILE * G + BLOCK_M - 1) // BLOCK_M
+    head, block = tl.program_id(0), tl.program_id(1)
+    first = tl.load(tiles + block // BLOCKS * 2)
+    count = tl.load(tiles + block // BLOCKS * 2 + 1) * G
+    r = block % BLOCKS * BLOCK_M
+    if r >= count:
+        return
+    m = r + tl.arange(0, BLOCK_M)
+    d = tl.arange(0, BLOCK_D)
+    real = (m < count)[:, None] & (d < D)[None, :]
+    row = (first + m // G).to(tl.int64)
+    column = (head * G + m % G)[:, None] * D + d[None, :]
+    queries = tl.load(q + row[:, None] * q_stride + column, mask=real, other=0.0).to(k_cache.dtype.element_ty)
+    hi = tl.load(shared + first)
+    table = block_table + tl.load(rows + first).to(tl.int64) * table_stride
+    peak = tl.full([BLOCK_M], LOWEST, tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    positions = tl.full([BLOCK_M], hi - 1, tl.int32)
+    whole = hi // BLOCK_N * BLOCK_N
+    peak, total, acc = _attend_block(queries, positions, k_cache, v_cache, table, head, 0, whole, 0, hi, peak, total, acc, scale, inner,
+                                     0, K, P, D, BLOCK_N, BLOCK_D, False, False, SOFTCAP, PRECISION)
+    peak, total, acc = _attend_block(queries, positions, k_cache, v_cache, table, head, whole, hi, 0, hi, peak, total, acc, scale, inner,
+                                     0, K, P, D, BLOCK_N, BLOCK_D, True, False, SOFTCAP, PRECISION)
+    at = row * H + head * G + m % G     # prefix: the sums [N, H, D], then the peaks [N, H], then the totals
+    ends = n.to(tl.int64) * H
+    tl.store(prefix + at[:, None] * D + d[None, :], acc, mask=real)
+    tl.store(prefix + ends * D + at, peak, mask=m < count)
+    tl.store(prefix + ends * (D + 1) + at, total, mask=m < count)
+
+
+def _prefix_sums(q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, rows: Tensor, shared: Tensor, tiles: Tensor,
+                 factor: float, inner: float, softcap: bool) -> Tensor:
+    """Softmax sums of every row over the prefix it shares, whose keys and values a tile of rows reads once (arXiv 2402.05099)."""
+    n, heads, dim = q.shape
+    kv_heads, page = k_cache.shape[1], k_cache.shape[2]
+    block_m, block_n, options = _prefill_tile(k_cache)
+    prefix = torch.empty(n * heads * (dim + 2), dtype=torch.float32, device=q.device)
+    grid = kv_heads, tiles.shape[0] * triton.cdiv(PREFIX_TILE * (heads // kv_heads), block_m)
+    _prefix_kernel[grid](q, k_cache, v_cache, block_table, rows, shared, tiles, prefix, factor, inner, n, block_table.stride(0), q.stride(0),
+                         H=heads, K=kv_heads, P=page, D=dim, TILE=PREFIX_TILE, BLOCK_M=block_m, BLOCK_N=block_n,
+                         BLOCK_D=triton.next_power_of_2(dim), SOFTCAP=softcap, PRECISION=_precision(k_cache), **options)
+    return prefix

@@ -19,6 +19,7 @@ if torch.cuda.is_available():
     from kernels import sample as sampling
 
 QUERY_TILE = ref.QUERY_TILE
+PREFIX_TILE = ref.PREFIX_TILE
 
 
 def apply_writes(state: Tensor, packed: Tensor, segments: Tensor) -> None:
@@ -53,9 +54,10 @@ def rope_and_cache(qkv: Tensor, q_weight: Tensor | None, k_weight: Tensor | None
 
 
 def decode_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, rows: Tensor, positions: Tensor,
-                     scale: float, window: int, softcap: float, max_context: int) -> Tensor:
+                     scale: float, window: int, softcap: float, max_context: int, shared: Tensor | None = None,
+                     prefix_tiles: Tensor | None = None) -> Tensor:
     return (attention if q.is_cuda else ref).decode_attention(
-        q, k_cache, v_cache, block_table, rows, positions, scale, window, softcap, max_context)
+        q, k_cache, v_cache, block_table, rows, positions, scale, window, softcap, max_context, shared, prefix_tiles)
 
 
 def prefill_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, rows: Tensor, starts: Tensor,

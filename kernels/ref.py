@@ -105,15 +105,19 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 # --- attention ------------------------------------------------------------------------------------------------------------------
 
 QUERY_TILE = 128    # queries of one tile of prefill_attention's work list
+PREFIX_TILE = 32    # rows of one tile of decode_attention's shared prefixes
 
 
 def decode_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, rows: Tensor, positions: Tensor,
-                     scale: float, window: int, softcap: float, max_context: int) -> Tensor:
+                     scale: float, window: int, softcap: float, max_context: int, shared: Tensor | None = None,
+                     prefix_tiles: Tensor | None = None) -> Tensor:
     """One query a row: q [N, H, D] at positions [N] attends to positions 0 .. positions[i] of table row rows[i] -> [N, H, D].
 
     window > 0: only the last `window` positions, the query's own included. softcap > 0: scores become
     softcap * tanh(score / softcap).
     max_context: an upper bound of positions + 1, known on the host.
+    shared [N], prefix_tiles [M, 2]: rows tiles[j, 0] .. + tiles[j, 1] (at most PREFIX_TILE) have the same first shared[i] keys and
+    values, so a kernel may read them once; 0: none. No window then. They change how the result is computed, not what it is.
     """
     n, heads, dim = q.shape
     kv_heads, page = k_cache.shape[1], k_cache.shape[2]

@@ -24,6 +24,8 @@ class StepInputs:
     decode_rows: Tensor        # [num_decode]
     num_decode: int
     max_context: int           # upper bound of a decode row's context, in tokens
+    shared: Tensor | None = None         # [num_decode] tokens of the prefix that the row shares with its neighbours ...
+    prefix_tiles: Tensor | None = None   # ... [M, 2] and the tiles of rows that share one; see ops.decode_attention
     rest_rows: Tensor | None = None      # [N]
     rest_starts: Tensor | None = None    # [N] first position of the row's queries
     rest_cu_q: Tensor | None = None      # [N + 1] where the row's queries stand among the rest's
@@ -64,7 +66,8 @@ class Attention(nn.Module):
         n, outputs = step.num_decode, []
         if n:
             outputs.append(ops.decode_attention(q[:n], cache.k, cache.v, step.block_table, step.decode_rows, step.positions[:n],
-                                                self.scale, self.window, self.softcap, step.max_context))
+                                                self.scale, self.window, self.softcap, step.max_context, step.shared,
+                                                step.prefix_tiles))
         if step.rest_rows is not None:
             outputs.append(ops.prefill_attention(q[n:], cache.k, cache.v, step.block_table, step.rest_rows, step.rest_starts,
                                                  step.rest_cu_q, step.tiles, self.scale, self.window, self.softcap))
