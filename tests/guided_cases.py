@@ -58,8 +58,8 @@ def walk(backend: LLGuidanceBackend, grammar: LLGrammar, seed: int, budget: int)
                 return tokens, False
             step = [int(random.choice(pool))]
             if step[0] in (0, 1):
-                assert guide.accepting
-                return tokens, True
+                assert guide.accepting or guide.error
+                return tokens, guide.accepting
         taken = guide.accept(step)
         tokens += step[:taken]
         if taken < len(step):

@@ -12,10 +12,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from engine.guided.dialect import Document, Node
-from engine.guided.facts import Facts, equal, type_of
+from engine.guided.facts import Facts
 from engine.guided.grammar import SchemaError
 from engine.guided.negate import negate
 from engine.guided.regexes import matches
+from engine.guided.values import canonical, type_of
 
 _MAX_STEPS = 100_000         # subschemas merged for one document
 _MAX_ALTERNATIVES = 1024     # of one conjunction
@@ -26,10 +27,9 @@ Conjunction = tuple[Node, ...]
 
 @dataclass(frozen=True)
 class _Task:
-    """A subschema still to be merged. chain: the subschemas it stands in at the same place; scopes: see ObjectPart."""
+    """A subschema still to be merged. scopes: see ObjectPart."""
 
     node: Node
-    chain: frozenset[int] = frozenset()
     scopes: tuple[object, ...] = ()
 
 
@@ -37,7 +37,7 @@ class _Task:
 class _Choice:
     """One of `branches` must hold, and for oneOf (exclusive) none of the others; or one of the ways for `negation` to fail."""
 
-    task: _Task
+    scopes: tuple[object, ...]
     branches: tuple[Conjunction, ...] = ()
     exclusive: bool = False
     negation: Node | None = None
@@ -113,7 +113,7 @@ class Alternatives:
 
     def fits(self, facts: Facts, value: Any) -> bool:
         kind = type_of(value)
-        if kind not in facts.types or (facts.values is not None and not any(equal(value, v) for v in facts.values)):
+        if kind not in facts.types or (facts.values is not None and canonical(value) not in facts.values):
             return False
         if kind == "number":
             return facts.number_fits(value)
@@ -122,7 +122,7 @@ class Alternatives:
         if kind == "array":
             return (_within(len(value), facts.items)
                     and all(self.admits(self.item_nodes(facts, i), item) for i, item in enumerate(value))
-                    and not (facts.unique and any(equal(a, b) for i, a in enumerate(value) for b in value[:i]))
+                    and not (facts.unique and len(set(map(canonical, value))) < len(value))
                     and all(_within(sum(self.admits((node,), item) for item in value), (least, most))
                             for node, least, most in facts.contains))
         if kind == "object":
@@ -134,9 +134,6 @@ class Alternatives:
         """Merge `tasks` into `facts`, then branch on the first choice. Takes over its arguments."""
         while tasks:
             task = tasks.pop(0)
-            if id(task.node) in task.chain:
-                where = self.document.pointer(task.node)
-                raise SchemaError(where, "refers to itself without going down into a property or an item")
             if task.node is True or (id(task.node), task.scopes) in seen:
                 continue
             if task.node is False:
@@ -172,23 +169,22 @@ class Alternatives:
                 facts.unevaluated.append((scope, keyword, words[keyword], scopes))
                 scopes = (*scopes, scope)
         facts.merge(words, scopes)
-        inner = _Task(node, task.chain | {id(node)}, scopes)
         if "anyOf" in words:
-            choices.append(_Choice(inner, tuple((branch,) for branch in words["anyOf"])))
+            choices.append(_Choice(scopes, tuple((branch,) for branch in words["anyOf"])))
         if "oneOf" in words:
-            choices.append(_Choice(inner, tuple((branch,) for branch in words["oneOf"]), exclusive=True))
+            choices.append(_Choice(scopes, tuple((branch,) for branch in words["oneOf"]), exclusive=True))
         if "not" in words:
-            choices.append(_Choice(inner, negation=words["not"]))
+            choices.append(_Choice(scopes, negation=words["not"]))
         if "if" in words and ("then" in words or "else" in words):
             branches = ((words["if"], words.get("then", True)), (self.negated(words["if"]), words.get("else", True)))
-            choices.append(_Choice(inner, branches))
+            choices.append(_Choice(scopes, branches))
         for name, needs in words.get("dependentRequired", {}).items():
             if needs:
-                choices.append(_Choice(inner, self._dependency(node, name, {"required": needs})))
+                choices.append(_Choice(scopes, self._dependency(node, name, {"required": needs})))
         for name, schema in words.get("dependentSchemas", {}).items():
-            choices.append(_Choice(inner, self._dependency(node, name, schema)))
+            choices.append(_Choice(scopes, self._dependency(node, name, schema)))
         nodes = [document.resolve(node, words["$ref"])] if "$ref" in words else []
-        return [_Task(n, inner.chain, scopes) for n in [*nodes, *words.get("allOf", ())]]
+        return [_Task(n, scopes) for n in [*nodes, *words.get("allOf", ())]]
 
     def _dependency(self, node: Node, name: str, schema: Node) -> tuple[Conjunction, ...]:
         absent = self.made(("absent", id(node), name), node, {"properties": {name: False}})
@@ -197,30 +193,35 @@ class Alternatives:
 
     def _options(self, choice: _Choice, facts: Facts, seen: set[object]) -> Iterator[tuple[list[_Task], list[_Choice]]]:
         """The ways to meet a choice that are not refuted at once: (subschemas to merge, choices that come with them)."""
-        task = choice.task
-
-        def tasks(nodes: Iterable[Node], scopes: tuple[object, ...] = task.scopes) -> list[_Task]:
-            return [_Task(n, task.chain, scopes) for n in nodes]
+        def tasks(nodes: Iterable[Node], scopes: tuple[object, ...] = ()) -> list[_Task]:
+            return [_Task(n, scopes) for n in nodes]
 
         def viable(*nodes: Node) -> bool:
             trial = facts.copy()
             trial.unevaluated.clear()                    # more may still be evaluated
-            return next(self._expand(trial, tasks(nodes, ()), [], seen.copy()), None) is not None
+            return next(self._expand(trial, tasks(nodes), [], seen.copy()), None) is not None
 
         if choice.negation is not None:
-            if facts.values is not None and all(self.document.holds(choice.negation, v) is not None for v in facts.values):
-                left = [v for v in facts.values if not self.document.holds(choice.negation, v)]
-                yield tasks([self.made(("left", id(choice.negation), json.dumps(left)), choice.negation, {"enum": left})], ()), []
+            if facts.values is not None and (left := self._failing(choice.negation, facts.values.values())) is not None:
+                yield tasks([left]), []
                 return
             # What a negation looks at counts as not evaluated: no scopes.
             for node in self._negate(choice.negation, facts):
                 if viable(node):
-                    yield tasks([node], ()), []
+                    yield tasks([node]), []
             return
         branches = [branch for branch in choice.branches if viable(*branch)]
         for i, branch in enumerate(branches):
             others = [other for j, other in enumerate(branches) if choice.exclusive and j != i and viable(*branch, *other)]
-            yield tasks(branch), [_Choice(task, negation=node) for other in others for node in other]
+            yield tasks(branch, choice.scopes), [_Choice((), negation=node) for other in others for node in other]
+
+    def _failing(self, node: Node, values: Iterable[Any]) -> Node | None:
+        """The enum of those of `values` that are not valid under `node`; None where that cannot be told."""
+        held = [(value, self.document.holds(node, value)) for value in values]
+        if any(valid is None for _, valid in held):
+            return None
+        left = [value for value, valid in held if not valid]
+        return self.made(("failing", id(node), json.dumps(left)), node, {"enum": left})
 
     def _negate(self, node: Node, facts: Facts) -> list[Node]:
         names = tuple(facts.known_names())

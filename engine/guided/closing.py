@@ -24,6 +24,7 @@ _NARROW = 48              # at most this many next bytes: look one step ahead at
 _WIDE_STEPS = 16          # characters of one string chosen with a look ahead where many are allowed
 _MAX_BYTES = 1 << 16
 _RETRIES = 8
+_IMPROVEMENTS = 3         # randomised searches for something shorter than the greedy find
 
 
 class _Bytes:
@@ -81,13 +82,9 @@ class Closer:
         self._start, self._tokenize, self._check, self._is_json = matcher, tokenize, check, is_json
         self._hints = [hint + (b'"' if is_json else b"") for hint in hints if hint]
 
-    def minimal(self, seconds: float = 2.0, improve_seconds: float = 0.02) -> bytes | None:
-        """A short checked output: any within about `seconds`, shorter ones within `improve_seconds`. None: nothing was found."""
-        now = time.monotonic()
-        first = self._search(self._start, b"", 0, b"", now + seconds, improve=False)
-        if first is None or len(first) <= 8:
-            return first
-        return self._search(self._start, b"", 0, b"", now + improve_seconds, improve=True) or first
+    def minimal(self, seconds: float = 2.0) -> bytes | None:
+        """A short checked output; None where none was found within about `seconds`."""
+        return self._search(self._start, b"", 0, b"", time.monotonic() + seconds, improve=True)
 
     def close(self, pieces: Sequence[bytes], budget: int, seconds: float = 0.1) -> tuple[int, list[int]] | None:
         """Keep the first n of `pieces` (the bytes of the sampled tokens) and close them: (n, closing tokens).
@@ -122,9 +119,11 @@ class Closer:
 
     def _search(self, matcher: LLMatcher, prefix: bytes, state: int, string: bytes, deadline: float,
                 improve: bool) -> bytes | None:
-        """A checked completion of `prefix`: the greedy one, or the best of it and some randomised ones."""
+        """A checked completion of `prefix`: the greedy one, else a randomised one; or the shortest of some (`improve`)."""
         best: bytes | None = None
         for attempt in range(_RETRIES + 1):
+            if best is not None and attempt > _IMPROVEMENTS:
+                break
             noise = random.Random(attempt) if attempt else None
             limit = _MAX_BYTES if best is None else len(best) - 1
             found = self._complete(matcher.deep_copy(), state, string, limit, deadline, noise)

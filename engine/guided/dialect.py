@@ -23,6 +23,7 @@ _DRAFTS = {
 }
 _BY_URI = {uri.partition("://")[2].rstrip("#"): draft for draft, uri in _DRAFTS.items()}
 
+_MAX_WORK = 10_000       # subschemas applied to one value
 _WHOLE = "json-schema:///document"      # the document itself, in the registry of its validators
 
 _MAPS = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas", "dependencies")
@@ -178,6 +179,47 @@ class Document:
             reference = {"$schema": _DRAFTS[self.draft], "$ref": f"{_WHOLE}#{quote(self.pointer(node))}"}
             self._validators[id(node)] = jsonschema_rs.validator_for(reference, registry=self._registry, validate_formats=False)
         return self._validators[id(node)].is_valid(value)
+
+    def check_work(self) -> None:
+        """Raise SchemaError for a subschema that applies too many others to one value, or, without going down, itself.
+
+        Validators walk all of them, each time they are met: a short schema can keep one busy for ever.
+        """
+        work: dict[int, int] = {}                        # subschemas applied; 0 while they are counted
+        starts: list[Node] = [self.root]
+        while starts:
+            stack = [(starts.pop(), False)]
+            while stack:
+                node, counting = stack.pop()
+                if not isinstance(node, dict):
+                    continue
+                if not counting and id(node) in work:
+                    if not work[id(node)]:
+                        raise SchemaError(self.pointer(node), "refers to itself without going down into a property or an item")
+                    continue
+                here, below = self._applied(node)
+                if counting:
+                    work[id(node)] = 1 + sum(work[id(n)] for n in here if isinstance(n, dict))
+                    if work[id(node)] > _MAX_WORK:
+                        raise SchemaError(self.pointer(node), f"applies more than {_MAX_WORK} subschemas to one value")
+                else:
+                    work[id(node)] = 0
+                    stack += [(node, True), *((n, False) for n in here)]
+                    starts += below
+
+    def _applied(self, node: dict[str, Any]) -> tuple[list[Node], list[Node]]:
+        """The subschemas that apply to the same value as `node`, and those that apply to its properties and items."""
+        words = self.keywords(node)
+        here: list[Node] = [self.resolve(node, words["$ref"])] if "$ref" in words else []
+        for key in ("allOf", "anyOf", "oneOf"):
+            here += words.get(key, ())
+        here += [words[key] for key in ("not", "if", "then", "else") if key in words]
+        here += words.get("dependentSchemas", {}).values()
+        below = [words[key] for key in ("items", "contains", "additionalProperties", "propertyNames", "unevaluatedItems",
+                                        "unevaluatedProperties") if key in words]
+        for key in ("properties", "patternProperties"):
+            below += words.get(key, {}).values()
+        return here, below + list(words.get("prefixItems", ()))
 
     def _dynamic_target(self, node: dict[str, Any], ref: str) -> Node:
         """A dynamic reference has one meaning only where its anchor stands once in the document."""

@@ -14,6 +14,8 @@ from typing import Any
 
 import numpy as np
 
+from engine.guided.values import canonical
+
 ANY_ARRAY = "*"
 Unique = Mapping[str, tuple[bytes, ...] | None]
 _KEY_NEXT, _KEY, _VALUE = range(3)
@@ -97,7 +99,7 @@ class Scanner:
             self._key = value
         frame.texts.append(text)
         before = len(frame.values)
-        frame.values.add(_hashable(value))
+        frame.values.add(canonical(value))
         return len(frame.values) > before
 
     def repeats(self) -> tuple[list[bytes], list[bytes]]:
@@ -107,18 +109,19 @@ class Scanner:
         for frame in self._frames:
             if not frame.texts or not frame.distinct:
                 continue
-            if frame.start >= 0:
-                begun, gaps = bytes(self._text[frame.start :]), (b"",)
-            elif frame is self._frames[-1] and not (frame.is_object and frame.phase == _VALUE):
-                begun, gaps = b"", (b"", b" ")
-            else:
-                continue
+            gaps = [b""]
+            begun = bytes(self._text[frame.start :]) if frame.start >= 0 else b""
+            if frame.start < 0:
+                if frame is not self._frames[-1] or (frame.is_object and frame.phase == _VALUE):
+                    continue
+                gaps = [b"", b" "]                       # before the space that follows a comma, or after it
             used = [text for text in frame.texts if text.startswith(begun)]
             repeating += [gap + rest for text in used for gap in gaps for rest in _ends(text, begun)]
             if frame.known:
                 unused = [text for text in frame.known if text not in frame.texts and text.startswith(begun)]
-                doomed += [gap + text[len(begun) : end] for text in used for gap in gaps for end in range(len(begun) + 1, len(text))
-                           if not any(other.startswith(text[:end]) for other in unused)]
+                starts = [text[:end] for text in used for end in range(len(begun) + 1, len(text))]
+                lost = [start for start in starts if not any(other.startswith(start) for other in unused)]
+                doomed += [gap + start[len(begun) :] for start in lost for gap in gaps]
         return repeating, doomed
 
 
@@ -128,15 +131,6 @@ def _ends(text: bytes, begun: bytes) -> list[bytes]:
     if text[-1:].isdigit():
         return [rest + stop for stop in (b",", b"]", b" ")]
     return [rest] if rest else [b",", b"]", b" "]
-
-
-def _hashable(value: Any) -> Any:
-    """Equal for equal JSON values, also as members of a set: true is not 1."""
-    if isinstance(value, list):
-        return ("[", *map(_hashable, value))
-    if isinstance(value, dict):
-        return ("{", frozenset((k, _hashable(v)) for k, v in value.items()))
-    return (isinstance(value, bool), value)
 
 
 class TokensByPrefix:

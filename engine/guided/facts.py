@@ -11,28 +11,9 @@ from typing import Any
 from engine.guided.dialect import Node
 from engine.guided.grammar import SchemaError
 from engine.guided.regexes import split_lookaheads
+from engine.guided.values import TYPES, canonical, type_of
 
-TYPES = ("null", "boolean", "number", "string", "array", "object")
 NUMERIC = int | float
-
-
-def type_of(value: Any) -> str:
-    if value is None:
-        return "null"
-    if isinstance(value, bool):
-        return "boolean"
-    return {int: "number", float: "number", str: "string", list: "array", dict: "object"}[type(value)]
-
-
-def equal(a: Any, b: Any) -> bool:
-    """Equality of JSON values: 1 and 1.0 are one number, true is none."""
-    if type_of(a) != type_of(b):
-        return False
-    if isinstance(a, list):
-        return len(a) == len(b) and all(map(equal, a, b))
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(equal(a[k], b[k]) for k in a)
-    return bool(a == b)
 
 
 @dataclass(frozen=True)
@@ -64,7 +45,7 @@ class Facts:
 
     types: frozenset[str] = frozenset(TYPES)
     integer: bool = False
-    values: list[Any] | None = None                            # enum and const
+    values: dict[Any, Any] | None = None                       # enum and const: canonical form -> value
     low: tuple[NUMERIC, bool] | None = None                    # (bound, exclusive)
     high: tuple[NUMERIC, bool] | None = None
     multiple: Fraction | None = None
@@ -114,9 +95,9 @@ class Facts:
         self._drop_empty()
 
     def _keep_values(self, values: Iterable[Any]) -> None:
-        kept = list(values) if self.values is None else [v for v in self.values if any(equal(v, w) for w in values)]
-        self.values = kept
-        self.types &= {type_of(v) for v in kept}
+        given = {canonical(value): value for value in values}
+        self.values = given if self.values is None else {form: v for form, v in self.values.items() if form in given}
+        self.types &= {type_of(v) for v in self.values.values()}
 
     def _merge_numbers(self, words: dict[str, Any]) -> None:
         for key, exclusive in (("minimum", False), ("exclusiveMinimum", True)):
@@ -161,8 +142,8 @@ class Facts:
         if "object" in self.types and any(part.properties.get(name) is False for part in self.objects for name in self.required):
             self.types -= {"object"}
         if self.values is not None:
-            self.values = [v for v in self.values if type_of(v) in self.types and self.number_fits(v)]
-            self.types &= {type_of(v) for v in self.values}
+            self.values = {form: v for form, v in self.values.items() if type_of(v) in self.types and self.number_fits(v)}
+            self.types &= {type_of(v) for v in self.values.values()}
 
     def number_fits(self, value: Any) -> bool:
         if type_of(value) != "number":

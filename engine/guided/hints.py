@@ -1,4 +1,4 @@
-"""Short strings that a schema's patterns and formats accept: they spare the closing search a walk through a regex."""
+"""Strings that bring the closing search to its end soon: required keys, and examples of patterns and formats."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ _PREFERRED = [ord(c) for c in "a0A-_. /:@"] + list(range(0x21, 0x7F))
 
 
 def schema_hints(schema: Any) -> list[bytes]:
-    """Examples for every `pattern`, `patternProperties` key and `format` in `schema`, as they stand inside JSON quotes."""
+    """Required keys, then examples for every pattern and format in `schema`, as they stand inside JSON quotes."""
+    required: dict[str, None] = {}
     found: dict[str, None] = {}
     stack = [schema]
     while stack:
@@ -28,10 +29,12 @@ def schema_hints(schema: Any) -> list[bytes]:
             for pattern in (node.get("pattern"), *(keys if isinstance(keys, dict) else ())):
                 if isinstance(pattern, str) and (text := example(pattern)):
                     found[text] = None
+            if isinstance(names := node.get("required"), list):
+                required.update(dict.fromkeys(name for name in names if isinstance(name, str)))
             if isinstance(name := node.get("format"), str) and name in FORMATS:
                 found[FORMATS[name]] = None
         stack.extend(node.values() if isinstance(node, dict) else node if isinstance(node, list) else ())
-    return [json.dumps(text, ensure_ascii=False)[1:-1].encode() for text in found]
+    return [json.dumps(text, ensure_ascii=False)[1:-1].encode() for text in required | found]
 
 
 def example(pattern: str) -> str | None:

@@ -87,7 +87,7 @@ class DistinctGuide(LLGuide):
         return [] if text and any(text.startswith(rest) for rest in self._scanner.repeats()[0]) else tokens
 
     def restrict(self, row: np.ndarray, vocabulary: TokensByPrefix, end: Sequence[int]) -> None:
-        """Leave out of a filled mask row what would repeat. Where nothing is left the guide is in error, with only `end` allowed."""
+        """Leave out of a filled mask row what would repeat. Where nothing is left: an error, with only `end` allowed."""
         repeating, doomed = self._scanner.repeats()
         if repeating:
             vocabulary.clear(row, repeating, doomed)
@@ -178,8 +178,12 @@ class LLGuidanceBackend:
     def compile_schema(self, schema: str | dict[str, Any] | bool) -> LLGrammar:
         original: dict[str, Any] | bool = json.loads(schema) if isinstance(schema, str) else schema
         lowered = lower(original)
+        try:
+            validator = Validator(original)
+        except ValueError as error:
+            raise SchemaError("", " ".join(str(error).split())) from None
         source = LLMatcher.grammar_from_json_schema(json.dumps(lowered.schema), overrides=self._json_options)
-        return LLGrammar(self, source, Validator(original).check, schema_hints(lowered.schema), distinct=lowered.distinct)
+        return LLGrammar(self, source, validator.check, schema_hints(lowered.schema), distinct=lowered.distinct)
 
     def compile_regex(self, pattern: str) -> LLGrammar:
         return LLGrammar(self, LLMatcher.grammar_from_regex(pattern), str, [(example(pattern) or "").encode()], is_json=False)

@@ -17,9 +17,10 @@ from typing import Any
 from engine.guided.alternatives import Alternatives, Conjunction, unique
 from engine.guided.dialect import Document, Node
 from engine.guided.distinct import ANY_ARRAY, Unique
-from engine.guided.facts import Facts, equal
+from engine.guided.facts import Facts
 from engine.guided.grammar import SchemaError
 from engine.guided.regexes import can_meet, literal, matches, refusal
+from engine.guided.values import canonical
 
 # Formats are annotations, so only those that help a model to write a good value need be kept.
 _FORMATS = {"date-time", "time", "date", "duration", "email", "hostname", "ipv4", "ipv6", "uri", "uuid"}
@@ -27,7 +28,8 @@ _ANY_NAME = {"", "^", ".*", "^.*", ".*$"}     # patterns that are found in every
 _SCALARS = ("null", "boolean", "number", "string")
 _EXACT = 2**53            # beyond, readers that take numbers for doubles may not see a multiple as one
 _INLINE = 200            # characters up to which a schema is written where it is used
-_MAX_SUBSETS = 1500      # arrays of unique items, or property subsets, written out one by one
+_MAX_ARRAYS = 1500       # of unique items, written out one by one
+_MAX_SUBSETS = 256       # of an object's properties, written out one by one
 _MAX_SLOTS = 64
 
 
@@ -50,7 +52,9 @@ def lower(schema: Node, close_objects: bool = True) -> Lowered:
     close_objects: an object that lists properties and says nothing of others gets no others. Valid outputs are lost that way, but
     the model is not tempted to go on, and the end of the object is forced.
     """
-    return _Writer(Document(schema), close_objects).write()
+    document = Document(schema)
+    document.check_work()
+    return _Writer(document, close_objects).write()
 
 
 class _Unsatisfiable(Exception):
@@ -135,7 +139,7 @@ class _Writer:
     def _facts(self, facts: Facts, key: frozenset[int], place: str) -> list[dict[str, Any]]:
         """One alternative as schemas, split by type where a type needs more than one."""
         if facts.values is not None:
-            values = [v for v in facts.values if self._alternatives.fits(facts, v)]
+            values = [v for v in facts.values.values() if self._alternatives.fits(facts, v)]
             return [{"enum": values}] if values else []
         out = []
         scalars = self._scalars(facts, place)
@@ -250,18 +254,21 @@ class _Writer:
         """Arrays whose items differ: by construction where they must be many of a few values, else the Scanner sees to it."""
         values = self._finite(rest_nodes) if not prefix and rest_nodes else None
         if values is None or least <= 1:
-            self._unique[key] = None if key in self._unique and self._unique[key] is None else values
-            return [_array(prefix, rest, least, most if values is None else min(len(values), len(values) if most is None else most))]
+            before = self._unique.get(key, [])
+            self._unique[key] = None if values is None or before is None else before + values
+            if values is not None:
+                most = len(values) if most is None else min(most, len(values))
+            return [_array(prefix, rest, least, most)]
         most = len(values) if most is None else min(most, len(values))
         if least > most:
             return []
-        if sum(comb(len(values), n) * factorial(n) for n in range(least, most + 1)) <= _MAX_SUBSETS // 4:
+        if sum(comb(len(values), n) * factorial(n) for n in range(least, most + 1)) <= _MAX_ARRAYS // 4:
             arrays = [list(p) for n in range(least, most + 1) for p in permutations(values, n)]
             return [{"enum": arrays}]
         self._note(place, "uniqueItems: items stand in the order of the enum")
         arrays, written = [], []
         for n in range(least, most + 1):
-            if len(arrays) + comb(len(values), n) > _MAX_SUBSETS:
+            if len(arrays) + comb(len(values), n) > _MAX_ARRAYS:
                 break
             arrays += [list(c) for c in combinations(values, n)]
         else:
@@ -277,18 +284,18 @@ class _Writer:
 
     def _finite(self, nodes: Conjunction) -> list[Any] | None:
         """All values that fit, where they are finitely many."""
-        values: list[Any] = []
+        values: dict[Any, Any] = {}
         for facts in self._alternatives.of(nodes):
             if facts.values is not None:
-                found = [v for v in facts.values if self._alternatives.fits(facts, v)]
+                found = [v for v in facts.values.values() if self._alternatives.fits(facts, v)]
             elif facts.types <= {"null", "boolean"}:
                 found = [v for v in (None, False, True) if self._alternatives.fits(facts, v)]
             elif facts.types == {"number"} and facts.integer and facts.low and facts.high and facts.high[0] - facts.low[0] <= 64:
                 found = [v for v in range(int(facts.low[0]) - 1, int(facts.high[0]) + 2) if facts.number_fits(v)]
             else:
                 return None
-            values += found
-        return _distinct(values)
+            values |= {canonical(v): v for v in found}
+        return list(values.values())
 
     # Objects
 
@@ -381,7 +388,7 @@ class _Writer:
         """Properties that are not listed, where their names must fit `propertyNames`; those an enum names join `properties`."""
         options = [f for f in self._alternatives.of(tuple(facts.names)) if "string" in f.types]
         if all(f.values is not None for f in options):
-            for name in (v for f in options for v in f.values or () if isinstance(v, str) and v not in properties):
+            for name in (v for f in options for v in (f.values or {}).values() if isinstance(v, str) and v not in properties):
                 properties[name] = self._child(self._alternatives.property_nodes(facts, name), name)
             return {}, (False,)
         if any(f.values is None and not f.patterns and f.lengths == (0, None) for f in options):
@@ -408,7 +415,7 @@ def _name_pattern(facts: Facts) -> str | None:
     """One pattern for the strings that fit, or None."""
     least, most = facts.lengths
     if facts.values is not None:
-        return literal([v for v in facts.values if isinstance(v, str)])
+        return literal([v for v in facts.values.values() if isinstance(v, str)])
     if len(facts.patterns) == 1 and facts.lengths == (0, None):
         return facts.patterns[0]
     return None if facts.patterns else f"^[\\s\\S]{{{least},{'' if most is None else most}}}$"
@@ -450,10 +457,3 @@ def _array(prefix: list[Node], rest: Node, least: int, most: int | None) -> dict
 def _bounds(what: str, least: int, most: int | None) -> dict[str, int]:
     return ({f"min{what}": least} if least else {}) | ({f"max{what}": most} if most is not None else {})
 
-
-def _distinct(values: list[Any]) -> list[Any]:
-    kept: list[Any] = []
-    for value in values:
-        if not any(equal(value, other) for other in kept):
-            kept.append(value)
-    return kept

@@ -7,8 +7,8 @@ from itertools import combinations, pairwise
 from typing import Any
 
 from engine.guided.dialect import Document, Node
-from engine.guided.facts import TYPES, type_of
 from engine.guided.regexes import matches, none_of
+from engine.guided.values import TYPES, type_of
 
 _MAX_DEPTH = 16
 _MAX_NUMBERS = 16        # numbers of an enum around which intervals are cut

@@ -11,13 +11,17 @@ import jsonschema_rs
 from llguidance import LLMatcher, LLParserLimits
 
 from engine.guided.closing import byte_tokenizer
+from engine.guided.grammar import SchemaError
 
 _ANY = r"[\s\S]"
 
 
 @lru_cache(4096)
 def _validator(pattern: str) -> Any:
-    return jsonschema_rs.validator_for({"pattern": pattern}, validate_formats=False)
+    try:
+        return jsonschema_rs.validator_for({"pattern": pattern}, validate_formats=False)
+    except jsonschema_rs.ValidationError:
+        raise SchemaError("", f"{pattern!r} is no regular expression, or too large a one") from None
 
 
 def matches(pattern: str, text: str) -> bool:
