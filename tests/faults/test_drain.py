@@ -28,9 +28,9 @@ def start_many(zygote: Zygote, folder: Path, *keys: str) -> tuple[Job, Run]:
     """500 rows running at once, each for a second and a half at least."""
     job = make_job(zygote, folder, rows=ROWS, rows_per_shard=ROWS)
     run = job.start("engine.max_rows=500", *keys, env=TURNS, rows=str(folder / "first"))
-    while "labelling" not in (job.said() if (folder / "log").exists() else ""):
+    while not (folder / "first").exists() or len((folder / "first").read_bytes().splitlines()) < 500:
         time.sleep(0.01)
-    time.sleep(0.8)
+    time.sleep(0.3)
     return job, run
 
 
