@@ -153,6 +153,7 @@ class LimitKeys(Strict):
 class ClusterKeys(Strict):
     worker: int = Field(0, ge=0)
     workers: int = Field(1, ge=1)
+    lease: bool = False  # take over shards that other workers have not begun, or let die; needs a folder that all share
 
     @model_validator(mode="after")
     def _in_range(self) -> ClusterKeys:

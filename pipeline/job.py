@@ -13,7 +13,7 @@ from engine.guided.validate import Validator
 from pipeline.collect import Collect
 from pipeline.config import RunConfig, flatten
 from pipeline.exits import ConfigError, Exit
-from pipeline.input.feed import Feed
+from pipeline.input.feed import Assigned, Feed
 from pipeline.input.form import Form
 from pipeline.input.formats import first_line
 from pipeline.input.plan import Shard, make_plan
@@ -26,6 +26,7 @@ from pipeline.observe.metrics import Metrics, find_gpus
 from pipeline.observe.progress import Progress
 from pipeline.observe.provenance import provenance
 from pipeline.observe.report import finish, say_done
+from pipeline.output.claims import Claims
 from pipeline.output.layout import OutputLayout
 from pipeline.output.run_folder import PLAN, RUN, RunFolder
 from pipeline.output.shards import ShardWriter
@@ -90,9 +91,11 @@ def label(config: RunConfig, source: Input, builder: PromptBuilder, folder: RunF
     def open_shard(shard: Shard) -> ShardWriter:
         return folder.reopen_shard(shard, config.retry_errors) if shard.index in reopened else folder.open_shard(shard)
 
-    todo = [*shards, *again]
+    cluster = config.cluster
+    leased = cluster.lease and not again
+    mine = Claims(folder, cluster.worker, cluster.workers) if leased else Assigned([*shards, *again])
     collect = Collect(source, model.tokenizer(), lambda state: feed.published(state))
-    feed = Feed(source, todo, open_shard, builder, config.seed, config.engine.window, config.input.threads,
+    feed = Feed(source, mine, open_shard, builder, config.seed, config.engine.window, config.input.threads,
                 collect.opened, collect.deliver)
     collect.start()
     feed.start()    # prompts are made ready while the weights are read
@@ -102,7 +105,7 @@ def label(config: RunConfig, source: Input, builder: PromptBuilder, folder: RunF
             stop.install()
             gpus = find_gpus()
             stop.gpus = len(gpus) if gpus else 0
-            rows = sum(shard.num_rows for shard in todo)
+            rows = sum(shard.num_rows for shard in [*shards, *again])
             return Loop(engine, feed, collect, stop, progress, Metrics(folder.store, gpus), rows).run(config.limits)
         finally:
             engine.close()

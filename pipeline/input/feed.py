@@ -6,9 +6,10 @@ import hashlib
 import queue
 import threading
 from collections import deque
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from typing import Protocol
 
 import numpy as np
 
@@ -62,24 +63,43 @@ class Work:
         return Request(number, self.tokens, replace(self.ask.params, seed=self.seed), grammar, self.ask.adapter)
 
 
+class Shards(Protocol):
+    """Which shards to do: Assigned, or pipeline.output.claims.Claims."""
+
+    def __iter__(self) -> Iterator[Shard]: ...
+
+    def release(self, shard: Shard) -> None:
+        """It is published."""
+
+    def stop(self) -> None:
+        """End the iteration, should it wait for something."""
+
+
+class Assigned:
+    """Shards that are this worker's by their number: nobody else does them."""
+
+    def __init__(self, shards: list[Shard]) -> None:
+        self._shards = shards
+
+    def __iter__(self) -> Iterator[Shard]:
+        return iter(self._shards)
+
+    def release(self, shard: Shard) -> None:
+        """Nothing was taken."""
+
+    def stop(self) -> None:
+        """Nothing waits."""
+
+
 class Feed(threading.Thread):
-    """Iterates the shards once. `take` gives windows of works; rows that need no engine go to `deliver` at once.
+    """Iterates the shards once, in its own thread. `take` gives windows of works; rows that need no engine are delivered at once.
 
     An error of the thread is raised by `check`.
     """
 
-    def __init__(
-        self,
-        source: Input,
-        shards: Sequence[Shard],
-        open_shard: Callable[[Shard], ShardWriter],
-        builder: PromptBuilder,
-        seed: int,
-        window: int,
-        threads: int,
-        opened: Callable[[OpenShard], None],
-        deliver: Callable[[OpenShard, list[RowResult]], None],
-    ) -> None:
+    def __init__(self, source: Input, shards: Shards, open_shard: Callable[[Shard], ShardWriter], builder: PromptBuilder,
+                 seed: int, window: int, threads: int, opened: Callable[[OpenShard], None],
+                 deliver: Callable[[OpenShard, list[RowResult]], None]) -> None:
         super().__init__(name="feed", daemon=True)
         self._source, self._shards, self._open_shard, self._builder = source, shards, open_shard, builder
         self._seed, self._window, self._threads = seed, window, threads
@@ -110,6 +130,7 @@ class Feed(threading.Thread):
 
     def published(self, state: OpenShard) -> None:
         """A shard is done with: another may be opened."""
+        self._shards.release(state.shard)
         with self._room:
             self._open_rows -= state.shard.num_rows
             self._open_shards -= 1
@@ -118,6 +139,7 @@ class Feed(threading.Thread):
     def stop(self) -> None:
         """Open nothing more. Returns once the thread is out of the way."""
         self._stopping.set()
+        self._shards.stop()
         with self._room:
             self._room.notify()
         if self.is_alive():

@@ -326,6 +326,14 @@ def test_static_workers_share_the_shards(run: Run, table: Any) -> None:
     assert len(last.engines[0].submitted) == 15
 
 
+def test_leased_shards_are_taken_over(run: Run, table: Any) -> None:
+    """Worker 0 of 2 does the shards of worker 1 too, which never comes."""
+    data = table(prompt=[f"q{i}" for i in range(40)], row_group_size=5)
+    ran = run(f"data={data}", "plan.rows_per_shard=5", "cluster.worker=0", "cluster.workers=2", "cluster.lease=true")
+    assert ran.code == 0
+    assert [row["prompt"] for row in ran.rows()] == [f"q{i}" for i in range(40)]
+
+
 def test_failed_rows_may_be_tried_again(run: Run, table: Any) -> None:
     data = table(prompt=["a", "FAIL", None, "b"])
     assert [row["status"] for row in run(f"data={data}").rows()] == ["ok", "engine_error", "prompt_null", "ok"]
