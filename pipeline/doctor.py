@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 _NEEDED = ("torch", "transformers", "tokenizers", "safetensors", "pyarrow", "hydra-core", "pydantic", "outlines", "llguidance",
            "jsonschema-rs", "orjson")  # fmt: skip
-_OPTIONAL = {"datasets": "data=hf://...", "s3fs": "data=s3://...", "gcsfs": "data=gs://...", "nvidia-ml-py": "GPU use in metrics.parquet"}
+_OPTIONAL = {"datasets": "data=hf://...", "s3fs": "data=s3://...", "gcsfs": "data=gs://...", "nvidia-ml-py": "GPU use in metrics"}
 _MEMORY_GIB, _DISK_GIB = 4.0, 2.0
 
 
@@ -30,20 +30,21 @@ class Finding(NamedTuple):
 def main() -> int:
     """Print the findings; 1 if one of them stops a job."""
     if {"-h", "--help"} & set(sys.argv[1:]):
-        print("python -m pipeline.doctor: checks packages, GPU, memory, disk and access to models; exits 1 if a job could not run here")
+        print("python -m pipeline.doctor: looks at packages, GPU, memory and disk; exits 1 if a job could not run here")
         return 0
     bad = 0
     for check in CHECKS:
         for finding in check():
             bad += finding.bad
-            print(f"{'FAIL' if finding.bad else 'ok':<5} {finding.name:<14} {finding.says}{f'; {finding.mend}' if finding.mend else ''}")
+            mend = f"; {finding.mend}" if finding.mend else ""
+            print(f"{'FAIL' if finding.bad else 'ok':<5} {finding.name:<14} {finding.says}{mend}")
     print("this machine cannot run a job yet" if bad else "this machine can run a job: python -m pipeline.run")
     return int(bool(bad))
 
 
 def check_python() -> Iterator[Finding]:
-    yield Finding("python", f"{platform.python_version()} on {platform.platform()}", sys.version_info < (3, 11), "3.11 or newer is needed"
-                  if sys.version_info < (3, 11) else "")  # fmt: skip
+    old = sys.version_info < (3, 11)
+    yield Finding("python", f"{platform.python_version()} on {platform.platform()}", old, "3.11 or newer is needed" if old else "")
 
 
 def check_packages() -> Iterator[Finding]:
@@ -69,12 +70,9 @@ def check_device() -> Iterator[Finding]:
         properties = torch.cuda.get_device_properties(index)
         free, total = torch.cuda.mem_get_info(index)
         old = properties.major < 8
-        yield Finding(
-            f"GPU {index}",
-            f"{properties.name}, {free / 2**30:.0f} of {total / 2**30:.0f} GiB free, compute capability {properties.major}.{properties.minor}",
-            old,
-            "compute capability 8.0 or newer is needed: set engine.device=cpu" if old else "",
-        )
+        memory = f"{free / 2**30:.0f} of {total / 2**30:.0f} GiB free"
+        says = f"{properties.name}, {memory}, compute capability {properties.major}.{properties.minor}"
+        yield Finding(f"GPU {index}", says, old, "8.0 or newer is needed: set engine.device=cpu" if old else "")
     if importlib.util.find_spec("triton") is None:
         yield Finding("triton", "not installed, which the GPU kernels need", True, "pip install triton")
 
@@ -82,7 +80,8 @@ def check_device() -> Iterator[Finding]:
 def check_memory() -> Iterator[Finding]:
     gib = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
     low = gib < _MEMORY_GIB
-    yield Finding("memory", f"{gib:.1f} GiB, {os.cpu_count()} cores", low, f"{_MEMORY_GIB:g} GiB are needed even for SmolLM2" if low else "")
+    mend = f"{_MEMORY_GIB:g} GiB are needed even for SmolLM2" if low else ""
+    yield Finding("memory", f"{gib:.1f} GiB, {os.cpu_count()} cores", low, mend)
 
 
 def check_disk() -> Iterator[Finding]:
@@ -100,14 +99,15 @@ def check_disk() -> Iterator[Finding]:
 def check_models() -> Iterator[Finding]:
     """The embedded model comes through pip, others from the hub; both are only looked at, nothing is asked over the network."""
     pip = importlib.util.find_spec("pip") is not None
-    yield Finding("pip", "there: fetches the embedded model" if pip else "missing: the embedded model cannot be fetched", not pip,
-                  "" if pip else "python -m ensurepip")  # fmt: skip
+    says = "there: fetches the embedded model" if pip else "missing: the embedded model cannot be fetched"
+    yield Finding("pip", says, not pip, "" if pip else "python -m ensurepip")
     offline = os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0")
     token = "HF_TOKEN is set" if os.environ.get("HF_TOKEN") else "HF_TOKEN is not set: no gated models"
     yield Finding("hub", f"{'offline (HF_HUB_OFFLINE)' if offline else 'online'}, {token}")
 
 
-CHECKS: tuple[Callable[[], Iterator[Finding]], ...] = (check_python, check_packages, check_device, check_memory, check_disk, check_models)
+Check = Callable[[], Iterator[Finding]]
+CHECKS: tuple[Check, ...] = (check_python, check_packages, check_device, check_memory, check_disk, check_models)
 
 
 def _version(package: str) -> str | None:

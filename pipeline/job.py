@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -40,6 +41,8 @@ def run_job(config: RunConfig, factory: EngineFactory = RealModel) -> int:
     stop = Stop(config.limits)
     stop.install()
     progress = Progress()
+    progress.show_logs("pipeline")
+    sys.setswitchinterval(0.0002)    # threads that make prompts must not keep the engine's waiting for the lock 5 ms at a time
     model = factory(config)
 
     source = open_input(config.data, config.input)
@@ -62,7 +65,7 @@ def run_job(config: RunConfig, factory: EngineFactory = RealModel) -> int:
     shards = folder.pending_shards(*workers)
     if shards or again:
         try:
-            progress.phase("loading the tokenizer")
+            progress.phase("loading the tokenizer" + (" and compiling the schema" if spec else ""))
             builder = make_builder(config, form, spec, model)
             reason = label(config, source, builder, folder, shards, again, model, stop, progress)
         except ConfigError:

@@ -43,7 +43,8 @@ Label or generate for every row of a data set, and write whole Parquet shards.
   python -m pipeline.run data='raw/2026-11/*.parquet' task=classify input.columns.message=body output.dir=labels/nov
   python -m pipeline.run data=hf://org/reviews input.split=train input.limit=5000 task.prompt='Translate: {{ text }}'
   python -m pipeline.run data=prompts.parquet dry_run=true        plan, token lengths, schema check; no model is loaded
-  python -m pipeline.status OUT                                   how far a run is
+  python -m pipeline.status OUT                                   how far a run is; also pipeline.errors, .verify, .merge
+  python -m pipeline.doctor                                       can this machine run a job
 
 The same command resumes a run that was stopped, or says that all is done.
 
@@ -62,7 +63,8 @@ Keys (KEY=VALUE; python -m pipeline.run --cfg prints all of them with their valu
   output.flatten    true: one typed column for each property of the schema
   limits.max_seconds  .max_tokens  .max_gpu_hours                   stop cleanly and exit 75; the same command goes on
   limits.max_error_rate                                             exit 4 above it
-  cluster.worker  cluster.workers                                   this process does every n-th shard
+  cluster.worker  .workers  .lease  this process does every n-th shard, and with lease what others leave undone
+  retry_errors      [engine_error, timeout]: compute the failed rows of a finished output again
 
 Exit codes
   0 complete   75 drained, run again to resume   2 configuration or other run's folder   3 shards of other workers missing

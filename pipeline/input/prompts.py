@@ -179,6 +179,10 @@ class PromptBuilder:
         if (value := row.get("sampling")) is not None:
             ask = self._sampled(ask, json_value(value, "sampling", Status.TEMPLATE_ERROR))
         if (value := row.get("schema")) is not None:
+            # Never a Python type by its name, as a task may have: rows are data, and must not import anything.
+            value = json_value(value, "schema", Status.SCHEMA_ERROR)
+            if not isinstance(value, (dict, bool)):
+                raise Refused(Status.SCHEMA_ERROR, "schema is not an object, true or false")
             try:
                 guide = self._guides.get(value)
             except SchemaError as error:

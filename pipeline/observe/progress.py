@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import time
 from typing import TextIO
@@ -21,6 +22,14 @@ class Progress:
         self._total = 0
         self._began = self._printed = self._started
         self._recent: list[tuple[float, int, int, int]] = []  # time, rows, prompt tokens, completion tokens: the last half minute
+
+    def show_logs(self, name: str) -> None:
+        """What the logger `name` and those below it have to say of their progress is shown as phases."""
+        handler = logging.Handler(logging.INFO)
+        handler.emit = lambda record: self.phase(record.getMessage())    # type: ignore[method-assign]
+        logger = logging.getLogger(name)
+        logger.handlers, logger.propagate = [handler], False
+        logger.setLevel(logging.INFO)
 
     def phase(self, name: str) -> None:
         """Say what is being done now."""

@@ -10,7 +10,7 @@ import pytest
 from pipeline import doctor
 
 
-def test_a_machine_that_runs_these_tests_can_run_a_job(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_machine_that_runs_tests_can_run_a_job(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.argv", ["doctor"])
     assert doctor.main() == 0
     out = capsys.readouterr().out
