@@ -127,7 +127,7 @@ class Closer:
             noise = random.Random(attempt) if attempt else None
             limit = _MAX_BYTES if best is None else len(best) - 1
             found = self._complete(matcher.deep_copy(), state, string, limit, deadline, noise)
-            if found is not None and self._holds(prefix + found):
+            if found is not None and self.holds(prefix + found):
                 best = found
                 if not improve:
                     break
@@ -135,7 +135,8 @@ class Closer:
                 break
         return best
 
-    def _holds(self, text: bytes) -> bool:
+    def holds(self, text: bytes) -> bool:
+        """Whether `text` is a valid output as it stands."""
         try:
             self._check(text.decode())
         except ValueError:

@@ -54,9 +54,11 @@ class Grammar(Protocol):
         """A fresh guide at the start of the output."""
 
     def close(self, tokens: Sequence[int], budget: int) -> np.ndarray:
-        """Trim `tokens` by as few as needed and append the shortest completion: at most `budget` tokens in all, int32, accepted.
+        """Trim `tokens` by as few as needed and append a short completion: at most `budget` tokens in all, int32, valid.
 
-        Needs budget >= min_tokens; raises ValueError otherwise.
+        A valid output within the budget comes back unchanged, quickly: calling this at the end of every row makes all of them
+        valid, also those that the grammar lets through and `check` does not (numbers beyond a double). Needs budget >= min_tokens;
+        raises ValueError otherwise.
         """
 
 

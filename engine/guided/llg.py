@@ -32,7 +32,7 @@ WHITESPACE: dict[str, JsonCompileOptions] = {
 def default_limits() -> LLParserLimits:
     """Above llguidance's own, at which real schemas ran into an error after some hundred tokens."""
     return LLParserLimits(initial_lexer_fuel=20_000_000, step_lexer_fuel=5_000_000, step_max_items=500_000,
-                          max_lexer_states=2_000_000, verbose_errors=False)
+                          max_items_in_row=50_000, max_lexer_states=2_000_000, verbose_errors=False)
 
 
 class LLGuide:
@@ -138,7 +138,10 @@ class LLGrammar:
             raise ValueError(f"{budget} tokens are too few: the shortest output known for this schema needs {self.min_tokens}; "
                              "raise max_tokens")
         taken = np.asarray(tokens, dtype=np.int32)
-        found = self._closer.close([self._backend.token_bytes[t] for t in taken.tolist()], budget)
+        pieces = [self._backend.token_bytes[t] for t in taken.tolist()]
+        if len(pieces) <= budget and self._closer.holds(b"".join(pieces)):
+            return taken.copy()
+        found = self._closer.close(pieces, budget)
         if found is None:
             return self.minimal.copy()
         kept, closing = found
@@ -186,7 +189,16 @@ class LLGuidanceBackend:
         return LLGrammar(self, source, validator.check, schema_hints(lowered.schema), distinct=lowered.distinct)
 
     def compile_regex(self, pattern: str) -> LLGrammar:
-        return LLGrammar(self, LLMatcher.grammar_from_regex(pattern), str, [(example(pattern) or "").encode()], is_json=False)
+        source = LLMatcher.grammar_from_regex(pattern)
+        start = _matcher(byte_tokenizer(), source, self.limits)
+
+        def check(text: str) -> str:
+            matcher, data = start.deep_copy(), list(text.encode())
+            if matcher.try_consume_tokens(data) < len(data) or not matcher.is_accepting():
+                raise ValueError(f"{text!r} does not match {pattern!r}")
+            return text
+
+        return LLGrammar(self, source, check, [(example(pattern) or "").encode()], is_json=False)
 
     def compile_choice(self, choices: Sequence[str]) -> LLGrammar:
         options = dict.fromkeys(choices)

@@ -25,12 +25,15 @@ from engine.guided.values import canonical
 # Formats are annotations, so only those that help a model to write a good value need be kept.
 _FORMATS = {"date-time", "time", "date", "duration", "email", "hostname", "ipv4", "ipv6", "uri", "uuid"}
 _ANY_NAME = {"", "^", ".*", "^.*", ".*$"}     # patterns that are found in every property name
+_LOWS, _HIGHS = {"minimum", "exclusiveMinimum"}, {"maximum", "exclusiveMaximum"}
 _SCALARS = ("null", "boolean", "number", "string")
 _EXACT = 2**53            # beyond, readers that take numbers for doubles may not see a multiple as one
 _INLINE = 200            # characters up to which a schema is written where it is used
 _MAX_ARRAYS = 1500       # of unique items, written out one by one
 _MAX_SUBSETS = 256       # of an object's properties, written out one by one
-_MAX_SLOTS = 64
+_MAX_SLOTS = 64          # items with schemas of their own
+_MAX_NAMES = 4096        # properties of one object: the engine's time to compile grows with the square
+_MAX_PATTERNS = 64       # patterns of property names: each is compared with each
 
 
 @dataclass
@@ -157,13 +160,21 @@ class _Writer:
         types = [t for t in _SCALARS if t in facts.types]
         out: dict[str, Any] = {}
         if "number" in types:
-            numbers = self._numbers(facts)
-            if (reason := refusal({"type": "integer" if facts.integer else "number", **numbers})):
-                if not reason.startswith("Unsatisfiable"):
-                    raise SchemaError(place, reason)
+            kind = "integer" if facts.integer else "number"
+            numbers = _numbers(facts)
+            reason = refusal({"type": kind, **numbers})
+            if reason and not reason.startswith("Unsatisfiable"):
+                # Perhaps the bounds are beyond what the engine can count to.
+                numbers = {key: max(value, -_EXACT) if key in _LOWS else min(value, _EXACT) if key in _HIGHS else value
+                           for key, value in numbers.items()}
+                reason = refusal({"type": kind, **numbers})
+                self._note(place, "numbers: only between -2^53 and 2^53")
+            if not reason:
+                out |= numbers
+            elif reason.startswith("Unsatisfiable"):
                 types.remove("number")
             else:
-                out |= numbers
+                raise SchemaError(place, reason)
         if "string" in types:
             strings = self._strings(facts, place)
             if strings is None:
@@ -172,20 +183,6 @@ class _Writer:
                 out |= strings
         names = ["integer" if t == "number" and facts.integer else t for t in types]
         return {"type": names if len(names) > 1 else names[0], **out} if names else {}
-
-    def _numbers(self, facts: Facts) -> dict[str, Any]:
-        out: dict[str, Any] = {}
-        if facts.low:
-            out["exclusiveMinimum" if facts.low[1] else "minimum"] = facts.low[0]
-        if facts.high:
-            out["exclusiveMaximum" if facts.high[1] else "maximum"] = facts.high[0]
-        if facts.multiple is not None:
-            out["multipleOf"] = int(facts.multiple) if facts.multiple.denominator == 1 else float(facts.multiple)
-            if not facts.low:
-                out["minimum"] = -_EXACT
-            if not facts.high:
-                out["maximum"] = _EXACT
-        return out
 
     def _strings(self, facts: Facts, place: str) -> dict[str, Any] | None:
         out: dict[str, Any] = {}
@@ -300,8 +297,11 @@ class _Writer:
     # Objects
 
     def _objects(self, facts: Facts, place: str) -> list[dict[str, Any]]:
+        names = facts.known_names()
+        if len(names) > _MAX_NAMES:
+            raise SchemaError(place, f"more than {_MAX_NAMES} properties in one object")
         properties: dict[str, Node] = {}
-        for name in facts.known_names():
+        for name in names:
             properties[name] = self._child(self._alternatives.property_nodes(facts, name), name)
             if properties[name] is False and name in facts.required:
                 return []
@@ -347,6 +347,8 @@ class _Writer:
         """What holds for properties that are not listed: by pattern (no key matches two of them), and for all others."""
         parts = facts.objects
         patterns: dict[str, Conjunction] = {}
+        if sum(len(part.patterns) for part in parts) > _MAX_PATTERNS:
+            raise SchemaError(place, f"more than {_MAX_PATTERNS} patterns of property names in one object")
         for pattern in dict.fromkeys(pattern for part in parts for pattern in part.patterns):
             reason = refusal({"type": "string", "pattern": pattern})
             if reason.startswith("Unsatisfiable"):
@@ -457,3 +459,17 @@ def _array(prefix: list[Node], rest: Node, least: int, most: int | None) -> dict
 def _bounds(what: str, least: int, most: int | None) -> dict[str, int]:
     return ({f"min{what}": least} if least else {}) | ({f"max{what}": most} if most is not None else {})
 
+
+def _numbers(facts: Facts) -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    if facts.low:
+        out["exclusiveMinimum" if facts.low[1] else "minimum"] = facts.low[0]
+    if facts.high:
+        out["exclusiveMaximum" if facts.high[1] else "maximum"] = facts.high[0]
+    if facts.multiple is not None:
+        out["multipleOf"] = int(facts.multiple) if facts.multiple.denominator == 1 else float(facts.multiple)
+        if not facts.low:
+            out["minimum"] = -_EXACT
+        if not facts.high:
+            out["maximum"] = _EXACT
+    return out
