@@ -44,7 +44,8 @@ def main() -> int:
 
 def check_python() -> Iterator[Finding]:
     old = sys.version_info < (3, 11)
-    yield Finding("python", f"{platform.python_version()} on {platform.platform()}", old, "3.11 or newer is needed" if old else "")
+    says = f"{platform.python_version()} on {platform.platform()}"
+    yield Finding("python", says, old, "3.11 or newer is needed" if old else "")
 
 
 def check_packages() -> Iterator[Finding]:
