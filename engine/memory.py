@@ -63,7 +63,9 @@ def _worst_step(model: Decoder, table: RowTable, tokens: int) -> None:
     ids, positions, slots = torch.empty(3, tokens, dtype=torch.int32, device=device).unbind()
     ops.expand(table.tokens, table.block_table, rows, starts, cu_q, length, table.page_size, ids, positions, slots)
     tiles = torch.tensor([(i, at) for i, n in enumerate(counts) for at in range(0, n, ops.QUERY_TILE)], dtype=torch.int32, device=device)
-    hidden = model(StepInputs(ids, positions, slots, table.block_table, rows[:0], 0, 0, rows, starts, cu_q, tiles), caches)
+    step = StepInputs(ids, positions, slots, table.block_table, rows[:0], 0, 0, rest_rows=rows, rest_starts=starts, rest_cu_q=cu_q,
+                      tiles=tiles)
+    hidden = model(step, caches)
     sampled = hidden[torch.arange(table.max_rows, device=device) % tokens]
     dummies = torch.full((table.max_rows,), table.dummy, dtype=torch.int32, device=device)
     ops.sample(model.logits(sampled), table.params, dummies, torch.zeros_like(dummies))
