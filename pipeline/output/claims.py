@@ -18,6 +18,7 @@ from pipeline.output.run_folder import RunFolder
 from pipeline.output.store import LocalStore, storage_errors
 
 LEASE_SECONDS = 60.0      # after so long without a sign of life, by the contender's own clock, a holder counts as dead
+AHEAD_ROWS = 16_384       # held at once beyond two shards: enough to keep the engine busy, few enough to leave others some
 _POLL_SECONDS = 2.0
 
 
@@ -34,31 +35,35 @@ class Claims:
         self._folder, self._seconds = folder, seconds
         self._work = folder.store.work
         self._leases: dict[int, SoftFileLease] = {}
-        self._held: set[int] = set()
-        self._stopped = threading.Event()
+        self._held: dict[int, int] = {}      # shard index -> rows
+        self._changed = threading.Event()
+        self._stopped = False
         pending = folder.pending_shards()
         others = [shard for shard in pending if shard.index % workers != worker]
         random.Random(worker).shuffle(others)      # so that two thieves rarely want the same
         self._left = [*(shard for shard in pending if shard.index % workers == worker), *others]
 
     def __iter__(self) -> Iterator[Shard]:
-        while self._left and not self._stopped.is_set():
-            shard = self._next()
+        while self._left and not self._stopped:
+            self._changed.clear()
+            full = len(self._held) > 1 and sum(self._held.values()) >= AHEAD_ROWS
+            shard = None if full else self._next()
             if shard is not None:
                 yield shard
             elif self._left:
-                self._stopped.wait(_POLL_SECONDS)
+                self._changed.wait(_POLL_SECONDS)
 
     def release(self, shard: Shard) -> None:
         """The shard is committed, or given up."""
-        if shard.index in self._held:
-            self._held.remove(shard.index)
+        if self._held.pop(shard.index, None) is not None:
+            self._changed.set()
             with storage_errors(str(self._work)):
                 self._leases.pop(shard.index).release()
 
     def stop(self) -> None:
         """End the iteration, soon, and release all."""
-        self._stopped.set()
+        self._stopped = True
+        self._changed.set()
         for shard in self._folder.plan.shards:
             self.release(shard)
 
@@ -85,5 +90,5 @@ class Claims:
                 lease.acquire(blocking=False)
             except Timeout:
                 return False
-        self._held.add(shard.index)
+        self._held[shard.index] = shard.num_rows
         return True

@@ -63,16 +63,19 @@ class Run:
 
 @dataclass
 class Job:
-    """A small job: a folder for its input and the log of its runs, another for its output. `keys`: of its command line."""
+    """A small job: a folder for its input and the log of its runs, another (or `url`) for its output. `keys`: what it is told."""
 
     zygote: Zygote
     folder: Path
     out: Path
     keys: list[str] = field(default_factory=list)
+    url: str = ""
+    env: dict[str, str] = field(default_factory=dict)
 
     def start(self, *keys: str, **order: Any) -> Run:
         given = ["data={input}", "output.dir={output}", "task=generate", "task.prompt={{ text }}", f"task.schema={SCHEMA}"]
-        places = {"input": str(self.folder / "in"), "output": str(self.out), "log": str(self.folder / "log")}
+        places = {"input": str(self.folder / "in"), "output": self.url or str(self.out), "log": str(self.folder / "log")}
+        order["env"] = {**self.env, **order.get("env", {})}
         return Run(self.zygote, self.zygote.ask(keys=[*given, *self.keys, *keys], **places, **order))
 
     def run(self, *keys: str, **order: Any) -> int:

@@ -88,8 +88,8 @@ def test_what_is_journalled_is_not_computed_again(zygote: Zygote, tmp_path: Path
 
 
 def test_a_clock_that_is_wrong_changes_nothing(job: Job, whole: Job) -> None:
-    for clock, step in ((3600, "link part-00001"), (-3600, "link part-00002"), (7200, "link part-00003")):
-        assert job.run(clock=clock, strike={"step": step, "when": "after"}) == -9
+    for clock in (3600, -3600, 7200):
+        assert job.run(clock=clock, strike={"step": "link part-", "when": "after"}) == -9
     assert job.run(clock=-86400) == 0, job.said()
     assert_same(job, whole)
 

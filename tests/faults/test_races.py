@@ -41,6 +41,16 @@ def test_workers_that_share_the_shards_and_die(job: Job, whole: Job) -> None:
     assert_same(job, whole)
 
 
+def test_workers_with_leases_inherit_from_the_dead(job: Job, whole: Job) -> None:
+    share = ("cluster.lease=true", "cluster.workers=3")
+    for step in ("write 0000", "link part-"):
+        assert job.run("cluster.worker=1", *share, strike={"step": step, "when": "after"}) == -9
+        assert list(job.out.glob("_work/*.lease"))
+    runs = [job.start(f"cluster.worker={worker}", *share) for worker in (0, 2)]
+    assert [run.wait() for run in runs] == [0, 0], job.said()
+    assert_same(job, whole)
+
+
 @pytest.mark.parametrize("step, when", [
     ("link _run.json", "before"), ("link _plan", "before"), ("write 00001", "half"), ("write_table 00001", "after"),
     ("fsync 00001.*inprogress", "after"), ("link part-00001", "before"), ("link part-00001", "after"), ("unlink 0000", "before"),

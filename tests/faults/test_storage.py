@@ -87,8 +87,8 @@ def test_a_read_only_output(zygote: Zygote, disk: Disk, tmp_path: Path, whole: J
 
 @pytest.mark.parametrize("damage", ["another program's", "cut", "empty"])
 def test_something_else_at_a_parts_name(job: Job, whole: Job, damage: str) -> None:
-    assert job.run(strike={"step": "link part-00002", "when": "after"}) == -9
-    path = job.out / "part-00001-of-00004.parquet"
+    assert job.run(strike={"step": "link part-", "when": "after"}) == -9
+    (path,) = job.parts()
     if damage == "another program's":
         pq.write_table(pq.read_table(path, columns=["text"]), path)
     else:
@@ -96,7 +96,7 @@ def test_something_else_at_a_parts_name(job: Job, whole: Job, damage: str) -> No
     before = path.read_bytes()
     for _ in range(2):
         assert job.run() == 1
-        assert "part-00001-of-00004.parquet" in one_line(job)
+        assert path.name in one_line(job)
         assert "move it away" in one_line(job)
     assert path.read_bytes() == before
     path.unlink()

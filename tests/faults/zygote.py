@@ -11,6 +11,7 @@ step. `rows`: file that gets a line for each row that the engine is given. `cloc
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
@@ -29,8 +30,12 @@ import pyarrow.parquet as pq
 from pipeline.config import check
 from pipeline.exits import JobError
 from pipeline.job import run_job
+from pipeline.output.store import ObjectStore
 from pipeline.run import read_config
 from tests.pipeline.scripted_engine import ScriptedEngine, ScriptedModel
+
+with contextlib.suppress(ImportError):
+    import s3fs  # noqa: F401  (a second for each run on S3, otherwise)
 
 
 class Steps:
@@ -52,6 +57,7 @@ class Steps:
         self.wrap(Path, "write_bytes", lambda path, data: path.name, lambda path, data: (path, data[: len(data) // 2]))
         self.wrap(Path, "unlink", lambda path, missing_ok=False: path.name if path.exists() else None)
         self.wrap(Path, "mkdir", lambda path, *_, **__: None if path.exists() else path.name)
+        self.wrap(ObjectStore, "_put", lambda store, path, name, mode: name)
         self.wrap(pq.ParquetWriter, "write_table", on_disk)
         self.wrap(pq.ParquetWriter, "close", on_disk)
 

@@ -72,6 +72,25 @@ def test_alone_it_is_its_share_and_then_the_rest(folder: RunFolder) -> None:
     assert sorted(order) == list(range(count))
 
 
+def test_it_does_not_hoard(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "AHEAD_ROWS", 30)
+    claims = Claims(folder)
+    given: list[int] = []
+
+    def take() -> None:
+        for shard in claims:
+            given.append(shard.index)
+
+    thread = threading.Thread(target=take)
+    thread.start()
+    for held in (3, 4, 5):
+        time.sleep(0.3)
+        assert len(given) == held
+        claims.release(folder.plan.shards[given[held - 3]])
+    claims.stop()
+    thread.join()
+
+
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
 def test_the_dead_are_inherited_from(tmp_path: Path, folder: RunFolder, number: signal.Signals) -> None:
     code = f"""

@@ -5,11 +5,12 @@ from __future__ import annotations
 import errno
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from output_cases import assert_whole, contents, fill, open_folder, write_input
+from s3_server import S3Server, serve_s3
 
 from pipeline.exits import ConfigError, StorageError
 from pipeline.output import store as module
@@ -24,51 +25,13 @@ def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
     return open_store(f"s3://bucket/{tmp_path.name}", str(tmp_path / "spool"))
 
 
-class Weather:
-    """In front of the S3 server. `spoil`: (method, path) -> HTTP status to answer with, or None to let the request through."""
-
-    def __init__(self, app: Callable) -> None:
-        self.app = app
-        self.spoil: Callable[[str, str], str | None] = lambda method, path: None
-
-    def __call__(self, environ: dict, start_response: Callable) -> Iterator[bytes]:
-        status = self.spoil(environ["REQUEST_METHOD"], environ["PATH_INFO"])
-        if status is None:
-            return self.app(environ, start_response)
-        environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
-        code = {"409": "ConditionalRequestConflict", "503": "SlowDown"}[status[:3]]
-        start_response(status, [("Content-Type", "application/xml")])
-        return iter([f"<Error><Code>{code}</Code><Message>{status}</Message></Error>".encode()])
-
-
 @pytest.fixture(scope="module")
-def s3_server() -> Iterator[Weather]:
-    server = pytest.importorskip("moto.server")
-    pytest.importorskip("s3fs")
-    from werkzeug.serving import make_server
-
-    weather = Weather(server.DomainDispatcherApplication(server.create_backend_app))
-    httpd = make_server("127.0.0.1", 0, weather, threaded=True)
-    thread = threading.Thread(target=httpd.serve_forever, daemon=True)
-    thread.start()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{httpd.server_port}")
-        patch.setenv("AWS_ACCESS_KEY_ID", "made-up")
-        patch.setenv("AWS_SECRET_ACCESS_KEY", "made-up")
-        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-        import s3fs
-
-        s3fs.S3FileSystem.clear_instance_cache()
-        s3fs.S3FileSystem().mkdir("bucket")
-        yield weather
-        s3fs.S3FileSystem.clear_instance_cache()
-    httpd.shutdown()
-    httpd.server_close()
-    thread.join()
+def s3_server() -> Iterator[S3Server]:
+    yield from serve_s3()
 
 
 @pytest.fixture
-def s3(s3_server: Weather, monkeypatch: pytest.MonkeyPatch) -> Weather:
+def s3(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> S3Server:
     s3_server.spoil = lambda method, path: None
     monkeypatch.setattr(module.time, "sleep", lambda seconds: None)
     return s3_server
@@ -223,7 +186,7 @@ def test_a_folder_that_cannot_sync_its_names_is_used_all_the_same(tmp_path: Path
 
 
 @pytest.mark.parametrize("status", ["409 Conflict", "503 Slow Down"])
-def test_a_put_that_is_told_to_come_back_comes_back(s3: Weather, tmp_path: Path, status: str) -> None:
+def test_a_put_that_is_told_to_come_back_comes_back(s3: S3Server, tmp_path: Path, status: str) -> None:
     store = open_store(f"s3://bucket/{tmp_path.name}", str(tmp_path / "spool"))
     left = [3]
 
@@ -238,7 +201,7 @@ def test_a_put_that_is_told_to_come_back_comes_back(s3: Weather, tmp_path: Path,
     assert (store.read("a"), left) == (b"1", [0])
 
 
-def test_a_store_that_stays_away_is_one_line(s3: Weather, tmp_path: Path) -> None:
+def test_a_store_that_stays_away_is_one_line(s3: S3Server, tmp_path: Path) -> None:
     store = open_store(f"s3://bucket/{tmp_path.name}", str(tmp_path / "spool"))
     s3.spoil = lambda method, path: "409 Conflict" if method == "PUT" else None
     with pytest.raises(StorageError, match="once it can be reached"):
@@ -249,7 +212,7 @@ def test_a_store_that_stays_away_is_one_line(s3: Weather, tmp_path: Path) -> Non
         open_folder("s3://no-such-bucket/out", write_input(tmp_path / "in"), spool=str(tmp_path / "spool"))
 
 
-def test_a_run_on_s3_equals_one_on_disk(s3: Weather, tmp_path: Path) -> None:
+def test_a_run_on_s3_equals_one_on_disk(s3: S3Server, tmp_path: Path) -> None:
     files = write_input(tmp_path / "in")
     local = open_folder(tmp_path / "out", files)
     for shard in local.pending_shards():
