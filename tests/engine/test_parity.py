@@ -1,8 +1,8 @@
 """Greedy tokens against transformers, float32 on the CPU: 64 tokens on 20 prompts of every tiny family, and small real models.
 
 A row of the engine is greedy where every token is the likeliest under transformers' logits for the same prompt and the tokens
-before it, so one forward pass of transformers a row decides it. GRISTMILL_FULL=1 also runs transformers' own generate(), and more
-rows of the real models; that takes minutes.
+before it, so one forward pass of transformers a row decides it. GRISTMILL_FULL=1 also runs transformers' own generate(), and as
+many rows of the real models, of which it takes a few otherwise; that needs minutes.
 
 Two float32 programs that add in another order differ in the last bits of a logit. A token that is not the likeliest counts only
 where transformers gives it less than TIE below the likeliest one; such tokens are reported as warnings.
@@ -28,7 +28,6 @@ from pipeline.tokenizer import load_tokenizer
 FULL = bool(os.environ.get("GRISTMILL_FULL"))
 MESSAGES = Path(__file__).parents[2] / "jobs/examples/customer_messages.parquet"
 TIE = 1e-4
-TOKENS = 64
 
 
 def reference_logits(model: Path, prompt: Sequence[int], output: Sequence[int]) -> torch.Tensor:
@@ -40,7 +39,6 @@ def reference_logits(model: Path, prompt: Sequence[int], output: Sequence[int]) 
 
 def check_greedy(model: Path, prompts: Sequence[Sequence[int]], outputs: Sequence[Sequence[int]]) -> None:
     for row, (prompt, output) in enumerate(zip(prompts, outputs, strict=True)):
-        assert len(output) == TOKENS
         logits = reference_logits(model, prompt, output)
         best, token = logits.max(-1), torch.tensor(output)
         for i in (best.indices != token).nonzero().flatten().tolist():
@@ -48,9 +46,9 @@ def check_greedy(model: Path, prompts: Sequence[Sequence[int]], outputs: Sequenc
 
 
 def check_generate(model: Path, prompts: Sequence[Sequence[int]], outputs: Sequence[Sequence[int]]) -> None:
-    for row, want in enumerate(reference_greedy(model, prompts, TOKENS)):
+    for row, want in enumerate(reference_greedy(model, prompts, len(outputs[0]))):
         got = outputs[row]
-        i = next((i for i in range(TOKENS) if got[i] != want[i]), None)
+        i = next((i for i in range(len(want)) if got[i] != want[i]), None)
         if i is not None:           # rows differ after a tie: no more of this one
             note_tie(f"{model.name} row {row} token {i}", reference_logits(model, prompts[row], want)[i], got[i], want[i])
 
@@ -61,10 +59,10 @@ def note_tie(where: str, logits: torch.Tensor, got: int, want: int) -> None:
     warnings.warn(f"{where}: {got} for {want}, a tie to {gap:.1g}", stacklevel=1)
 
 
-def generate(model: Path, prompts: Sequence[Sequence[int]], **config: int) -> list[list[int]]:
-    with running(model, **{"max_model_len": 384, "max_step_tokens": 256} | config) as engine:
-        done = finish(engine, make_requests(prompts, SamplingParams(max_tokens=TOKENS, ignore_eos=True)))
-    tokens = tokens_of(done)
+def generate(model: Path, prompts: Sequence[Sequence[int]], n: int, **config: int) -> list[list[int]]:
+    with running(model, max_model_len=384, **config) as engine:
+        tokens = tokens_of(finish(engine, make_requests(prompts, SamplingParams(max_tokens=n, ignore_eos=True))))
+    assert all(len(row) == n for row in tokens.values())
     return [tokens[i] for i in range(len(prompts))]
 
 
@@ -73,7 +71,7 @@ def test_tiny_models(family: str, tmp_path: Path) -> None:
     """Prompts longer than the windows, some with a prefix in common, in chunks and batches."""
     model = tiny_checkpoint(family, tmp_path)
     prompts = random_prompts(20, seed=1, shortest=20, longest=60, shared=40)
-    outputs = generate(model, prompts, max_step_tokens=48)
+    outputs = generate(model, prompts, 64, max_step_tokens=48)
     assert len({tuple(output[-16:]) for output in outputs}) == len(prompts), "rows that end alike prove little"
     check_greedy(model, prompts, outputs)
     if FULL:
@@ -95,7 +93,7 @@ def test_logits_of_tiny_models(family: str, tmp_path: Path) -> None:
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("name", ["smollm2", "qwen2.5-0.5b", "gemma3-270m"])
 def test_real_models(name: str) -> None:
-    """The first words of customer messages; the full form has 20 rows."""
+    """The first words of customer messages; 64 tokens of 20 rows in the full form."""
     try:
         model = real_model(name)
     except ModelSourceError as error:
@@ -104,7 +102,7 @@ def test_real_models(name: str) -> None:
     texts = pq.read_table(MESSAGES)["message"].to_pylist()[:: 10 if FULL else 50]
     prompts = [tokenizer(text).input_ids[: 64 if FULL else 24] for text in texts]
     assert len(prompts) == (20 if FULL else 4)
-    outputs = generate(model, prompts)
+    outputs = generate(model, prompts, 64 if FULL else 24, max_step_tokens=256)
     check_greedy(model, prompts, outputs)
     if FULL:
         check_generate(model, prompts, outputs)

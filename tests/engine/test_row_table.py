@@ -20,7 +20,7 @@ class Mirror:
 
     def __init__(self, table: RowTable) -> None:
         self.table = table
-        names = ("tokens", "block_table", "params", "rows", "starts")
+        names = ("tokens", "block_table", "params", "rows", "starts", "shared", "prefix_tiles")
         self.arrays = {name: getattr(table, name).numpy().copy() for name in names}
 
     def check(self) -> None:
@@ -53,6 +53,11 @@ def test_random_staged_writes(seed: int, flushes: int, max_rows: int, max_len: i
         rows, starts = rng.integers(0, max_rows + 1, size=(2, n), dtype=np.int32)
         table.stage_step(rows, starts)
         arrays["rows"][:n], arrays["starts"][:n] = rows, starts
+        shared = rng.integers(0, 99, size=n, dtype=np.int32)
+        tiles = rng.integers(1, 9, size=(int(rng.integers(0, len(table.prefix_tiles) + 1)), 2), dtype=np.int32)
+        table.stage_prefixes(shared, tiles)
+        arrays["shared"][:n] = shared
+        arrays["prefix_tiles"][: len(tiles)], arrays["prefix_tiles"][len(tiles) :] = tiles, 0
         extra = rng.integers(-5, 5, size=int(rng.integers(0, 9)), dtype=np.int32)
         np.testing.assert_array_equal(table.flush(extra).numpy(), extra)
         mirror.check()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import random
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -20,8 +20,10 @@ from hypothesis import strategies as st
 from models import TURN_END as END
 from models import tiny_tokenizer
 
+from engine import prefix_groups
 from engine.block_pool import BlockPool, Node
 from engine.config import EngineConfig
+from engine.prefix_groups import PrefixGroups
 from engine.request import Completion, FinishReason, Request, SamplingParams, TokenLogprobs
 from engine.row_table import RowTable
 from engine.scheduler import Live, Scheduler, StepPlan
@@ -224,6 +226,8 @@ class FakeDevice:
             self.kv[where] = job.hashes[start:end]
         for i, job in enumerate(jobs):
             self.check_prefix(int(plan.rows[i]), job, int(plan.starts[i] + plan.counts[i]))
+        if plan.shared is not None:
+            self.check_shared(plan, jobs)
         at = (plan.starts + plan.counts - 1)[plan.sampled]
         tokens = [jobs[i].sample(guides[i], at[k] + 1) for k, i in enumerate(plan.sampled.tolist())]
         sampled, rows = torch.tensor(tokens, dtype=torch.int32), torch.from_numpy(plan.rows[plan.sampled])
@@ -236,6 +240,19 @@ class FakeDevice:
         pages = self.table.block_table[row].numpy()[positions // PAGE]
         read = self.kv[pages * PAGE + positions % PAGE]
         np.testing.assert_array_equal(read, job.hashes[:length], f"row {row} reads what is not its own")
+
+    def check_shared(self, plan: StepPlan, jobs: list[Job]) -> None:
+        """The rows of a tile may all read the prefix through the first one's pages; every row that shares is in one tile."""
+        covered = np.zeros(plan.num_decode, dtype=int)
+        assert plan.shared.size == plan.num_decode
+        for at, count in plan.prefix_tiles.tolist():
+            covered[at : at + count] += 1
+            assert 0 < count <= ref.PREFIX_TILE
+            assert len(set(plan.shared[at : at + count].tolist())) == 1
+            for i in range(at, at + count):
+                assert 0 < plan.shared[i] <= plan.starts[i]
+                self.check_prefix(int(plan.rows[at]), jobs[i], int(plan.shared[i]))
+        np.testing.assert_array_equal(covered, plan.shared > 0)
 
 
 # --- the loop, as in Engine.step ---
@@ -263,13 +280,14 @@ class Trace:
         self.pool = BlockPool(pages, PAGE)
         config = EngineConfig(depth=setting.depth, window=setting.window, prefix_sharing=setting.sharing)
         self.budget = setting.max_rows + setting.spare_tokens
-        self.scheduler = Scheduler(config, self.table, self.pool, self.budget, (END,), TOKENIZER)
+        groups = PrefixGroups(setting.max_rows, PAGE, token_bytes=1 << 40) if setting.sharing else None
+        self.scheduler = Scheduler(config, self.table, self.pool, self.budget, (END,), TOKENIZER, groups)
         self.device = FakeDevice(self.table, pages)
         self.jobs = make_jobs(setting.jobs, setting.max_len, self.rng)
         self.done: dict[int, Completion] = {}
         self.aborted: set[int] = set()
         self.inflight: deque[tuple[StepPlan, np.ndarray, dict[int, TokenLogprobs]]] = deque()
-        self.steps = 0
+        self.steps = self.steps_with_groups = 0
 
     def run(self) -> None:
         coming, turns = deque(self.jobs), 0
@@ -300,6 +318,7 @@ class Trace:
             self.check_plan(plan)
             self.inflight.append((plan, *self.launch(plan)))
             self.steps += 1
+            self.steps_with_groups += plan.shared is not None
         else:
             self.table.flush_staged()
             if self.inflight:
@@ -397,6 +416,16 @@ class Trace:
         assert not self.pool._root.children, "the prefix tree keeps what nobody needs"
 
 
+@pytest.fixture(scope="module", autouse=True)
+def small_groups() -> Iterator[None]:
+    """So that few rows with short prefixes are decoded as groups."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prefix_groups, "EVERY", 3)
+        patch.setattr(prefix_groups, "MIN_ROWS", 2)
+        patch.setattr(prefix_groups, "MIN_TOKENS", PAGE)
+        yield
+
+
 settings_strategy = st.builds(
     Setting, jobs=st.integers(1, 40), max_rows=st.integers(1, 6), max_len=st.integers(8, 48), spare_pages=st.integers(0, 30),
     spare_tokens=st.integers(0, 40), depth=st.sampled_from([1, 2]), window=st.integers(1, 40), sharing=st.booleans(),
@@ -419,3 +448,26 @@ def test_a_long_trace_preempts_shares_and_learns(depth: int) -> None:
     reasons = [c.finish_reason for c in trace.done.values()]
     assert set(reasons) == set(FinishReason)
     assert stats.forced_tokens > 50
+    assert trace.steps_with_groups > 50
+
+
+@given(st.lists(st.integers(0, 400), max_size=40))
+def test_tiles_of_shared_prefixes_fit_the_row_table(sizes: list[int]) -> None:
+    """However rows fall into groups, with the least size that a group has outside of tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prefix_groups, "MIN_ROWS", 16)
+        groups = PrefixGroups(sum(sizes) + 1, PAGE, token_bytes=1 << 40)
+        paths: dict[int, list[Node]] = {}
+        for size in sizes:
+            node = Node(Node(None, b""), b"")
+            paths |= {len(paths) + i: [node] for i in range(size)}
+        for path in paths.values():
+            groups.join(path)
+        for _ in range(3):
+            rows, shared, tiles = groups.arrange(np.arange(sum(sizes), dtype=np.int32), lambda: paths)
+    assert sorted(rows.tolist()) == list(range(sum(sizes)))
+    if max(sizes, default=0) >= 16:
+        assert int((shared > 0).sum()) == sum(size for size in sizes if size >= 16)
+        assert len(tiles) <= RowTable(max(1, rows.size), 16, 16, torch.device("cpu")).prefix_tiles.shape[0]
+    else:
+        assert shared is tiles is None

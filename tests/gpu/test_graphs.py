@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from engine_cases import finish, make_requests, mixed_requests, random_prompts, running, tokens_of
 from models import tiny_checkpoint
 
+from engine import prefix_groups
+from engine.prefix_groups import PrefixGroups
 from engine.request import Request, SamplingParams
 
 if not torch.cuda.is_available():
@@ -81,3 +84,24 @@ def test_long_contexts_in_graphs_of_short_ones(llama: Path) -> None:
     prompts = random_prompts(6, seed=2, shortest=350, longest=400)
     params = SamplingParams(max_tokens=100, ignore_eos=True)
     assert compare(llama, lambda: make_requests(prompts, params), max_model_len=512, max_step_tokens=600) > 90
+
+
+def test_rows_that_read_their_prefix_together(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forty-eight rows of one prefix in groups, launched and replayed, against rows that share nothing."""
+    monkeypatch.setattr(prefix_groups, "EVERY", 1)
+    monkeypatch.setattr(prefix_groups, "MIN_BYTES", 0)
+    arrange, grouped = PrefixGroups.arrange, []
+
+    def watched(self: PrefixGroups, *args: Any) -> Any:
+        result = arrange(self, *args)
+        grouped.append(result[1] is not None)
+        return result
+
+    monkeypatch.setattr(PrefixGroups, "arrange", watched)
+    results = []
+    for config in ({"prefix_sharing": False, "cuda_graphs": False}, {"cuda_graphs": False}, {"cuda_graphs": True}):
+        grouped.clear()
+        with running(llama, device="cuda", kv_pages=3000, max_rows=96, max_step_tokens=1024, max_model_len=512, **config) as engine:
+            results.append(tokens_of(finish(engine, mixed_requests(96, shared=150))))
+        assert sum(grouped) > 10 or not config.get("prefix_sharing", True)
+    assert results[0] == results[1] == results[2]
