@@ -98,10 +98,10 @@ def test_rows_that_read_their_prefix_together(llama: Path, monkeypatch: pytest.M
         return result
 
     monkeypatch.setattr(PrefixGroups, "arrange", watched)
-    results = []
+    results, large = [], {"kv_pages": 3000, "max_rows": 96, "max_step_tokens": 1024, "max_model_len": 512}
     for config in ({"prefix_sharing": False, "cuda_graphs": False}, {"cuda_graphs": False}, {"cuda_graphs": True}):
         grouped.clear()
-        with running(llama, device="cuda", kv_pages=3000, max_rows=96, max_step_tokens=1024, max_model_len=512, **config) as engine:
+        with running(llama, device="cuda", **large | config) as engine:
             results.append(tokens_of(finish(engine, mixed_requests(96, shared=150))))
         assert sum(grouped) > 10 or not config.get("prefix_sharing", True)
     assert results[0] == results[1] == results[2]
