@@ -37,6 +37,7 @@ class Stop:
         if self._signal:
             os._exit(128 + number)  # nothing to flush: the journal is written as rows finish
         self._signal = number
+        os.write(2, b"\nstopping; once more to stop at once\n")
 
     def reason(self, generated_tokens: int = 0) -> str | None:
         """Why to stop now, or None. `generated_tokens`: by this attempt."""

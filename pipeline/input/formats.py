@@ -7,7 +7,7 @@ import io
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, BinaryIO, Protocol
+from typing import Any, BinaryIO, NamedTuple, Protocol
 
 import orjson
 import pyarrow as pa
@@ -30,8 +30,15 @@ class Chunk:
     repaired: frozenset[int] = frozenset()
 
 
+class Scan(NamedTuple):
+    """What reading a whole file found out, for those who open it again."""
+
+    schema: pa.Schema
+    row_groups: tuple[int, ...]
+
+
 class Reader(Protocol):
-    """One file, opened for reading; not shared between threads."""
+    """One file, opened for reading; not shared between threads. `version`: what changes when the file is replaced."""
 
     schema: pa.Schema
     row_groups: tuple[int, ...]
@@ -42,7 +49,9 @@ class Reader(Protocol):
 
 
 class ParquetReader:
-    def __init__(self, handle: BinaryIO, name: str, stamp: str) -> None:
+    """Its footer says all there is to know: `scan` and `stamp` are for formats without one."""
+
+    def __init__(self, handle: BinaryIO, name: str, stamp: str, scan: Scan | None = None) -> None:
         self._name = name
         try:
             self._file = pq.ParquetFile(handle, pre_buffer=False)
@@ -75,9 +84,12 @@ class JsonlReader:
     """One JSON object a line; blank lines are skipped. A column is text, whole numbers, numbers or truth values, as its values
     are in the whole file. Objects and lists are carried as JSON text: structs would give each row the keys of all others."""
 
-    def __init__(self, handle: BinaryIO, name: str, stamp: str) -> None:
+    def __init__(self, handle: BinaryIO, name: str, stamp: str, scan: Scan | None = None) -> None:
         self._handle, self._name, self.version = handle, name, stamp
         self._size = handle.seek(0, io.SEEK_END)
+        self.schema, self.row_groups = scan or self._scan()
+
+    def _scan(self) -> Scan:
         kinds: dict[str, type] = {}
         groups: list[int] = []
         line = 0
@@ -87,8 +99,7 @@ class JsonlReader:
             self._widen(kinds, rows, line, lines)
             groups.append(len(rows))
             line += len(lines)
-        self.schema = pa.schema([_jsonl_field(key, kind) for key, kind in kinds.items()])
-        self.row_groups = tuple(groups)
+        return Scan(pa.schema([_jsonl_field(key, kind) for key, kind in kinds.items()]), tuple(groups))
 
     def rows(self, row_group: int, columns: Sequence[str]) -> Iterator[Chunk]:
         schema = select(self.schema, columns)
@@ -189,8 +200,11 @@ class CsvReader:
     """A header line, then rows. Every column is text as it stands: guessed types would lose leading zeros. An empty field is
     null, an empty pair of quotes is empty text."""
 
-    def __init__(self, handle: BinaryIO, name: str, stamp: str) -> None:
+    def __init__(self, handle: BinaryIO, name: str, stamp: str, scan: Scan | None = None) -> None:
         self._handle, self._name, self.version = handle, name, stamp
+        if scan is not None:
+            self.schema, self.row_groups = scan
+            return
         with self._open({}) as reader:
             self.schema = pa.schema([(column, pa.string()) for column in reader.schema.names])
         self.row_groups = (sum(chunk.table.num_rows for chunk in self.rows(0, self.schema.names)),)

@@ -9,13 +9,25 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import fsspec
 import pyarrow as pa
 
 from pipeline.exits import ConfigError
-from pipeline.input.formats import JSON_TEXT, Chunk, CsvReader, HfReader, JsonlReader, ParquetReader, Reader, first_line, select
+from pipeline.input.formats import (
+    JSON_TEXT,
+    Chunk,
+    CsvReader,
+    HfReader,
+    JsonlReader,
+    ParquetReader,
+    Reader,
+    Scan,
+    first_line,
+    select,
+)
 from pipeline.input.plan import InputFile, Piece, Shard, check_unchanged
 
 READERS: dict[str, type] = {"parquet": ParquetReader, "jsonl": JsonlReader, "csv": CsvReader}
@@ -35,12 +47,12 @@ _HUB = re.compile(r"hf://(?!datasets/|buckets/|models/|spaces/)[\w.-]+(/[\w.-]+)
 
 @dataclass(frozen=True)
 class Found:
-    """A file before it is opened. `key`: its name within what the user gave; `open`: a fresh reader of it."""
+    """A file before it is opened. `key`: its name within what the user gave; `open`: a fresh reader, told of an earlier scan."""
 
     key: str
     uri: str
     size: int
-    open: Callable[[], Reader]
+    open: Callable[[Scan | None], Reader]
 
 
 class Input:
@@ -57,7 +69,9 @@ class Input:
         self.schema = pa.schema([field.with_type(pa.string()) if pa.types.is_null(field.type) else field for field in schema])
         if not any(file.num_rows for file in self.files):
             raise ConfigError(f"data: {self.files[0].uri}{' and the others' if len(self.files) > 1 else ''} hold no rows")
-        self._open = {item.key: item.open for item in found}
+        self._open: dict[str, Callable[[], Reader]] = {
+            item.key: partial(item.open, Scan(schema, file.row_groups)) for item, (file, schema) in zip(found, looked, strict=True)
+        }
 
     def cursor(self, columns: Sequence[str] | None = None) -> Cursor:
         """Reads `columns` (all by default) of shards, cheapest in the order of the plan."""
@@ -146,36 +160,47 @@ def _find(entry: str, keys: Any) -> list[Found]:
 
 
 def _files(entry: str, fs: fsspec.AbstractFileSystem, path: str, keys: Any) -> list[Found]:
-    if _MAGIC.search(path) and not fs.exists(path):
-        root = path[: _MAGIC.search(path).start()].rpartition("/")[0]  # type: ignore[union-attr]
-        paths = [p for p, info in fs.glob(path, detail=True).items() if info["type"] == "file" and not _hidden(p, root)]
-        if not paths:
+    magic = _MAGIC.search(path)
+    if magic and not fs.exists(path):
+        root = path[: magic.start()].rpartition("/")[0]
+        infos = {p: info for p, info in fs.glob(path, detail=True).items() if info["type"] == "file" and not _hidden(p, root)}
+        if not infos:
             raise ConfigError(f"data={entry}: no file matches")
     elif fs.isdir(path):
         root = path.rstrip("/")
-        everything = [p for p in fs.find(path) if not _hidden(p, root)]
-        paths = [p for p in everything if keys.format != "auto" or os.path.splitext(p)[1].lower() in SUFFIXES]
-        if not paths:
+        infos = {p: info for p, info in fs.find(path, detail=True).items()
+                 if not _hidden(p, root) and (keys.format != "auto" or _kind(p) is not None)}
+        if not infos:
             raise ConfigError(f"data={entry}: the folder holds no .parquet, .jsonl or .csv file")
     elif fs.exists(path):
-        root, paths = path.rpartition("/")[0], [path]
+        root, infos = path.rpartition("/")[0], {path: fs.info(path)}
     else:
         raise ConfigError(f"data={entry}: no such file or folder{_near(fs, path)}")
-    return [_file(fs, p, os.path.relpath(p, root) if root else p, keys.format) for p in sorted(paths)]
+    return [_file(fs, p, os.path.relpath(p, root) if root else p, info, keys.format) for p, info in sorted(infos.items())]
 
 
-def _file(fs: fsspec.AbstractFileSystem, path: str, key: str, given: str) -> Found:
+def _file(fs: fsspec.AbstractFileSystem, path: str, key: str, info: dict[str, Any], given: str) -> Found:
     uri = fs.unstrip_protocol(path).removeprefix("file://").removeprefix("local://")
-    kind = SUFFIXES.get(os.path.splitext(path)[1].lower()) if given == "auto" else given
+    kind = _kind(path) if given == "auto" else given
     if kind is None:
         raise ConfigError(f"data: {uri} is not .parquet, .jsonl or .csv; say which it is with input.format=...")
-    info = fs.info(path)
-    if not info.get("size"):
+    if not info.get("size") and not (info := fs.info(path))["size"]:    # a listing may be wrong: of links, or without sizes
         raise ConfigError(f"{uri}: empty (0 bytes); write it again or leave it out")
-    stamp = str(
-        next((info[name] for name in ("ETag", "etag", "mtime", "LastModified", "last_modified", "updated") if info.get(name)), "")
-    )
-    return Found(key, uri, info["size"], lambda: READERS[kind](fs.open(path, "rb"), uri, stamp))
+
+    def open(scan: Scan | None) -> Reader:
+        return READERS[kind](fs.open(path, "rb"), uri, _stamp(info if scan is None else fs.info(path)), scan)
+
+    return Found(key, uri, info["size"], open)
+
+
+def _kind(path: str) -> str | None:
+    return SUFFIXES.get(os.path.splitext(path)[1].lower())
+
+
+def _stamp(info: dict[str, Any]) -> str:
+    """What changes when a file is replaced, of what its file system tells: the etag, or the time."""
+    names = ("ETag", "etag", "mtime", "LastModified", "last_modified", "updated", "created")
+    return f"{info['size']} {next((info[name] for name in names if info.get(name)), '')}"
 
 
 def _hidden(path: str, root: str) -> bool:
@@ -226,11 +251,11 @@ def _saved(entry: str, path: str, keys: Any) -> Found:
 
 def _dataset(key: str, uri: str, dataset: Any) -> Found:
     version = str(dataset._fingerprint)
-    return Found(key, uri, int(dataset.data.nbytes), lambda: HfReader(dataset, uri, version))
+    return Found(key, uri, int(dataset.data.nbytes), lambda _: HfReader(dataset, uri, version))
 
 
 def _inspect(item: Found) -> tuple[InputFile, pa.Schema]:
-    reader = _guard(item.uri, item.open)
+    reader = _guard(item.uri, partial(item.open, None))
     return InputFile(item.key, item.uri, sum(reader.row_groups), item.size, reader.version, reader.row_groups), reader.schema
 
 
