@@ -69,8 +69,9 @@ class Input:
         self.schema = pa.schema([field.with_type(pa.string()) if pa.types.is_null(field.type) else field for field in schema])
         if not any(file.num_rows for file in self.files):
             raise ConfigError(f"data: {self.files[0].uri}{' and the others' if len(self.files) > 1 else ''} hold no rows")
+        scans = [Scan(own, file.row_groups) for file, own in looked]
         self._open: dict[str, Callable[[], Reader]] = {
-            item.key: partial(item.open, Scan(schema, file.row_groups)) for item, (file, schema) in zip(found, looked, strict=True)
+            item.key: partial(item.open, scan) for item, scan in zip(found, scans, strict=True)
         }
 
     def cursor(self, columns: Sequence[str] | None = None) -> Cursor:
