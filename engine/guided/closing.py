@@ -2,36 +2,40 @@
 
 A row that runs out of tokens is rolled back a little and completed by a short text that the grammar accepts. The search runs on a
 second matcher of the same grammar whose vocabulary is the 256 bytes: its masks are 32 bytes, its copies cost a microsecond, and
-what it finds does not depend on the model's tokenizer. Any completion it finds is valid, so the heuristics only cost length.
+what it finds does not depend on the model's tokenizer. Any completion it finds is checked, so the heuristics only cost length.
 """
 
 from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import cache
 
 from llguidance import LLMatcher, LLTokenizer, TokenizerWrapper
 
-_EOS = 256
+from engine.guided.distinct import Scanner, Unique
+
+_END = 256
 _QUOTE, _BACKSLASH = 0x22, 0x5C
 # Outside strings: leave what is open, go on where that is needed, then the cheapest value that may begin.
 _STRUCTURE = tuple(b'}],:0123456789"[{ntf-.eE+ \n\t\r')
 # Inside strings that may not end yet: plain characters first, and what patterns like to ask for.
-_CHARACTERS = tuple(b"a0A-./:@_ #+,;=?&%()!*~$<>[]{}'|^`") + tuple(b"bcdefghijklmnopqrstuvwxyzBCDEFGHIJKLMNOPQRSTUVWXYZ123456789")
-_NARROW = 48              # at most this many next bytes: look one step ahead at each
-_WIDE_STEPS = 16          # characters of one string chosen with a look ahead where many are allowed
+_CHARACTERS = tuple(b"a0A-./:@_ #+,;=?&%()!*~$<>[]{}'|^`bcdefghijklmnopqrstuvwxyzBCDEFGHIJKLMNOPQRSTUVWXYZ123456789")
+_NARROW = 48              # next bytes up to which each is looked at one step ahead
+_WIDE_STEPS = 16          # characters of one string that are chosen so where more are allowed
 _MAX_BYTES = 1 << 16
-_RETRIES = 8
+_RETRIES = 8              # randomised searches where the greedy one finds nothing valid
 _IMPROVEMENTS = 3         # randomised searches for something shorter than the greedy find
+_NEVER = 1 << 30
 
 
 class _Bytes:
     """What LLTokenizer asks of a tokenizer, for a vocabulary of single bytes."""
 
-    eos_token_id, bos_token_id, special_token_ids = _EOS, None, (_EOS,)
-    tokens = [bytes([i]) for i in range(256)] + [b"<eos>"]
+    eos_token_id, bos_token_id, special_token_ids = _END, None, (_END,)
+    tokens = [bytes([i]) for i in range(256)] + [b"<end>"]
 
     def __call__(self, text: bytes | str) -> list[int]:
         return list(text if isinstance(text, bytes) else text.encode())
@@ -39,32 +43,29 @@ class _Bytes:
 
 @cache
 def byte_tokenizer() -> LLTokenizer:
-    return LLTokenizer(TokenizerWrapper(_Bytes()), n_vocab=257, eos_token=_EOS, slices=[])
+    return LLTokenizer(TokenizerWrapper(_Bytes()), n_vocab=257, eos_token=_END, slices=[])
 
 
-def _open_string(text: bytes, states: bytes | bytearray, end: int) -> bytes:
-    """What stands in the string that is open at `end`."""
-    start = end
-    while start and states[start]:
-        start -= 1
-    return text[start + 1 : end]
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """Where a walk stands. state: 0 outside strings, 1 inside one, 2 after a backslash; string: what it holds so far."""
 
+    state: int = 0
+    string: bytes = b""
 
-def string_states(text: bytes) -> bytearray:
-    """For each prefix of JSON `text` (len + 1 of them): 0 outside strings, 1 inside one, 2 just after a backslash in one."""
-    states, state = bytearray(1), 0
-    for byte in text:
-        state = _next_state(state, byte)
-        states.append(state)
-    return states
-
-
-def _next_state(state: int, byte: int) -> int:
-    if state == 2:
-        return 1
-    if byte == _QUOTE:
-        return state ^ 1
-    return 2 if byte == _BACKSLASH and state else state
+    def after(self, data: bytes) -> _Place:
+        """The place in JSON after `data`."""
+        state, string = self.state, bytearray(self.string)
+        for byte in data:
+            if state == 0:
+                state = int(byte == _QUOTE)
+            elif state == 1 and byte == _QUOTE:
+                state = 0
+                string.clear()
+            else:
+                state = 2 if state == 1 and byte == _BACKSLASH else 1
+                string.append(byte)
+        return _Place(state, bytes(string))
 
 
 class Closer:
@@ -73,18 +74,27 @@ class Closer:
     matcher: the grammar compiled for `byte_tokenizer()`, at its start.
     tokenize: bytes -> token ids of the model.
     check: raises ValueError for a text that the grammar accepts and the schema does not (duplicate keys, huge numbers).
-    hints: texts of strings that the grammar's patterns accept.
-    is_json: False for grammars of plain text (regex, choice), where quotes have no meaning.
+    hints: texts of strings that bring the walk to its end.
+    is_json: False for grammars of plain text (regex, choice): one string that quotes do not end.
+    distinct: what a Scanner must see to; None: nothing.
     """
 
     def __init__(self, matcher: LLMatcher, tokenize: Callable[[bytes], list[int]], check: Callable[[str], object],
-                 hints: Sequence[bytes] = (), is_json: bool = True) -> None:
-        self._start, self._tokenize, self._check, self._is_json = matcher, tokenize, check, is_json
+                 hints: Sequence[bytes] = (), is_json: bool = True, distinct: Unique | None = None) -> None:
+        self._matcher, self._tokenize, self._check, self._is_json = matcher, tokenize, check, is_json
+        self._distinct = distinct
+        self._start = _Place() if is_json else _Place(state=1)
         self._hints = [hint + (b'"' if is_json else b"") for hint in hints if hint]
 
     def minimal(self, seconds: float = 2.0) -> bytes | None:
-        """A short checked output; None where none was found within about `seconds`."""
-        return self._search(self._start, b"", 0, b"", time.monotonic() + seconds, improve=True)
+        """A short valid output; None where none was found within about `seconds`."""
+        deadline = time.monotonic() + seconds
+        best = self._search(self._matcher, b"", self._start, deadline)
+        for seed in range(_RETRIES, _RETRIES + _IMPROVEMENTS):
+            if best is not None and time.monotonic() < deadline:
+                found = self._walk(self._matcher, b"", self._start, len(best) - 1, deadline, random.Random(seed))
+                best = found if found is not None and self.holds(found) else best
+        return best
 
     def close(self, pieces: Sequence[bytes], budget: int, seconds: float = 0.1) -> tuple[int, list[int]] | None:
         """Keep the first n of `pieces` (the bytes of the sampled tokens) and close them: (n, closing tokens).
@@ -92,48 +102,42 @@ class Closer:
         n + len(closing tokens) <= budget, and n is as large as can be. None when nothing was found within about `seconds`.
         """
         deadline = time.monotonic() + seconds
-        matcher, ends = self._start.deep_copy(), [0]
+        matcher, ends, places = self._matcher.deep_copy(), [0], [self._start]
         for piece in pieces[:budget]:
             taken = matcher.try_consume_tokens(list(piece))
             if taken < len(piece):
                 matcher.rollback(taken)
                 break
             ends.append(ends[-1] + len(piece))
+            places.append(self._after(places[-1], piece))
         text = b"".join(pieces[: len(ends) - 1])
-        states = string_states(text) if self._is_json else bytes(len(text) + 1)
-        kept, trim, retries = len(ends) - 1, 1, 0
-        while True:
-            here = ends[kept]
-            closing = self._search(matcher, text[:here], states[here], _open_string(text, states, here), deadline, improve=False)
-            if closing is not None:
-                tokens = self._tokenize(closing)
-                if kept + len(tokens) <= budget:
-                    return kept, tokens
-            if kept == 0 or time.monotonic() > deadline:
-                return None
-            # One token at a time at first, then in growing strides.
-            retries += 1
-            trim = min(kept, trim if retries < 3 else trim * 2)
-            matcher.rollback(here - ends[kept - trim])
-            kept -= trim
+        at = kept = len(ends) - 1                        # `matcher` stands after `at` tokens
 
-    def _search(self, matcher: LLMatcher, prefix: bytes, state: int, string: bytes, deadline: float,
-                improve: bool) -> bytes | None:
-        """A checked completion of `prefix`: the greedy one, else a randomised one; or the shortest of some (`improve`)."""
-        best: bytes | None = None
-        for attempt in range(_RETRIES + 1):
-            if best is not None and attempt > _IMPROVEMENTS:
-                break
-            noise = random.Random(attempt) if attempt else None
-            limit = _MAX_BYTES if best is None else len(best) - 1
-            found = self._complete(matcher.deep_copy(), state, string, limit, deadline, noise)
-            if found is not None and self.holds(prefix + found):
-                best = found
-                if not improve:
-                    break
-            if time.monotonic() > deadline:
-                break
-        return best
+        def attempt(kept: int) -> list[int] | None:
+            nonlocal at
+            if kept < at:
+                matcher.rollback(ends[at] - ends[kept])
+            else:
+                matcher.consume_tokens(list(text[ends[at] : ends[kept]]))
+            at = kept
+            closing = self._search(matcher, text[: ends[kept]], places[kept], deadline)
+            tokens = None if closing is None else self._tokenize(closing)
+            return tokens if tokens is not None and kept + len(tokens) <= budget else None
+
+        # Drop tokens one by one at first, then in growing strides; then see whether less would have done.
+        found, stride, tries, failed = attempt(kept), 1, 0, kept + 1
+        while found is None and kept and time.monotonic() < deadline:
+            tries, failed = tries + 1, kept
+            stride = stride if tries < 3 else stride * 2
+            kept = max(0, kept - stride)
+            found = attempt(kept)
+        while found is not None and failed - kept > 1 and time.monotonic() < deadline:
+            middle = (kept + failed) // 2
+            if (better := attempt(middle)) is not None:
+                found, kept = better, middle
+            else:
+                failed = middle
+        return None if found is None else (kept, found)
 
     def holds(self, text: bytes) -> bool:
         """Whether `text` is a valid output as it stands."""
@@ -143,66 +147,84 @@ class Closer:
             return False
         return True
 
-    def _complete(self, matcher: LLMatcher, state: int, string: bytes, limit: int, deadline: float,
-                  noise: random.Random | None) -> bytes | None:
-        """One greedy walk to an accepting state. `string`: what stands in the open string."""
-        out, current = bytearray(), bytearray(string)
+    def _search(self, matcher: LLMatcher, prefix: bytes, place: _Place, deadline: float) -> bytes | None:
+        """What completes `prefix`, whose end `matcher` is at: greedily, else with random choices."""
+        for attempt in range(_RETRIES):
+            noise = random.Random(attempt) if attempt else None
+            now = time.monotonic()
+            found = self._walk(matcher, prefix, place, _MAX_BYTES, now + (deadline - now) / 2, noise)
+            if found is not None and self.holds(prefix + found):
+                return found
+            if now > deadline:
+                break
+        return None
+
+    def _walk(self, matcher: LLMatcher, prefix: bytes, place: _Place, limit: int, deadline: float,
+              noise: random.Random | None) -> bytes | None:
+        """From `matcher`'s state, after `prefix`, to the first where the output may end, in at most `limit` bytes."""
+        matcher, out = matcher.deep_copy(), bytearray()
+        scanner = None if self._distinct is None else Scanner(self._distinct)
+        if scanner is not None:
+            scanner.feed(prefix)
         while not matcher.is_accepting():
-            step = matcher.compute_ff_bytes() or self._choose(matcher, state, bytes(current), noise)
+            step = matcher.compute_ff_bytes() or self._choose(matcher, place, noise, scanner)
+            if scanner is not None:
+                scanner.feed(step)
             if not step or len(out) + len(step) > limit or not matcher.consume_tokens(list(step)) or time.monotonic() > deadline:
                 return None
             out += step
-            if self._is_json:
-                for byte in step:
-                    state = _next_state(state, byte)
-                    if state and not (state == 1 and byte == _QUOTE and not current):
-                        current.append(byte)
-                    elif not state:
-                        current.clear()
-            else:
-                current += step
+            place = self._after(place, step)
         return bytes(out)
 
-    def _choose(self, matcher: LLMatcher, state: int, string: bytes, noise: random.Random | None) -> bytes:
+    def _after(self, place: _Place, data: bytes) -> _Place:
+        return place.after(data) if self._is_json else _Place(1, place.string + data)
+
+    def _choose(self, matcher: LLMatcher, place: _Place, noise: random.Random | None, scanner: Scanner | None) -> bytes:
         """The next bytes at a choice; empty where the grammar allows none."""
         mask = int.from_bytes(matcher.compute_bitmask(), "little") & ((1 << 256) - 1)
-        if self._is_json and not state:
+        repeating, doomed = scanner.repeats() if scanner is not None else ([], [])
+        for piece in (*repeating, *doomed):
+            if len(piece) == 1:
+                mask &= ~(1 << piece[0])
+        easy = noise is None or noise.random() < 0.8
+        if place.state == 0:
             allowed = [b for b in _STRUCTURE if mask >> b & 1]
-            if allowed and allowed[0] in b"}],:" and (noise is None or len(allowed) == 1 or noise.random() < 0.8):
+            if easy and allowed and allowed[0] in b"}],:":
                 return bytes(allowed[:1])
-        elif self._is_json and state == 1 and mask >> _QUOTE & 1 and (noise is None or noise.random() < 0.8):
-            return b'"'
         else:
-            for hint in self._hints:
-                rest = list(hint[len(string) :])
-                if hint.startswith(string) and rest and matcher.validate_tokens(rest) == len(rest):
-                    return bytes(rest)
+            if easy and self._is_json and place.state == 1 and mask >> _QUOTE & 1:
+                return b'"'
+            for rest in self._rests(place.string):
+                if matcher.validate_tokens(list(rest)) == len(rest) and not any(rest.startswith(piece) for piece in repeating):
+                    return rest
             allowed = [b for b in _CHARACTERS if mask >> b & 1]
             if mask.bit_count() <= _NARROW or not allowed:
                 allowed = [b for b in range(256) if mask >> b & 1][:_NARROW]
-        if not allowed:
-            return b""
+        if len(allowed) <= 1:
+            return bytes(allowed)
         if noise is not None and noise.random() < 0.5:
             return bytes([noise.choice(allowed)])
-        if len(allowed) == 1:
-            return bytes(allowed)
-        if len(allowed) > _NARROW and len(string) > _WIDE_STEPS:
+        if len(allowed) > _NARROW and len(place.string) > _WIDE_STEPS:
             return bytes(allowed[:1])                    # a long string: what it says does not matter
-        return bytes([min(allowed, key=lambda byte: self._cost(matcher, byte, state))])
+        return bytes([min(allowed, key=lambda byte: _cost(matcher, byte, place))])
 
-    def _cost(self, matcher: LLMatcher, byte: int, state: int) -> int:
-        """Bytes forced after `byte`, and a guess at what stands open then."""
-        ahead = matcher.deep_copy()
-        if not ahead.consume_token(byte):
-            return 1 << 30
-        tail = ahead.compute_ff_bytes()
-        if tail:
-            ahead.consume_tokens(list(tail))
-        if ahead.is_accepting():
-            return len(tail)
-        mask = int.from_bytes(ahead.compute_bitmask(), "little")
-        if state or byte == _QUOTE:
-            open_ends = 0 if mask >> _QUOTE & 1 or (tail and tail[-1] != byte and _QUOTE in tail) else 8
-        else:
-            open_ends = 0 if any(mask >> b & 1 for b in b"}],") else 8
-        return len(tail) + open_ends + (8 if byte in b"[{" else 0)
+    def _rests(self, string: bytes) -> Iterator[bytes]:
+        """Ends of hints that may end a string which holds `string`: first of those it begins, then, shortest first, of all."""
+        yield from (hint[len(string) :] for hint in self._hints if hint.startswith(string))
+        if string:
+            yield from (hint[i:] for hint in self._hints for i in range(len(hint) - 1, -1, -1))
+
+
+def _cost(matcher: LLMatcher, byte: int, place: _Place) -> int:
+    """Bytes forced after `byte`, and a guess at what stands open then."""
+    ahead = matcher.deep_copy()
+    if not ahead.consume_token(byte):
+        return _NEVER
+    tail = ahead.compute_ff_bytes()
+    ahead.consume_tokens(list(tail))
+    if ahead.is_accepting():
+        return len(tail)
+    mask = int.from_bytes(ahead.compute_bitmask(), "little")
+    ends = b'"' if place.state or byte == _QUOTE else b"}],"
+    still_open = not any(mask >> end & 1 for end in ends) and not (place.state and b'"' in tail)
+    return len(tail) + 8 * still_open + 8 * (byte in b"[{" and not place.state)

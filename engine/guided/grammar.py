@@ -57,7 +57,7 @@ class Grammar(Protocol):
         """Trim `tokens` by as few as needed and append a short completion: at most `budget` tokens in all, int32, valid.
 
         A valid output within the budget comes back unchanged, quickly: calling this at the end of every row makes all of them
-        valid, also those that the grammar lets through and `check` does not (numbers beyond a double). Needs budget >= min_tokens;
+        valid, also those that the grammar lets through and `check` does not (numbers beyond a double). Needs at least min_tokens;
         raises ValueError otherwise.
         """
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-import llguidance.hf
 import numpy as np
 from llguidance import LLExecutor, LLMatcher, LLParserLimits, LLTokenizer
 
@@ -16,6 +16,7 @@ from engine.guided.grammar import SchemaError
 from engine.guided.hints import example, schema_hints
 from engine.guided.lower import lower
 from engine.guided.validate import Validator
+from engine.guided.vocabulary import GrammarVocabulary
 
 if TYPE_CHECKING:
     from llguidance._lib import JsonCompileOptions
@@ -119,26 +120,27 @@ class LLGrammar:
     def __init__(self, backend: LLGuidanceBackend, source: str, check: Callable[[str], Any], hints: Sequence[bytes] = (),
                  is_json: bool = True, distinct: Unique | None = None) -> None:
         self._backend, self._distinct = backend, distinct
-        self._matcher = _matcher(backend.tokenizer, source, backend.limits)
+        self._matcher = _matcher(backend.vocabulary.tokenizer, source, backend.limits)
         self.check = check
-        self._closer = Closer(_matcher(byte_tokenizer(), source, backend.limits), backend.tokenize, check, hints, is_json)
+        by_bytes = _matcher(byte_tokenizer(), source, backend.limits)
+        self._closer = Closer(by_bytes, backend.vocabulary.tokenize, check, hints, is_json, distinct)
         minimal = self._closer.minimal()
         if minimal is None:
             raise SchemaError("", "no valid output was found: the schema contradicts itself or asks for too much")
-        self.minimal = np.asarray(backend.tokenize(minimal), dtype=np.int32)
+        self.minimal = np.asarray(backend.vocabulary.tokenize(minimal), dtype=np.int32)
         self.min_tokens = len(self.minimal)
 
     def start(self) -> LLGuide:
         if self._distinct is None:
             return LLGuide(self._matcher.deep_copy())
-        return DistinctGuide(self._matcher.deep_copy(), self._distinct, self._backend.token_bytes)
+        return DistinctGuide(self._matcher.deep_copy(), self._distinct, self._backend.vocabulary.token_bytes)
 
     def close(self, tokens: Sequence[int], budget: int) -> np.ndarray:
         if budget < self.min_tokens:
             raise ValueError(f"{budget} tokens are too few: the shortest output known for this schema needs {self.min_tokens}; "
                              "raise max_tokens")
         taken = np.asarray(tokens, dtype=np.int32)
-        pieces = [self._backend.token_bytes[t] for t in taken.tolist()]
+        pieces = [self._backend.vocabulary.token_bytes[t] for t in taken.tolist()]
         if len(pieces) <= budget and self._closer.holds(b"".join(pieces)):
             return taken.copy()
         found = self._closer.close(pieces, budget)
@@ -164,19 +166,15 @@ class LLGuidanceBackend:
         self.vocab_size = vocab_size
         self.limits = limits or default_limits()
         self._json_options = WHITESPACE[whitespace]
-        self.tokenizer: LLTokenizer = llguidance.hf.from_tokenizer(
-            tokenizer, n_vocab=max(vocab_size, len(tokenizer)), eos_token=list(eos_token_ids))
-        self.token_bytes = [self.tokenizer.decode_bytes([i]) for i in range(self.tokenizer.vocab_size)]
-        self._by_prefix = TokensByPrefix(self.token_bytes)
+        self.vocabulary = GrammarVocabulary(tokenizer, vocab_size, eos_token_ids)
         self._end = [t for t in eos_token_ids if t < vocab_size]
         self._executor = LLExecutor(threads)
         # The mask llguidance writes: as wide as the larger of its vocabulary and the logits.
-        self._words = (self.tokenizer.vocab_size + 31) // 32
+        self._words = (self.vocabulary.size + 31) // 32
 
-    def tokenize(self, text: bytes) -> list[int]:
-        """As the model's tokenizer would, or greedily where that does not give back the same bytes."""
-        tokens = self.tokenizer.tokenize_bytes(text)
-        return tokens if self.tokenizer.decode_bytes(tokens) == text else self.tokenizer.greedy_tokenize(text.decode())
+    @cached_property
+    def _by_prefix(self) -> TokensByPrefix:
+        return TokensByPrefix(self.vocabulary.token_bytes)
 
     def compile_schema(self, schema: str | dict[str, Any] | bool) -> LLGrammar:
         original: dict[str, Any] | bool = json.loads(schema) if isinstance(schema, str) else schema

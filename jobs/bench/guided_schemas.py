@@ -33,7 +33,7 @@ class Walker:
     def __init__(self, backend: LLGuidanceBackend, eos: int, seed: int = 0) -> None:
         self.backend, self.eos, self.random = backend, eos, random.Random(seed)
         self.mask = np.zeros((1, (backend.vocab_size + 31) // 32), dtype=np.int32)
-        closers = [i for i, piece in enumerate(backend.token_bytes) if piece and not piece.strip(b'"}],: ')]
+        closers = [i for i, piece in enumerate(backend.vocabulary.token_bytes) if piece and not piece.strip(b'"}],: ')]
         self.closers = np.zeros(backend.vocab_size, dtype=bool)
         self.closers[[i for i in closers if i < backend.vocab_size]] = True
         self.fill_seconds: list[float] = []
@@ -65,7 +65,7 @@ class Walker:
 
 def accepts(backend: LLGuidanceBackend, grammar: LLGrammar, instance: Any) -> bool:
     """Whether the grammar lets this instance through, written as json.dumps does."""
-    tokens = backend.tokenize(json.dumps(instance, ensure_ascii=False).encode())
+    tokens = backend.vocabulary.tokenize(json.dumps(instance, ensure_ascii=False).encode())
     guide = grammar.start()
     return guide.accept(tokens) == len(tokens) and guide.accepting
 
@@ -125,7 +125,7 @@ def measure(rows: list[dict[str, Any]], backend: LLGuidanceBackend, eos: int, wa
                 count["ended"] += ended
                 if ended:
                     try:
-                        grammar.check(backend.tokenizer.decode_bytes(tokens).decode())
+                        grammar.check(backend.vocabulary.text(tokens).decode())
                     except ValueError as reason:
                         count["ended, not valid before closing"] += 1
                         count["of these " + str(reason).partition(":")[0]] += 1
@@ -136,7 +136,7 @@ def measure(rows: list[dict[str, Any]], backend: LLGuidanceBackend, eos: int, wa
                     close_seconds.append(time.perf_counter() - begin)
                     count["trimmed tokens"] += max(0, len(tokens) - len(closed))
                     count["closed by the minimal output"] += len(closed) == grammar.min_tokens and bool((closed == grammar.minimal).all())
-                text = backend.tokenizer.decode_bytes(closed.tolist()).decode()
+                text = backend.vocabulary.text(closed.tolist()).decode()
                 begin = time.perf_counter()
                 try:
                     grammar.check(text)

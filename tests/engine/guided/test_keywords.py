@@ -243,7 +243,7 @@ def test_keyword(case: Case, backend: LLGuidanceBackend) -> None:
     for seed in range(6):
         tokens, ended = walk(backend, grammar, seed, budget=80)
         if ended:
-            text = backend.tokenizer.decode_bytes(tokens).decode()
+            text = backend.vocabulary.text(tokens).decode()
             try:
                 grammar.check(text)
             except ValueError as error:
@@ -251,4 +251,4 @@ def test_keyword(case: Case, backend: LLGuidanceBackend) -> None:
         if grammar.min_tokens <= 40:
             closed = grammar.close(tokens[:40], 40).tolist()
             assert len(closed) <= 40
-            grammar.check(backend.tokenizer.decode_bytes(closed).decode())
+            grammar.check(backend.vocabulary.text(closed).decode())
