@@ -8,9 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import yaml
 from hydra import compose, initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, OverrideParseException
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from pipeline.config import RunConfig, check, did_you_mean, unknown_key
@@ -23,17 +25,11 @@ HOME = Path(__file__).resolve().parent.parent  # conf/ and jobs/ stand beside th
 CONF = HOME / "conf"
 GROUPS = tuple(sorted(p.name for p in CONF.iterdir() if p.is_dir() and not p.name.startswith("_")))
 # Their values are text that Hydra's grammar would trip over (globs, URLs, braces, equal signs): quoted for the user.
-TEXT_KEYS = (
-    "data",
-    "output.dir",
-    "model.source",
-    "model.tokenizer",
-    "model.chat_template",
-    "task.prompt",
-    "task.system",
-    "task.schema",
-)
+TEXT_KEYS = ("data", "output.dir", "model.source", "model.tokenizer", "model.chat_template",
+             "task.prompt", "task.system", "task.schema")  # fmt: skip
 OPEN_KEYS = ("input.columns.", "task.schema.")  # mappings whose keys are the user's own
+
+_TASK_FILE = re.compile(r"task=.*\.ya?ml$")
 
 HELP = """\
 Label or generate for every row of a data set, and write whole Parquet shards.
@@ -50,7 +46,7 @@ The same command resumes a run that was stopped, or says that all is done.
 
 Groups (NAME=CHOICE)
 %s
-  model also takes a folder, a .gguf file or a hub id: model=./my-checkpoint
+  model also takes a folder, a .gguf file or a hub id: model=./my-checkpoint; task also a file: task=./tickets.yaml
 
 Keys (KEY=VALUE; python -m pipeline.run --cfg prints all of them with their values)
   data              path, glob, [list, of, them], folder, s3:// gs:// hf://org/name, save_to_disk folder; Parquet, JSONL, CSV
@@ -101,10 +97,11 @@ def read_config(argv: Sequence[str]) -> RunConfig:
     given = {word.lstrip("+~").partition("=")[0] for word in words}
     if not given & {"data", "task"}:
         words.append("task=classify")  # the bundled example is a labelling job
+    files = [word.partition("=")[2] for word in words if _TASK_FILE.match(word)]
     OmegaConf.register_new_resolver("package", lambda path: str(HOME / path), replace=True)
     try:
         with initialize_config_dir(str(CONF), version_base="1.3", job_name="gristmill"):
-            tree = compose("config", words)
+            tree = _with_task_file(files[-1], words) if files else compose("config", words)
         raw: dict[str, Any] = OmegaConf.to_container(tree, resolve=True, throw_on_missing=True)  # type: ignore[assignment]
     except (HydraException, OmegaConfBaseException, ValueError) as error:
         raise _explain(error, words) from None
@@ -117,6 +114,28 @@ def read_config(argv: Sequence[str]) -> RunConfig:
     return check(raw)
 
 
+def _with_task_file(path: str, words: Sequence[str]) -> DictConfig:
+    """A task from a file of the user's own: over the keys of `generate`, and under the words that set keys of the task."""
+    late = [word for word in words if word.lstrip("+").startswith("task.")]
+    tree = compose("config", [word for word in words if word not in late and not _TASK_FILE.match(word)])
+    OmegaConf.set_struct(tree, False)
+    try:
+        task = OmegaConf.load(Path(path).expanduser())
+    except OSError as error:
+        raise ConfigError(f"task={path}: cannot be read ({error.strerror})") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"task={path}: not YAML ({' '.join(str(error).split())})") from None
+    if not isinstance(task, DictConfig):
+        raise ConfigError(f"task={path}: the task file holds no keys; write prompt: and schema:, as in conf/task/classify.yaml")
+    schema = task.get("schema")
+    if isinstance(schema, str) and (beside := Path(path).expanduser().parent / schema).exists():
+        task.schema = str(beside)
+    tree.task = OmegaConf.merge(tree.task, {"name": Path(path).stem}, task)
+    for override in OverridesParser.create().parse_overrides(late):
+        OmegaConf.update(tree, override.key_or_group, override.value(), force_add=True)
+    return tree
+
+
 def _normalise(word: str) -> str:
     """Let a shell user write values as they are: `data=a/*.parquet`, `model=./folder`, `task.prompt={{ text }}`."""
     key, equals, value = word.partition("=")
@@ -126,7 +145,7 @@ def _normalise(word: str) -> str:
         if key.startswith("~"):
             return word
         raise ConfigError(f"{word}: expected KEY=VALUE")
-    if key == "model" and value not in choices("model") and re.search(r"[/.:]", value):
+    if key == "model" and value not in choices("model") and re.search(r"[/:]|\.gguf$", value):
         key, value = "model.source", value
     bare = key.lstrip("+")
     if bare in TEXT_KEYS and value and value != "null" and value[0] not in "'\"[":

@@ -84,6 +84,31 @@ def test_a_schema_replaces_the_tasks(tmp_path: Path) -> None:
     assert read_config(["task=classify", "task.schema=null"]).task.json_schema is None
 
 
+def test_a_task_may_be_a_file_of_ones_own(tmp_path: Path) -> None:
+    (tmp_path / "labels.json").write_text('{"type": "object"}')
+    path = tmp_path / "tickets.yaml"
+    path.write_text("system: Label tickets.\nprompt: '{{ body }}'\nschema: labels.json\nsampling:\n  max_tokens: 9\n")
+    config = read_config(["data=x.csv", f"task={path}", "task.sampling.max_tokens=7", "task.prompt=Say {{ body }}"])
+    assert config.task.json_schema == {"type": "object"}
+    assert (config.task.name, config.task.system, config.task.prompt) == ("tickets", "Label tickets.", "Say {{ body }}")
+    assert config.effective_sampling.max_tokens == 7
+    assert config.output.dir == "out/tickets-smollm2-x"
+
+
+@pytest.mark.parametrize("text, line", [
+    (None, "cannot be read (No such file or directory)"), ("a: [", "not YAML ("), ("promt: x", "task.promt: no such key"),
+    ("- a", "the task file holds no keys"),
+])  # fmt: skip
+def test_a_wrong_task_file_is_one_line(tmp_path: Path, text: str | None, line: str) -> None:
+    path = tmp_path / "t.yaml"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        read_config(["data=x.csv", f"task={path}"])
+    assert line in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
 @pytest.mark.parametrize("word, line", [
     ("engine.max_row=3", "engine.max_row: no such key; did you mean engine.max_rows?"),
     ("+engine.max_row=3", "engine.max_row: no such key; did you mean engine.max_rows?"),
@@ -91,6 +116,7 @@ def test_a_schema_replaces_the_tasks(tmp_path: Path) -> None:
     ("modle=smollm2", "modle: no such key; did you mean model?"),
     ("frobnicate=1", "frobnicate: no such key; there are "),
     ("model=smolm2", "model=smolm2: no such model; did you mean smollm2?"),
+    ("model=qwen2.5-0.5", "model=qwen2.5-0.5: no such model; did you mean qwen2.5-0.5b?"),
     ("task=nope", "task=nope: no such task; there are classify, "),
     ("engine.depth=7", "engine.depth must be 1 or 2"),
     ("engine.max_rows=many", "engine.max_rows=many: "),
