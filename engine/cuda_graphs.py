@@ -19,11 +19,16 @@ def graph_sizes(most: int) -> list[int]:
     return [n for n in steps if n < most] + [most]
 
 
+def coarse_sizes(most: int) -> list[int]:
+    """For graphs captured in mid-job: few, since each holds the job up once."""
+    return [n for n in (64, 128, *range(256, most, 256)) if n < most] + [most]
+
+
 class CudaGraphs:
-    def __init__(self, forward: Callable[[int], Tensor], most: int, pool: tuple[int, int]) -> None:
-        """forward(n): launch the decode step of the first n rows of the table, at most `most`; returns logits [n, V]."""
+    def __init__(self, forward: Callable[[int], Tensor], sizes: list[int], pool: tuple[int, int]) -> None:
+        """forward(n): launch the decode step of the first n rows of the table; returns logits [n, V]. sizes: ascending."""
         self._forward, self._pool = forward, pool
-        self._sizes = graph_sizes(most)
+        self._sizes = sizes
         self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
 
     def padded(self, rows: int) -> int:

@@ -40,6 +40,8 @@ class Engine:
         spec = checkpoint.spec
         self.config, self.vocab_size = config, spec.vocab_size
         self.device = _device(config.device)
+        if self.device.type == "cuda":      # steps differ in size: without this, what the allocator caches of one does not fit the next
+            torch.cuda.memory._set_allocator_settings("expandable_segments:True")
         on_gpu = self.device.type == "cuda"
         dtype = getattr(torch, config.dtype if config.dtype != "auto" else "bfloat16" if on_gpu else "float32")
         self.max_model_len = config.max_model_len or min(spec.max_positions, DEFAULT_CONTEXT)

@@ -10,7 +10,7 @@ from engine.models.decoder import Decoder
 from engine.row_table import RowTable
 from kernels import ops
 
-GRAPH_RESERVE = 1 << 30      # bytes kept for the pool of CUDA graphs and for what the allocator cannot reuse
+GRAPH_RESERVE = 2 << 30      # bytes kept for the pool of CUDA graphs and for what the allocator cannot reuse
 
 
 def page_bytes(model: Decoder, page_size: int) -> int:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from engine import sampler
-from engine.cuda_graphs import CudaGraphs
+from engine.cuda_graphs import CudaGraphs, coarse_sizes, graph_sizes
 from engine.layers.attention import LayerCache, StepInputs
 from engine.models.decoder import Decoder
 from engine.request import TokenLogprobs
@@ -42,10 +42,13 @@ class Runner:
         self._host_mask = [torch.empty(0, -(-vocab // 32), dtype=torch.int32) for _ in range(RING)]
         self._one_each = torch.arange(rows + 1, dtype=torch.int32, device=self.device)
         self._graphs: CudaGraphs | None = None
+        self._logits: Tensor | None = None
         if use_graphs and self._pinned:
+            # One buffer for all graphs: an output of its own for each would keep the logits of every size alive.
+            self._logits = torch.empty(rows, vocab, dtype=model.dtype, device=self.device)
             pool = torch.cuda.graph_pool_handle()
-            self._graphs = CudaGraphs(self._decode, rows, pool)
-            self._sharing_graphs = CudaGraphs(lambda n: self._decode(n, sharing=True), rows, pool)
+            self._graphs = CudaGraphs(self._decode, graph_sizes(rows), pool)
+            self._sharing_graphs = CudaGraphs(lambda n: self._decode(n, sharing=True), coarse_sizes(rows), pool)
 
     def warm_up(self) -> None:
         """Capture the graphs, but for those with shared prefixes, which few jobs need; the table's rows are all dummies meanwhile."""
@@ -62,13 +65,13 @@ class Runner:
         pure = n == plan.rows.size
         rows, starts = plan.rows, plan.starts
         if pure and self._graphs is not None:
-            size = self._graphs.padded(n)
+            graphs = self._graphs if plan.shared is None else self._sharing_graphs
+            size = graphs.padded(n)
             rows = np.concatenate([rows, np.full(size - n, self.table.dummy, dtype=np.int32)])
             starts = np.concatenate([starts, np.zeros(size - n, dtype=np.int32)])
             self._stage(plan, rows, starts)
             self.table.flush(np.empty(0, dtype=np.int32))
             self.graph_steps += 1
-            graphs = self._graphs if plan.shared is None else self._sharing_graphs
             return Step(plan, graphs.replay(size)[:n], self.table.rows[:n], self.table.starts[:n])
         self._stage(plan, rows, starts)
         if pure:
@@ -93,7 +96,7 @@ class Runner:
                    ids, positions, slots)
         inputs = StepInputs(ids, positions, slots, table.block_table, table.rows[:n], n, max_context or table.max_len,
                             *self._prefixes(n, sharing))
-        return self.model.logits(self.model(inputs, self.caches))
+        return self.model.logits(self.model(inputs, self.caches), self._logits[:n] if self._logits is not None else None)
 
     def _mixed(self, plan: StepPlan) -> Step:
         table, n = self.table, plan.num_decode

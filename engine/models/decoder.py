@@ -76,8 +76,8 @@ class Decoder(nn.Module):
             x = block(x, residual, step, cache, cos_sin)
         return self.norm.add(x, residual)
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """[N, hidden_size] -> [N, vocab_size]."""
-        out = self.head.logits(hidden)
+    def logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
+        """[N, hidden_size] -> [N, vocab_size]; into `out` if given."""
+        logits = self.head.logits(hidden, out)
         cap = self.spec.logit_softcap
-        return cap * torch.tanh(out / cap) if cap else out
+        return logits.div_(cap).tanh_().mul_(cap) if cap else logits
