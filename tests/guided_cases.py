@@ -11,20 +11,23 @@ from transformers import PreTrainedTokenizerFast
 
 from engine.guided.llg import LLGrammar, LLGuidanceBackend
 
-PADDED = 640     # columns of the logits: more than there are tokens, as models have it
+PADDED = 640  # columns of the logits: more than there are tokens, as models have it
 CORPUS = [
     '{"label": "positive", "score": 0.75, "reason": "the text is short and friendly", "tags": ["a", "b"]}',
     '{"name": "Ada", "age": 36, "address": {"street": "1 Main St", "city": "London"}, "active": true, "notes": null}',
 ] * 20
 
 
-
 def byte_level_tokenizer() -> PreTrainedTokenizerFast:
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=600, special_tokens=["<|end|>", "<|stop|>"], show_progress=False,
-                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(
+        vocab_size=600,
+        special_tokens=["<|end|>", "<|stop|>"],
+        show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
     bpe.train_from_iterator(CORPUS, trainer)
     return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|end|>")
 

@@ -28,15 +28,11 @@ class GuideSpec:
     def choice(cls, options: list[str] | tuple[str, ...]) -> GuideSpec:
         if not options or not all(isinstance(o, str) and o for o in options):
             raise SchemaError("", "a choice must be a list of one or more strings, none of them empty")
-        return cls("choice", json.dumps(list(dict.fromkeys(options)), ensure_ascii=False))
+        return cls("choice", _text(list(dict.fromkeys(options))))
 
     @classmethod
     def schema(cls, schema: dict[str, Any] | bool) -> GuideSpec:
-        # The order of properties is the order of the output: keys are not sorted.
-        try:
-            return cls("schema", json.dumps(schema, ensure_ascii=False, allow_nan=False, separators=(",", ":")))
-        except (TypeError, ValueError, RecursionError) as error:
-            raise SchemaError("", f"the schema is not JSON: {error}") from None
+        return cls("schema", _text(schema))
 
     @classmethod
     def of(cls, source: Any) -> GuideSpec:
@@ -52,7 +48,7 @@ class GuideSpec:
         if isinstance(source, str) and _IMPORT_PATH.fullmatch(source.strip()):
             return cls._of_type(_load(source.strip()))
         if isinstance(source, str):
-            return cls.schema(_parse(source))
+            return cls.schema(parse_schema(source))
         if source is None:
             raise SchemaError("", "no schema given")
         return cls._of_type(source)
@@ -81,7 +77,18 @@ class GuideSpec:
         return cls.regex(term.pattern if isinstance(term, Regex) else to_regex(term))
 
 
-def _parse(text: str) -> dict[str, Any] | bool:
+def _text(value: Any) -> str:
+    """JSON in a form of its own. Keys keep their order: the order of properties is that of the output."""
+    try:
+        text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+        text.encode()                                    # no lone surrogates
+    except (TypeError, ValueError, RecursionError) as error:
+        raise SchemaError("", f"not JSON: {error}") from None
+    return text
+
+
+def parse_schema(text: str) -> dict[str, Any] | bool:
+    """Raises SchemaError where `text` holds no JSON object or boolean."""
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:

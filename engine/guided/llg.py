@@ -12,6 +12,7 @@ from llguidance import LLExecutor, LLMatcher, LLParserLimits, LLTokenizer
 
 from engine.guided.closing import Closer, byte_tokenizer
 from engine.guided.distinct import Scanner, TokensByPrefix, Unique
+from engine.guided.front import parse_schema
 from engine.guided.grammar import SchemaError
 from engine.guided.hints import example, schema_hints
 from engine.guided.lower import lower
@@ -176,9 +177,10 @@ class LLGuidanceBackend:
     def _by_prefix(self) -> TokensByPrefix:
         return TokensByPrefix(self.vocabulary.token_bytes)
 
-    def compile_schema(self, schema: str | dict[str, Any] | bool) -> LLGrammar:
-        original: dict[str, Any] | bool = json.loads(schema) if isinstance(schema, str) else schema
-        lowered = lower(original)
+    def compile_schema(self, schema: str | dict[str, Any] | bool, close_objects: bool = True) -> LLGrammar:
+        """close_objects: see lower()."""
+        original = parse_schema(schema) if isinstance(schema, str) else schema
+        lowered = lower(original, close_objects)
         try:
             validator = Validator(original)
         except ValueError as error:

@@ -12,14 +12,24 @@ from engine.guided.llg import LLGrammar, LLGuidanceBackend
 
 RECORD: dict[str, Any] = {
     "type": "object",
-    "properties": {"label": {"enum": ["positive", "negative", "neutral"]}, "reason": {"type": "string", "minLength": 3},
-                   "tags": {"type": "array", "items": {"type": "string"}, "uniqueItems": True, "minItems": 2},
-                   "when": {"type": "string", "format": "date-time"}, "code": {"type": "string", "pattern": "^[A-Z]{3}-[0-9]{4}$"},
-                   "score": {"type": "number", "minimum": 10, "maximum": 99}},
+    "properties": {
+        "label": {"enum": ["positive", "negative", "neutral"]},
+        "reason": {"type": "string", "minLength": 3},
+        "tags": {"type": "array", "items": {"type": "string"}, "uniqueItems": True, "minItems": 2},
+        "when": {"type": "string", "format": "date-time"},
+        "code": {"type": "string", "pattern": "^[A-Z]{3}-[0-9]{4}$"},
+        "score": {"type": "number", "minimum": 10, "maximum": 99},
+    },
     "required": ["label", "reason", "tags", "when", "code", "score"],
 }
-VALUE = {"label": "neutral", "reason": "it says \"fine\", \\ and no more 😀😀 — naïve", "tags": ["ab", "cd", "e\nf"],
-         "when": "2024-02-29T12:00:00Z", "code": "XYZ-0042", "score": 42.5}
+VALUE = {
+    "label": "neutral",
+    "reason": 'it says "fine", \\ and no more 😀😀 — naïve',
+    "tags": ["ab", "cd", "e\nf"],
+    "when": "2024-02-29T12:00:00Z",
+    "code": "XYZ-0042",
+    "score": 42.5,
+}
 
 
 def text_of(backend: LLGuidanceBackend, tokens: np.ndarray) -> str:
@@ -37,7 +47,7 @@ def test_every_cut_of_a_record(backend: LLGuidanceBackend) -> None:
             guide = grammar.start()
             assert guide.accept(closed.tolist()) == len(closed) and guide.accepting
     roomy = grammar.close(tokens[:30], 500)
-    assert roomy[:30].tolist() == tokens[:30]             # with room nothing is trimmed
+    assert roomy[:30].tolist() == tokens[:30]  # with room nothing is trimmed
 
 
 def test_few_tokens_are_trimmed(backend: LLGuidanceBackend) -> None:
@@ -74,12 +84,20 @@ def test_tokens_that_break_the_grammar_are_dropped(backend: LLGuidanceBackend) -
 
 def test_the_shortest_output(backend: LLGuidanceBackend) -> None:
     cases: list[tuple[Any, str]] = [
-        ({"type": "object", "properties": {"a": {"type": "string"}, "b": {"type": "integer"}, "c": {"type": "null"}}, "required": ["b"]},
-         '{"b": 0}'),
+        (
+            {
+                "type": "object",
+                "properties": {"a": {"type": "string"}, "b": {"type": "integer"}, "c": {"type": "null"}},
+                "required": ["b"],
+            },
+            '{"b": 0}',
+        ),
         ({"type": "array", "items": {"enum": ["long name", "x"]}, "minItems": 2}, '["x", "x"]'),
         ({"anyOf": [{"type": "string", "pattern": "^[a-z]{20}$"}, {"type": "null"}]}, "null"),
         ({"type": "integer", "minimum": 5, "maximum": 1000}, "5"),
-        ({}, "0"), ({"type": "string"}, '""'), ({"enum": ["积极", "b"]}, '"b"'),
+        ({}, "0"),
+        ({"type": "string"}, '""'),
+        ({"enum": ["积极", "b"]}, '"b"'),
     ]
     for schema, shortest in cases:
         grammar = backend.compile_schema(schema)
@@ -93,10 +111,18 @@ def test_too_small_a_budget(backend: LLGuidanceBackend) -> None:
         grammar.close([], grammar.min_tokens - 1)
 
 
-@pytest.mark.parametrize("pattern", [
-    r"^.+@.+\.[a-z]{2,}$", r"^[a-z]+(-[a-z]+)*\.(png|jpe?g)$", r"^(https?|ftp)://[^/]+/.*\?q=\d{3}$", r"^\d{3}-\d{2}-\d{4}$", r"^[^a-zA-Z0-9]{4}$",
-    r"^(?:[A-F0-9]{2}:){5}[A-F0-9]{2}$", "^[\u4e00-\u9fff]{2,}$",
-])
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        r"^.+@.+\.[a-z]{2,}$",
+        r"^[a-z]+(-[a-z]+)*\.(png|jpe?g)$",
+        r"^(https?|ftp)://[^/]+/.*\?q=\d{3}$",
+        r"^\d{3}-\d{2}-\d{4}$",
+        r"^[^a-zA-Z0-9]{4}$",
+        r"^(?:[A-F0-9]{2}:){5}[A-F0-9]{2}$",
+        "^[\u4e00-\u9fff]{2,}$",
+    ],
+)
 def test_patterns_are_closed_from_anywhere(backend: LLGuidanceBackend, pattern: str) -> None:
     grammar = backend.compile_schema({"type": "array", "items": {"type": "string", "pattern": pattern}, "minItems": 1})
     for seed in range(5):
@@ -107,7 +133,9 @@ def test_patterns_are_closed_from_anywhere(backend: LLGuidanceBackend, pattern: 
 
 
 def test_deep_nesting_is_closed(backend: LLGuidanceBackend) -> None:
-    grammar: LLGrammar = backend.compile_schema({"$defs": {"n": {"type": "array", "items": {"$ref": "#/$defs/n"}}}, "$ref": "#/$defs/n"})
+    grammar: LLGrammar = backend.compile_schema(
+        {"$defs": {"n": {"type": "array", "items": {"$ref": "#/$defs/n"}}}, "$ref": "#/$defs/n"}
+    )
     tokens = backend.vocabulary.tokenize(b"[" * 300)
     closed = grammar.close(tokens, 300)
     assert len(closed) <= 300 and len(text_of(backend, closed)) > 150

@@ -10,8 +10,11 @@ from transformers import PreTrainedTokenizerFast
 from engine.guided.grammar import SchemaError
 from engine.guided.llg import LLGuidanceBackend, default_limits
 
-LABEL = {"type": "object", "properties": {"label": {"enum": ["positive", "negative"]}, "score": {"type": "integer"}},
-         "required": ["label", "score"]}
+LABEL = {
+    "type": "object",
+    "properties": {"label": {"enum": ["positive", "negative"]}, "score": {"type": "integer"}},
+    "required": ["label", "score"],
+}
 
 
 def allowed(mask: np.ndarray) -> np.ndarray:
@@ -47,7 +50,7 @@ def test_padded_columns_are_never_allowed(tokenizer: PreTrainedTokenizerFast, vo
     backend.fill([guide, guide.__class__(guide.matcher.deep_copy())], mask)
     assert not allowed(mask)[:2, len(tokenizer) :].any()
     assert allowed(mask)[:2, : len(tokenizer)].sum() > 2 * 200
-    assert (mask[2] == -1).all()                          # rows without a guide are left alone
+    assert (mask[2] == -1).all()  # rows without a guide are left alone
 
 
 def test_fewer_columns_than_tokens(tokenizer: PreTrainedTokenizerFast) -> None:
@@ -61,7 +64,11 @@ def test_fewer_columns_than_tokens(tokenizer: PreTrainedTokenizerFast) -> None:
 
 def test_mask_must_have_the_right_shape(backend: LLGuidanceBackend) -> None:
     guide = backend.compile_schema(LABEL).start()
-    for mask in (np.zeros((1, PADDED // 32 + 1), np.int32), np.zeros((1, PADDED // 32), np.int64), np.zeros((0, PADDED // 32), np.int32)):
+    for mask in (
+        np.zeros((1, PADDED // 32 + 1), np.int32),
+        np.zeros((1, PADDED // 32), np.int64),
+        np.zeros((0, PADDED // 32), np.int32),
+    ):
         with pytest.raises(ValueError, match="mask must be"):
             backend.fill([guide], mask)
 
@@ -71,7 +78,7 @@ def test_forced_tokens_are_the_models_own(backend: LLGuidanceBackend) -> None:
     forced = guide.forced()
     assert backend.vocabulary.text(forced).startswith(b'{"label"')
     assert forced == backend.vocabulary.tokenize(b'{"label": "positive", "score": 1}')[: len(forced)]
-    assert guide.forced() == forced                       # asking does not advance
+    assert guide.forced() == forced  # asking does not advance
     assert guide.accept(forced) == len(forced)
     guide.accept(backend.vocabulary.tokenize(b"pos"))
     assert b'itive", "score": '.startswith(backend.vocabulary.text(guide.forced()).rstrip() or b"?")
@@ -86,10 +93,10 @@ def test_the_end(backend: LLGuidanceBackend) -> None:
     assert guide.finished and guide.accepting and guide.error is None and guide.forced() == []
     number = backend.compile_schema({"type": "integer"}).start()
     number.accept(backend.vocabulary.tokenize(b"12"))
-    assert number.accepting and not number.finished       # another digit may follow
+    assert number.accepting and not number.finished  # another digit may follow
     mask = np.zeros((1, PADDED // 32), np.int32)
     backend.fill([number], mask)
-    assert allowed(mask)[0, [0, 1]].all()                 # both end tokens
+    assert allowed(mask)[0, [0, 1]].all()  # both end tokens
 
 
 def test_wrong_tokens_are_not_taken(backend: LLGuidanceBackend) -> None:
@@ -99,7 +106,7 @@ def test_wrong_tokens_are_not_taken(backend: LLGuidanceBackend) -> None:
     assert guide.accept(good + bad) == len(good)
     assert guide.error is None
     assert guide.accept(backend.vocabulary.tokenize(b'positive", "score": 3}')) > 0 and guide.finished
-    assert grammar.start().accept([0]) == 0               # the end token, where the output may not end
+    assert grammar.start().accept([0]) == 0  # the end token, where the output may not end
 
 
 def test_accept_many(backend: LLGuidanceBackend) -> None:
@@ -114,7 +121,11 @@ def test_guides_are_independent(backend: LLGuidanceBackend) -> None:
     grammar = backend.compile_schema(LABEL)
     first, second = grammar.start(), grammar.start()
     first.accept(backend.vocabulary.tokenize(b'{"label": "positive"'))
-    assert second.accept(backend.vocabulary.tokenize(b'{"label": "negative", "score": 0}')) and second.finished and not first.finished
+    assert (
+        second.accept(backend.vocabulary.tokenize(b'{"label": "negative", "score": 0}'))
+        and second.finished
+        and not first.finished
+    )
 
 
 def test_a_resource_limit_is_an_error_not_an_end(tokenizer: PreTrainedTokenizerFast) -> None:
@@ -134,8 +145,10 @@ def test_a_resource_limit_is_an_error_not_an_end(tokenizer: PreTrainedTokenizerF
     assert not guide.finished and not guide.accepting
 
 
-@pytest.mark.parametrize("whitespace, text", [("dumps", '{"a": [1, 2], "b": {}}'), ("compact", '{"a":[1,2],"b":{}}'),
-                                              ("flexible", '{ "a" :\n[1,2] , "b": { } }')])
+@pytest.mark.parametrize(
+    "whitespace, text",
+    [("dumps", '{"a": [1, 2], "b": {}}'), ("compact", '{"a":[1,2],"b":{}}'), ("flexible", '{ "a" :\n[1,2] , "b": { } }')],
+)
 def test_whitespace(tokenizer: PreTrainedTokenizerFast, whitespace: str, text: str) -> None:
     backend = LLGuidanceBackend(tokenizer, PADDED, [0], whitespace=whitespace, threads=1)
     grammar = backend.compile_schema({"type": "object", "properties": {"a": {"type": "array"}, "b": {"type": "object"}}})
@@ -161,7 +174,7 @@ def test_choice(backend: LLGuidanceBackend) -> None:
     assert grammar.check(backend.vocabulary.text(grammar.minimal.tolist()).decode())
     for bad in ([], ["a", ""], ["a", 1]):
         with pytest.raises(SchemaError):
-            backend.compile_choice(bad)    # type: ignore[arg-type]
+            backend.compile_choice(bad)  # type: ignore[arg-type]
 
 
 def test_regex(backend: LLGuidanceBackend) -> None:
@@ -178,7 +191,7 @@ def test_regex(backend: LLGuidanceBackend) -> None:
 
 
 def test_other_alphabets(backend: LLGuidanceBackend) -> None:
-    labels = ["积极的", "消极的", "😀😃", "👩‍👩‍👧", "Ελληνικά", "ч\"х", "naïve", "\u2028"]
+    labels = ["积极的", "消极的", "😀😃", "👩‍👩‍👧", "Ελληνικά", 'ч"х', "naïve", "\u2028"]
     grammar = backend.compile_schema({"type": "object", "properties": {"ключ": {"enum": labels}}, "required": ["ключ"]})
     for label in labels:
         assert accepts(backend, grammar, dumps({"ключ": label}))
@@ -187,4 +200,4 @@ def test_other_alphabets(backend: LLGuidanceBackend) -> None:
         tokens, ended = walk(backend, grammar, seed, 80)
         if ended:
             seen.add(grammar.check(backend.vocabulary.text(tokens).decode())["ключ"])
-    assert len(seen) >= 6                                 # all can be reached, not only accepted
+    assert len(seen) >= 6  # all can be reached, not only accepted

@@ -16,23 +16,36 @@ from engine.guided.llg import LLGuidanceBackend
 from engine.guided.lower import lower
 
 
-@pytest.mark.parametrize("schema, pointer, reason", [
-    (False, "", "contradicts itself"),
-    ({"type": "integer", "enum": ["a"]}, "", "contradicts itself"),
-    ({"allOf": [{"type": "integer"}, {"type": "string"}]}, "", "contradicts itself"),
-    ({"type": "object", "required": ["a"], "properties": {"a": False}}, "", "contradicts itself"),
-    ({"properties": {"a": {"$ref": "https://example.com/x.json"}}}, "/properties/a/$ref", "not in this document"),
-    ({"properties": {"a": {"$ref": "#/$defs/none"}}}, "/properties/a/$ref", "leads nowhere"),
-    ({"$ref": "#"}, "", "refers to itself"),
-    ({"properties": {"a": {"anyOf": [{"$ref": "#/properties/a"}, {"type": "null"}]}}}, "/properties/a", "refers to itself"),
-    ({"type": "object", "properties": {"a": {"type": "string", "pattern": "^(?!x)y"}}}, "/properties/a/pattern", "look-around"),
-    ({"$schema": "https://example.com/dialect"}, "/$schema", "not a known draft"),
-    ({"properties": {"a": {"type": "text"}}}, "/properties/a/type", "not a JSON Schema"),
-    ({"$defs": {"a": {"$dynamicAnchor": "n"}, "b": {"$id": "other", "$dynamicAnchor": "n"}}, "items": {"$dynamicRef": "#n"}},
-     "/items/$dynamicRef", "more than one meaning"),
-    ({"oneOf": [{"type": "string"}, {"type": "string", "pattern": "^a+$"}]}, None, None),
-    ({"type": "object", "properties": {f"p{i}": {} for i in range(5000)}}, "", "more than 4096 properties"),
-])
+@pytest.mark.parametrize(
+    "schema, pointer, reason",
+    [
+        (False, "", "contradicts itself"),
+        ({"type": "integer", "enum": ["a"]}, "", "contradicts itself"),
+        ({"allOf": [{"type": "integer"}, {"type": "string"}]}, "", "contradicts itself"),
+        ({"type": "object", "required": ["a"], "properties": {"a": False}}, "", "contradicts itself"),
+        ({"properties": {"a": {"$ref": "https://example.com/x.json"}}}, "/properties/a/$ref", "not in this document"),
+        ({"properties": {"a": {"$ref": "#/$defs/none"}}}, "/properties/a/$ref", "leads nowhere"),
+        ({"$ref": "#"}, "", "refers to itself"),
+        ({"properties": {"a": {"anyOf": [{"$ref": "#/properties/a"}, {"type": "null"}]}}}, "/properties/a", "refers to itself"),
+        (
+            {"type": "object", "properties": {"a": {"type": "string", "pattern": "^(?!x)y"}}},
+            "/properties/a/pattern",
+            "look-around",
+        ),
+        ({"$schema": "https://example.com/dialect"}, "/$schema", "not a known draft"),
+        ({"properties": {"a": {"type": "text"}}}, "/properties/a/type", "not a JSON Schema"),
+        (
+            {
+                "$defs": {"a": {"$dynamicAnchor": "n"}, "b": {"$id": "other", "$dynamicAnchor": "n"}},
+                "items": {"$dynamicRef": "#n"},
+            },
+            "/items/$dynamicRef",
+            "more than one meaning",
+        ),
+        ({"oneOf": [{"type": "string"}, {"type": "string", "pattern": "^a+$"}]}, None, None),
+        ({"type": "object", "properties": {f"p{i}": {} for i in range(5000)}}, "", "more than 4096 properties"),
+    ],
+)
 def test_refused_with_a_place(schema: Any, pointer: str | None, reason: str | None) -> None:
     if pointer is None:
         with pytest.raises(SchemaError):
@@ -56,8 +69,13 @@ def test_objects_that_list_properties_are_closed() -> None:
 
 
 def test_properties_keep_their_order() -> None:
-    schema = {"$defs": {"base": {"properties": {"c": {}, "d": {}}}}, "type": "object", "properties": {"b": {}, "a": {}},
-              "allOf": [{"$ref": "#/$defs/base"}], "required": ["e", "a"]}
+    schema = {
+        "$defs": {"base": {"properties": {"c": {}, "d": {}}}},
+        "type": "object",
+        "properties": {"b": {}, "a": {}},
+        "allOf": [{"$ref": "#/$defs/base"}],
+        "required": ["e", "a"],
+    }
     assert list(lower(schema).schema["properties"]) == ["b", "a", "c", "d", "e"]
 
 
@@ -78,22 +96,37 @@ def test_narrowing_is_noted() -> None:
 
 
 def test_recursion_stays_finite() -> None:
-    tree = {"$defs": {"tree": {"type": "object", "properties": {"left": {"$ref": "#/$defs/tree", "required": ["v"]},
-                                                                "right": {"allOf": [{"$ref": "#/$defs/tree"}]}, "v": {"type": "integer"}}}},
-            "$ref": "#/$defs/tree"}
+    tree = {
+        "$defs": {
+            "tree": {
+                "type": "object",
+                "properties": {
+                    "left": {"$ref": "#/$defs/tree", "required": ["v"]},
+                    "right": {"allOf": [{"$ref": "#/$defs/tree"}]},
+                    "v": {"type": "integer"},
+                },
+            }
+        },
+        "$ref": "#/$defs/tree",
+    }
     assert len(json.dumps(lower(tree).schema)) < 1500
 
 
 def test_a_recursive_part_that_cannot_end_is_left_out() -> None:
-    endless = {"$defs": {"n": {"type": "object", "properties": {"n": {"$ref": "#/$defs/n"}, "f": False}, "required": ["n", "f"]}},
-               "type": "object", "properties": {"a": {"type": "integer"}, "b": {"$ref": "#/$defs/n"}}}
+    endless = {
+        "$defs": {"n": {"type": "object", "properties": {"n": {"$ref": "#/$defs/n"}, "f": False}, "required": ["n", "f"]}},
+        "type": "object",
+        "properties": {"a": {"type": "integer"}, "b": {"$ref": "#/$defs/n"}},
+    }
     assert list(lower(endless).schema["properties"]) == ["a"]
 
 
 NAMES = st.sampled_from(["a", "b", "c"])
 LEAVES = st.one_of(
     st.sampled_from([True, {}, {"type": "integer"}, {"type": "string"}, {"type": ["null", "integer"]}, {"type": "boolean"}]),
-    st.builds(lambda v: {"enum": v}, st.lists(st.sampled_from(["x", "y", 1, 2, None, True]), min_size=1, max_size=3, unique_by=repr)),
+    st.builds(
+        lambda v: {"enum": v}, st.lists(st.sampled_from(["x", "y", 1, 2, None, True]), min_size=1, max_size=3, unique_by=repr)
+    ),
     st.builds(lambda a, b: {"minimum": a, "exclusiveMaximum": b}, st.integers(-3, 3), st.integers(0, 6)),
     st.builds(lambda a, b: {"type": "string", "minLength": a, "maxLength": b}, st.integers(0, 2), st.integers(1, 3)),
     st.builds(lambda n: {"required": [n]}, NAMES),
@@ -103,24 +136,45 @@ LEAVES = st.one_of(
 def grow(inner: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
     two = st.lists(inner, min_size=1, max_size=2)
     return st.one_of(
-        st.builds(lambda p, r, m: {"type": "object", "properties": p, "required": r, **m}, st.dictionaries(NAMES, inner, max_size=3),
-                  st.lists(NAMES, max_size=2, unique=True),
-                  st.sampled_from([{}, {"additionalProperties": False}, {"maxProperties": 2}, {"minProperties": 1},
-                                   {"dependentRequired": {"a": ["b"]}}, {"unevaluatedProperties": False}])),
-        st.builds(lambda i, m: {"type": "array", "items": i, **m}, inner,
-                  st.sampled_from([{}, {"maxItems": 2}, {"uniqueItems": True}, {"minItems": 1, "maxItems": 2}])),
+        st.builds(
+            lambda p, r, m: {"type": "object", "properties": p, "required": r, **m},
+            st.dictionaries(NAMES, inner, max_size=3),
+            st.lists(NAMES, max_size=2, unique=True),
+            st.sampled_from(
+                [
+                    {},
+                    {"additionalProperties": False},
+                    {"maxProperties": 2},
+                    {"minProperties": 1},
+                    {"dependentRequired": {"a": ["b"]}},
+                    {"unevaluatedProperties": False},
+                ]
+            ),
+        ),
+        st.builds(
+            lambda i, m: {"type": "array", "items": i, **m},
+            inner,
+            st.sampled_from([{}, {"maxItems": 2}, {"uniqueItems": True}, {"minItems": 1, "maxItems": 2}]),
+        ),
         st.builds(lambda i, c: {"type": "array", "items": i, "contains": c, "maxItems": 3}, inner, inner),
-        st.builds(lambda b: {"allOf": b}, two), st.builds(lambda b: {"anyOf": b}, two),
-        st.builds(lambda b: {"oneOf": b}, st.lists(inner, min_size=2, max_size=3)), st.builds(lambda b: {"not": b}, inner),
+        st.builds(lambda b: {"allOf": b}, two),
+        st.builds(lambda b: {"anyOf": b}, two),
+        st.builds(lambda b: {"oneOf": b}, st.lists(inner, min_size=2, max_size=3)),
+        st.builds(lambda b: {"not": b}, inner),
         st.builds(lambda i, t, e: {"if": i, "then": t, "else": e}, inner, inner, inner),
-        st.builds(lambda p, b: {"type": "object", "properties": {"a": p}, "anyOf": b, "unevaluatedProperties": False}, inner, two),
+        st.builds(
+            lambda p, b: {"type": "object", "properties": {"a": p}, "anyOf": b, "unevaluatedProperties": False}, inner, two
+        ),
         st.builds(lambda p, s: {"type": "object", "patternProperties": {"^[ab]": p}, "additionalProperties": s}, inner, inner),
     )
 
 
 SCHEMAS = st.recursive(LEAVES, grow, max_leaves=6)
-VALUES = st.recursive(st.sampled_from([None, True, 0, 1, 2, -1, 2.5, "", "x", "y", "xyz"]),
-                      lambda v: st.lists(v, max_size=3) | st.dictionaries(NAMES | st.just("d"), v, max_size=3), max_leaves=5)
+VALUES = st.recursive(
+    st.sampled_from([None, True, 0, 1, 2, -1, 2.5, "", "x", "y", "xyz"]),
+    lambda v: st.lists(v, max_size=3) | st.dictionaries(NAMES | st.just("d"), v, max_size=3),
+    max_leaves=5,
+)
 
 
 @given(SCHEMAS, st.lists(VALUES, min_size=4, max_size=8), st.integers(0, 1000))
@@ -136,7 +190,7 @@ def test_never_wider(backend: LLGuidanceBackend, schema: Any, values: list[Any],
             assert reference.is_valid(value), value
     tokens, ended = walk(backend, grammar, seed, budget=48)
     text = backend.vocabulary.text(tokens).decode(errors="replace")
-    if ended and "e" not in text.lower() and len(text) < 300:    # without exponents, numbers stay finite
+    if ended and "e" not in text.lower() and len(text) < 300:  # without exponents, numbers stay finite
         assert reference.is_valid(grammar.check(text)), text
     if grammar.min_tokens <= 48:
         closed = backend.vocabulary.text(grammar.close(tokens, 48).tolist()).decode()

@@ -8,18 +8,42 @@ from engine.guided.grammar import SchemaError
 from engine.guided.validate import Validator, parse_strict
 
 
-@pytest.mark.parametrize("text", [
-    "", "{", "NaN", "Infinity", "01", "1.", "[1,]", "{'a': 1}", '"\x01"', '"\\ud800"', '"\\x41"', '{"a": 1} x', "1e999", "-1e999",
-    '{"a": 1, "a": 2}', '{"b": {"a": 1, "\\u0061": 1}}', "[" * 5000 + "]" * 5000,
-])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "{",
+        "NaN",
+        "Infinity",
+        "01",
+        "1.",
+        "[1,]",
+        "{'a': 1}",
+        '"\x01"',
+        '"\\ud800"',
+        '"\\x41"',
+        '{"a": 1} x',
+        "1e999",
+        "-1e999",
+        '{"a": 1, "a": 2}',
+        '{"b": {"a": 1, "\\u0061": 1}}',
+        "[" * 5000 + "]" * 5000,
+    ],
+)
 def test_what_is_not_strict_json(text: str) -> None:
     with pytest.raises(ValueError):
         parse_strict(text)
 
 
-@pytest.mark.parametrize("text, value", [
-    ('{"a": {"a": 1}}', {"a": {"a": 1}}), ('[{"a": 1}, {"a": 2}]', [{"a": 1}, {"a": 2}]), ('"\\ud83d\\ude00"', "😀"), ("1.0", 1.0),
-])
+@pytest.mark.parametrize(
+    "text, value",
+    [
+        ('{"a": {"a": 1}}', {"a": {"a": 1}}),
+        ('[{"a": 1}, {"a": 2}]', [{"a": 1}, {"a": 2}]),
+        ('"\\ud83d\\ude00"', "😀"),
+        ("1.0", 1.0),
+    ],
+)
 def test_what_is(text: str, value: object) -> None:
     assert parse_strict(text) == value
 
@@ -47,7 +71,9 @@ def test_the_draft_counts() -> None:
         Validator({"items": [{"type": "integer"}]}).check('["x"]')
 
 
-@pytest.mark.parametrize("schema", [{"type": "text"}, {"$schema": "https://example.com/mine"}, {"properties": []}, {"pattern": "("}])
+@pytest.mark.parametrize(
+    "schema", [{"type": "text"}, {"$schema": "https://example.com/mine"}, {"properties": []}, {"pattern": "("}]
+)
 def test_what_is_no_schema(schema: dict) -> None:
     with pytest.raises(ValueError):
         Validator(schema)
