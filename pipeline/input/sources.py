@@ -16,18 +16,9 @@ import fsspec
 import pyarrow as pa
 
 from pipeline.exits import ConfigError
-from pipeline.input.formats import (
-    JSON_TEXT,
-    Chunk,
-    CsvReader,
-    HfReader,
-    JsonlReader,
-    ParquetReader,
-    Reader,
-    Scan,
-    first_line,
-    select,
-)
+from pipeline.input.csv import CsvReader
+from pipeline.input.formats import JSON_TEXT, Chunk, HfReader, ParquetReader, Reader, Scan, first_line, select
+from pipeline.input.jsonl import JsonlReader
 from pipeline.input.plan import InputFile, Piece, Shard, check_unchanged
 
 READERS: dict[str, type] = {"parquet": ParquetReader, "jsonl": JsonlReader, "csv": CsvReader}

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from pipeline.config import InputKeys
 from pipeline.exits import ConfigError
-from pipeline.input import formats
+from pipeline.input import formats, jsonl
 from pipeline.input.plan import make_plan
 from pipeline.input.sources import Input, open_input
 
@@ -133,7 +133,8 @@ def test_a_bad_input_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize("kind", ["parquet", "jsonl", "csv", "saved"])
 def test_rows_come_back_whatever_the_shards(tmp_path: Path, kind: str, backwards: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(formats, "CHUNK_ROWS", 5)
-    monkeypatch.setattr(formats, "JSONL_BLOCK", 100)
+    monkeypatch.setattr(jsonl, "BLOCK", 100)
+    monkeypatch.setattr(jsonl, "CHUNK_ROWS", 5)
     monkeypatch.setattr(formats, "HF_GROUP", 11)
     rows = [{"id": str(i), "text": f'line {i}, "quoted"\nand more'} for i in range(50)]
     if kind == "parquet":
@@ -158,7 +159,7 @@ def test_jsonl_rows_come_back_whatever_the_blocks(tmp_path_factory: pytest.TempP
     path = tmp_path_factory.mktemp("jsonl") / "x.jsonl"
     path.write_text("".join(json.dumps({"t": text}, ensure_ascii=False) + "\n" for text in texts), encoding="utf-8", newline="\n")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(formats, "JSONL_BLOCK", block)
+        patch.setattr(jsonl, "BLOCK", block)
         source = opened(path)
         assert [row["t"] for row in everything(source)] == texts
         assert source.files[0].num_rows == len(texts)
