@@ -156,16 +156,19 @@ class LLGuidanceBackend:
 
     vocab_size: columns of the logits, padding included; padded columns are never allowed.
     whitespace: "dumps" (`{"a": 1, "b": 2}`), "compact" or "flexible".
+    close_objects: objects that list properties, and say nothing of others, get no others; see lower().
     """
 
     name = "llguidance"
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, vocab_size: int, eos_token_ids: Sequence[int],
-                 whitespace: str = "dumps", limits: LLParserLimits | None = None, threads: int | None = None) -> None:
+                 whitespace: str = "dumps", close_objects: bool = True, limits: LLParserLimits | None = None,
+                 threads: int | None = None) -> None:
         if whitespace not in WHITESPACE:
             raise ValueError(f"guided whitespace must be one of {', '.join(WHITESPACE)}, not {whitespace!r}")
         self.vocab_size = vocab_size
         self.limits = limits or default_limits()
+        self._close_objects = close_objects
         self._json_options = WHITESPACE[whitespace]
         self.vocabulary = GrammarVocabulary(tokenizer, vocab_size, eos_token_ids)
         self._end = [t for t in eos_token_ids if t < vocab_size]
@@ -177,10 +180,9 @@ class LLGuidanceBackend:
     def _by_prefix(self) -> TokensByPrefix:
         return TokensByPrefix(self.vocabulary.token_bytes)
 
-    def compile_schema(self, schema: str | dict[str, Any] | bool, close_objects: bool = True) -> LLGrammar:
-        """close_objects: see lower()."""
+    def compile_schema(self, schema: str | dict[str, Any] | bool) -> LLGrammar:
         original = parse_schema(schema) if isinstance(schema, str) else schema
-        lowered = lower(original, close_objects)
+        lowered = lower(original, self._close_objects)
         try:
             validator = Validator(original)
         except ValueError as error:
@@ -228,11 +230,6 @@ class LLGuidanceBackend:
         for row, guide in zip(mask, guides, strict=False):
             if isinstance(guide, DistinctGuide):
                 guide.restrict(row, self._by_prefix, self._end)
-
-    def accept_many(self, guides: Sequence[LLGuide], tokens: Sequence[int]) -> list[int]:
-        """One token for each guide. Returns the indices of the guides that did not take theirs."""
-        return [i for i, (guide, token) in enumerate(zip(guides, tokens, strict=True))
-                if guide.accept([token]) != 1]
 
 
 def _matcher(tokenizer: LLTokenizer, source: str, limits: LLParserLimits) -> LLMatcher:

@@ -109,14 +109,6 @@ def test_wrong_tokens_are_not_taken(backend: LLGuidanceBackend) -> None:
     assert grammar.start().accept([0]) == 0  # the end token, where the output may not end
 
 
-def test_accept_many(backend: LLGuidanceBackend) -> None:
-    grammar = backend.compile_schema({"type": "integer"})
-    guides = [grammar.start() for _ in range(4)]
-    one, letter = backend.vocabulary.tokenize(b"1")[0], backend.vocabulary.tokenize(b"x")[0]
-    assert backend.accept_many(guides, [one, letter, one, letter]) == [1, 3]
-    assert [guide.accepting for guide in guides] == [True, False, True, False]
-
-
 def test_guides_are_independent(backend: LLGuidanceBackend) -> None:
     grammar = backend.compile_schema(LABEL)
     first, second = grammar.start(), grammar.start()

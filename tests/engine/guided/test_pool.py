@@ -98,7 +98,7 @@ def test_limits_come_first(counting: Counting) -> None:
         with pytest.raises(SchemaError, match=reason):
             pool.get(schema)
     assert counting.asked == []
-    with pytest.raises(SchemaError, match="not JSON|too deep|neither JSON"):
+    with pytest.raises(SchemaError, match="neither JSON nor"):
         pool.get('{"items":' * 100_000 + "{}" + "}" * 100_000)
 
 
