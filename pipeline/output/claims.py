@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import random
 import threading
+import time
 from collections.abc import Iterator
+from pathlib import Path
 
-from filelock import SoftFileLease, Timeout
+from filelock import LeaseSettingsMismatch, SoftFileLease, SoftFileLockProtocolError, Timeout
 
 from pipeline.exits import ConfigError
 from pipeline.input.plan import Shard
@@ -20,6 +22,7 @@ from pipeline.output.store import LocalStore, storage_errors
 LEASE_SECONDS = 60.0      # after so long without a sign of life, by the contender's own clock, a holder counts as dead
 AHEAD_ROWS = 16_384       # held at once beyond two shards: enough to keep the engine busy, few enough to leave others some
 _POLL_SECONDS = 2.0
+_EMPTY_SECONDS = 5.0
 
 
 class Claims:
@@ -36,6 +39,7 @@ class Claims:
         self._work = folder.store.work
         self._leases: dict[int, SoftFileLease] = {}
         self._held: dict[int, int] = {}      # shard index -> rows
+        self._seen: dict[Path, tuple[tuple[int, ...], float]] = {}      # of others' markers: the state, and since when
         self._changed = threading.Event()
         self._stopped = False
         pending = folder.pending_shards()
@@ -86,9 +90,26 @@ class Claims:
             path = self._work / f"{shard.index:05d}.lease"
             lease = self._leases[shard.index] = SoftFileLease(path, lease_duration=self._seconds, thread_local=False)
         with storage_errors(str(self._work)):
-            try:
-                lease.acquire(blocking=False)
-            except Timeout:
-                return False
-        self._held[shard.index] = shard.num_rows
-        return True
+            for _ in range(2):
+                try:
+                    lease.acquire(blocking=False)
+                except (Timeout, LeaseSettingsMismatch, SoftFileLockProtocolError):
+                    if not self._is_abandoned(Path(lease.lock_file)):
+                        return False
+                    Path(lease.lock_file).unlink(missing_ok=True)
+                else:
+                    self._held[shard.index] = shard.num_rows
+                    return True
+        return False
+
+    def _is_abandoned(self, marker: Path) -> bool:
+        """filelock takes over from the dead, but never touches a marker that it cannot read: one whose maker was killed before it
+        had written it, or of another version. A holder that lives touches its own."""
+        try:
+            stat = marker.stat()
+        except FileNotFoundError:
+            return False
+        state = (stat.st_ino, stat.st_mtime_ns, stat.st_ctime_ns)
+        if self._seen.get(marker, ((), 0.0))[0] != state:
+            self._seen[marker] = state, time.monotonic()
+        return time.monotonic() - self._seen[marker][1] >= (self._seconds if stat.st_size else _EMPTY_SECONDS)

@@ -116,6 +116,20 @@ time.sleep(100)
         holder.communicate()
 
 
+@pytest.mark.parametrize("marker", [
+    b"", b"someone else's", b"filelock/9\npid=1\n", b"filelock/2\npid=1\nhost=x\nmode=lease\ntoken=ab\nduration=7.0\nstart=1\n",
+])
+def test_a_marker_that_nobody_can_read_is_outlived(folder: RunFolder, monkeypatch: pytest.MonkeyPatch, marker: bytes) -> None:
+    """Left by a worker that was killed before it had written it, or by another version."""
+    monkeypatch.setattr(module, "_EMPTY_SECONDS", 0.5)
+    (folder.store.work / "00003.lease").write_bytes(marker)
+    start = time.monotonic()
+    given = [shard.index for shard in Claims(folder, seconds=0.5)]
+    assert sorted(given) == list(range(len(folder.plan.shards)))
+    assert given[-1] == 3
+    assert 0.4 < time.monotonic() - start < 10
+
+
 def test_stop_ends_a_wait(folder: RunFolder) -> None:
     holder = Claims(folder)
     held = list(holder)
