@@ -187,6 +187,16 @@ def test_pages_that_nobody_waits_for_are_evicted_first() -> None:
     assert pool.known(tokens(1, 2)) == 2, "a request still waits for these nodes"
 
 
+def test_pages_that_rows_hold_stay_cached() -> None:
+    """To uncache them would free nothing."""
+    pool = BlockPool(8, PAGE)
+    held = computed(pool, 1, 2)
+    leave(pool, *computed(pool, 3, 4))
+    pool.alloc(5)
+    assert pool.known(tokens(1, 2)) == 2
+    assert pool.arrive(pool.expect(tokens(1, 2), 2)).tolist() == held[1].tolist()
+
+
 def test_the_dummy_page_is_never_given_away() -> None:
     pool = BlockPool(4, PAGE)
     assert sorted(pool.alloc(3).tolist()) == [1, 2, 3]
