@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from filelock import LeaseSettingsMismatch, SoftFileLease, SoftFileLockProtocolError, Timeout
+import filelock
 
 from pipeline.exits import ConfigError
 from pipeline.input.plan import Shard
@@ -35,9 +35,11 @@ class Claims:
     def __init__(self, folder: RunFolder, worker: int = 0, workers: int = 1, seconds: float = LEASE_SECONDS) -> None:
         if not isinstance(folder.store, LocalStore):
             raise ConfigError(f"leases need a folder that all workers share, and {folder.out} is none: set cluster.lease=false")
+        if not hasattr(filelock, "SoftFileLease"):
+            raise ConfigError("leases need filelock 3.30 or newer: pip install -U filelock, or set cluster.lease=false")
         self._folder, self._seconds = folder, seconds
         self._work = folder.store.work
-        self._leases: dict[int, SoftFileLease] = {}
+        self._leases: dict[int, filelock.SoftFileLease] = {}
         self._held: dict[int, int] = {}      # shard index -> rows
         self._seen: dict[Path, tuple[tuple[int, ...], float]] = {}      # of others' markers: the state, and since when
         self._changed = threading.Event()
@@ -88,12 +90,12 @@ class Claims:
         if lease is None:
             # One object a shard: it remembers since when it has seen no sign of life. Released by another thread than claims.
             path = self._work / f"{shard.index:05d}.lease"
-            lease = self._leases[shard.index] = SoftFileLease(path, lease_duration=self._seconds, thread_local=False)
+            lease = self._leases[shard.index] = filelock.SoftFileLease(path, lease_duration=self._seconds, thread_local=False)
         with storage_errors(str(self._work)):
             for _ in range(2):
                 try:
                     lease.acquire(blocking=False)
-                except (Timeout, LeaseSettingsMismatch, SoftFileLockProtocolError):
+                except (filelock.Timeout, filelock.LeaseSettingsMismatch, filelock.SoftFileLockProtocolError):
                     if not self._is_abandoned(Path(lease.lock_file)):
                         return False
                     Path(lease.lock_file).unlink(missing_ok=True)

@@ -13,11 +13,10 @@ import shutil
 import tempfile
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from datetime import datetime
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import BinaryIO, Protocol
 
 import fsspec
 
@@ -38,9 +37,6 @@ class Store(Protocol):
 
     def names(self) -> set[str]:
         """The names there are now, not those in subfolders."""
-
-    def times(self) -> dict[str, float]:
-        """When each of them was last written, in seconds since the epoch, by the clock of whoever keeps them."""
 
     def read(self, name: str) -> bytes | None:
         """The whole file; None if there is none."""
@@ -108,10 +104,6 @@ class LocalStore:
                 return {entry.name for entry in os.scandir(self.root) if entry.is_file()}
             except FileNotFoundError:
                 return set()
-
-    def times(self) -> dict[str, float]:
-        with storage_errors(self.out):
-            return {entry.name: entry.stat().st_mtime for entry in os.scandir(self.root) if entry.is_file()}
 
     def read(self, name: str) -> bytes | None:
         with storage_errors(self.out):
@@ -197,19 +189,12 @@ class ObjectStore:
         self.work = folder / hashlib.blake2b(self.out.encode(), digest_size=8).hexdigest()
 
     def names(self) -> set[str]:
-        return set(self._entries())
-
-    def times(self) -> dict[str, float]:
-        stamps = {name: _modified(entry) for name, entry in self._entries().items()}
-        return {name: stamp.timestamp() for name, stamp in stamps.items() if stamp}
-
-    def _entries(self) -> dict[str, dict[str, Any]]:
         with client_errors(self.out):
             try:
                 entries = self.fs.ls(self.root, detail=True)
             except FileNotFoundError:
-                return {}
-        return {entry["name"].rsplit("/", 1)[-1]: entry for entry in entries if entry["type"] == "file"}
+                return set()
+        return {entry["name"].rsplit("/", 1)[-1] for entry in entries if entry["type"] == "file"}
 
     def read(self, name: str) -> bytes | None:
         with client_errors(self.out):
@@ -279,12 +264,6 @@ def _write_temporary(folder: Path, name: str, data: bytes) -> Path:
             path.unlink(missing_ok=True)      # half of it would only fill a full disk
             raise
     return path
-
-
-def _modified(entry: Mapping[str, Any]) -> datetime | None:
-    """fsspec leaves the key to each file system."""
-    stamps = (entry.get(key) for key in ("LastModified", "last_modified", "mtime", "updated", "created"))
-    return next((stamp for stamp in stamps if isinstance(stamp, datetime)), None)
 
 
 def check_writable(store: Store) -> None:
