@@ -142,11 +142,11 @@ class RunFolder:
         }
 
     def finalize(self, manifest: Mapping[str, Any] | None = None) -> Mapping[str, Any]:
-        """Write _manifest.json (`manifest`, or a fresh one), then _SUCCESS, then sweep leftovers. Any worker may, and again."""
+        """Write _manifest.json (`manifest`, or a fresh one), sweep leftovers, write _SUCCESS. Any worker may, and again."""
         manifest = manifest or self.manifest()
         self.store.replace(MANIFEST, orjson.dumps(manifest, option=orjson.OPT_INDENT_2))
+        sweep(self.store)      # before the mark: a run that finds it looks no further
         self.store.replace(SUCCESS, self._mark())
-        sweep(self.store)
         return manifest
 
     def _opened(self) -> OutputLayout:
