@@ -27,7 +27,7 @@ class Node:
 
     def __init__(self, parent: Node | None, key: bytes) -> None:
         self.parent, self.key, self.page, self.pending = parent, key, 0, 0
-        self.depth = parent.depth + 1 if parent is not None else 0           # pages from the root, its own included
+        self.depth: int = parent.depth + 1 if parent is not None else 0           # pages from the root, its own included
         self.running = 0                                                     # running rows whose prefix goes through it
         self.children: dict[bytes, Node] = {}
 

@@ -1,13 +1,14 @@
 """CUDA graphs of the whole decode step, one for each padded number of rows.
 
-A graph reads the row table's `rows` and `starts`, which the staged writes of the step have filled, so nothing is copied in; what stands
-past the step's rows is the dummy row. Graphs share one memory pool: they replay one after another on the compute stream.
+A graph reads the row table's `rows` and `starts`, which the staged writes of the step have filled, so nothing is copied in; what
+stands past the step's rows is the dummy row. Graphs share one memory pool: they replay one after another on the compute stream.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,7 +26,7 @@ def coarse_sizes(most: int) -> list[int]:
 
 
 class CudaGraphs:
-    def __init__(self, forward: Callable[[int], Tensor], sizes: list[int], pool: tuple[int, int]) -> None:
+    def __init__(self, forward: Callable[[int], Tensor], sizes: list[int], pool: Any) -> None:
         """forward(n): launch the decode step of the first n rows of the table; returns logits [n, V]. sizes: ascending."""
         self._forward, self._pool = forward, pool
         self._sizes = sizes

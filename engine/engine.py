@@ -31,17 +31,18 @@ DEFAULT_CONTEXT = 8192       # the most taken unasked of what a model was traine
 class Engine:
     """One model on one device. Not thread-safe: one thread submits and steps.
 
-    `guided` compiles and fills grammar masks, `tokenizer` is needed for stop strings, `progress` is told what is being done at start-up.
+    `guided` compiles and fills grammar masks, `tokenizer` is needed for stop strings, `progress` hears of the start-up.
     Raises ValueError for a configuration that cannot work, saying what to set.
     """
 
     def __init__(self, checkpoint: Checkpoint, config: EngineConfig, tokenizer: PreTrainedTokenizerFast | None = None,
                  guided: GrammarBackend | None = None, progress: Callable[[str], None] = lambda message: None) -> None:
         spec = checkpoint.spec
+        if spec.quantization is not None:
+            kind = spec.quantization.get("quant_method", "unknown")
+            raise ValueError(f"the model's weights are quantised ({kind}), which is not supported: take the unquantised model")
         self.config, self.vocab_size = config, spec.vocab_size
         self.device = _device(config.device)
-        if self.device.type == "cuda":      # steps differ in size: without this, what the allocator caches of one does not fit the next
-            torch.cuda.memory._set_allocator_settings("expandable_segments:True")
         on_gpu = self.device.type == "cuda"
         dtype = getattr(torch, config.dtype if config.dtype != "auto" else "bfloat16" if on_gpu else "float32")
         self.max_model_len = config.max_model_len or min(spec.max_positions, DEFAULT_CONTEXT)
@@ -78,7 +79,7 @@ class Engine:
             raise ValueError("the prompt has no tokens")
         if n >= self.max_model_len:
             raise ValueError(f"the prompt has {n} tokens, which leaves no room in engine.max_model_len={self.max_model_len}")
-        if not (0 <= int(request.prompt.min()) and int(request.prompt.max()) < self.vocab_size):
+        if int(request.prompt.min()) < 0 or int(request.prompt.max()) >= self.vocab_size:
             raise ValueError(f"the prompt has a token outside the model's vocabulary of {self.vocab_size}")
         if len(params.stop_token_ids) + len(self._scheduler.end_ids) > MAX_STOP_IDS:
             raise ValueError(f"at most {MAX_STOP_IDS - len(self._scheduler.end_ids)} stop_token_ids")
@@ -115,7 +116,7 @@ class Engine:
         if plan is not None:
             step = self._runner.launch_forward(plan)
             mask = None
-            if plan.guides:
+            if plan.guides and self._guided is not None:
                 mask = self._runner.mask_buffer(len(plan.guides))
                 self._guided.fill(plan.guides, mask)            # while the forward pass runs
             self._runner.launch_sample(step, mask)
@@ -167,5 +168,5 @@ def _device(name: str) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(name)
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"engine.device={name}, but torch sees no CUDA device: set engine.device=cpu or install a CUDA build of torch")
+        raise ValueError(f"engine.device={name}, but torch sees no CUDA device: set engine.device=cpu or install torch with CUDA")
     return device

@@ -1,4 +1,4 @@
-"""How much memory there is for keys and values: the worst step is run once through the real path, and the pool gets what is left."""
+"""How much memory there is for keys and values: the worst step is run once through the real path, the pool gets the rest."""
 
 from __future__ import annotations
 
@@ -19,7 +19,10 @@ def page_bytes(model: Decoder, page_size: int) -> int:
 
 
 def make_caches(model: Decoder, pages: int, page_size: int, device: torch.device) -> list[LayerCache]:
-    """Keys and values apart, [pages, kv heads, page size, head dim]. Zeroed: masked slots are still multiplied, and 0 x NaN is NaN."""
+    """Keys and values apart, [pages, kv heads, page size, head dim].
+
+    Zeroed, since masked slots are multiplied too, and 0 x NaN is NaN.
+    """
     spec = model.spec
     shape = (pages, spec.num_kv_heads, page_size, spec.head_dim)
     return [LayerCache(torch.zeros(shape, dtype=model.dtype, device=device), torch.zeros(shape, dtype=model.dtype, device=device))
@@ -44,9 +47,10 @@ def size_pool(config: EngineConfig, model: Decoder, table: RowTable, max_step_to
         pages, bound = min(most, int(config.cpu_kv_gib * 2**30) // size), f"engine.cpu_kv_gib={config.cpu_kv_gib}"
     if pages < table.pages_per_row + 1:
         need = (table.pages_per_row + 1) * size
-        raise ValueError(f"the model does not fit: {bound} leaves {max(pages, 0) * size / 2**30:.2f} GiB for keys and values, and one row of "
-                         f"engine.max_model_len={table.max_len} tokens needs {need / 2**30:.2f} GiB. Lower engine.max_model_len or "
-                         "engine.max_step_tokens, raise that limit, or take a smaller model")
+        left = max(pages, 0) * size
+        raise ValueError(f"the model does not fit: {bound} leaves {left / 2**30:.2f} GiB for keys and values, and one row of "
+                         f"engine.max_model_len={table.max_len} tokens needs {need / 2**30:.2f} GiB. Lower "
+                         "engine.max_model_len or engine.max_step_tokens, raise that limit, or take a smaller model")
     return int(min(pages, table.max_rows * table.pages_per_row + 1))
 
 
@@ -62,9 +66,10 @@ def _worst_step(model: Decoder, table: RowTable, tokens: int) -> None:
     starts = torch.zeros_like(rows)
     ids, positions, slots = torch.empty(3, tokens, dtype=torch.int32, device=device).unbind()
     ops.expand(table.tokens, table.block_table, rows, starts, cu_q, length, table.page_size, ids, positions, slots)
-    tiles = torch.tensor([(i, at) for i, n in enumerate(counts) for at in range(0, n, ops.QUERY_TILE)], dtype=torch.int32, device=device)
-    step = StepInputs(ids, positions, slots, table.block_table, rows[:0], 0, 0, rest_rows=rows, rest_starts=starts, rest_cu_q=cu_q,
-                      tiles=tiles)
+    work = [(i, at) for i, n in enumerate(counts) for at in range(0, n, ops.QUERY_TILE)]
+    tiles = torch.tensor(work, dtype=torch.int32, device=device)
+    step = StepInputs(ids, positions, slots, table.block_table, rows[:0], 0, 0,
+                      rest_rows=rows, rest_starts=starts, rest_cu_q=cu_q, tiles=tiles)
     hidden = model(step, caches)
     sampled = hidden[torch.arange(table.max_rows, device=device) % tokens]
     dummies = torch.full((table.max_rows,), table.dummy, dtype=torch.int32, device=device)

@@ -1,8 +1,8 @@
 """Running rows that share a prefix, put side by side so that decode attention reads the prefix once for all of them (cascade).
 
-Two rows share the tokens of a node of the prefix tree that both their paths go through, whichever of them computed the page. Every row
-belongs to the deepest node that enough running rows go through. Membership is looked at afresh every few steps: a row that is in no group
-yet is only slower.
+Two rows share the tokens of a node of the prefix tree that both their paths go through, whichever of them computed the page.
+Every row belongs to the deepest node that enough running rows go through. Membership is looked at afresh every few steps: a row
+that is in no group yet is only slower.
 """
 
 from __future__ import annotations

@@ -34,7 +34,7 @@ class RowTable:
                   "shared": (max_rows,), "prefix_tiles": (max(1, max_rows // 8), 2)}
         total = sum(int(np.prod(shape)) for shape in widths.values())
         if total >= 2**31:
-            raise ValueError(f"engine.max_rows={max_rows} x engine.max_model_len={max_len} is too large for the row table: lower one")
+            raise ValueError(f"engine.max_rows={max_rows} x engine.max_model_len={max_len} overflows the row table: lower one")
         self.state = torch.zeros(total, dtype=torch.int32, device=device)
         self.offset: dict[str, int] = {}
         views, at = {}, 0

@@ -51,7 +51,7 @@ class Runner:
             self._sharing_graphs = CudaGraphs(lambda n: self._decode(n, sharing=True), coarse_sizes(rows), pool)
 
     def warm_up(self) -> None:
-        """Capture the graphs, but for those with shared prefixes, which few jobs need; the table's rows are all dummies meanwhile."""
+        """Capture the graphs, all rows being dummies meanwhile; those with shared prefixes wait until a job needs them."""
         if self._graphs is not None:
             self.table.rows.fill_(self.table.dummy)
             self._graphs.capture_all()
@@ -76,7 +76,8 @@ class Runner:
         self._stage(plan, rows, starts)
         if pure:
             self.table.flush(np.empty(0, dtype=np.int32))
-            return Step(plan, self._decode(n, plan.shared is not None, int(starts.max()) + 1), self.table.rows[:n], self.table.starts[:n])
+            logits = self._decode(n, plan.shared is not None, int(starts.max()) + 1)
+            return Step(plan, logits, self.table.rows[:n], self.table.starts[:n])
         return self._mixed(plan)
 
     def _stage(self, plan: StepPlan, rows: np.ndarray, starts: np.ndarray) -> None:
@@ -89,7 +90,7 @@ class Runner:
         return (self.table.shared[:n], self.table.prefix_tiles) if sharing else (None, None)
 
     def _decode(self, n: int, sharing: bool = False, max_context: int | None = None) -> Tensor:
-        """One query for each of the first n rows of the table -> logits [n, V]. The captured part: it reads device state alone."""
+        """One query for each of the first n rows of the table -> logits [n, V]. The captured part: reads device state alone."""
         table = self.table
         ids, positions, slots = self._empty(n)
         ops.expand(table.tokens, table.block_table, table.rows[:n], table.starts[:n], self._one_each[: n + 1], 1, table.page_size,
@@ -124,7 +125,8 @@ class Runner:
         return Step(plan, self.model.logits(hidden[at]), rows, positions)
 
     def _empty(self, n: int) -> tuple[Tensor, Tensor, Tensor]:
-        return tuple(torch.empty(3, n, dtype=torch.int32, device=self.device).unbind())
+        ids, positions, slots = torch.empty(3, n, dtype=torch.int32, device=self.device).unbind()
+        return ids, positions, slots
 
     # --- sample ---
 
@@ -137,7 +139,8 @@ class Runner:
             device_mask = torch.from_numpy(mask).to(self.device, non_blocking=True)
             masked = torch.from_numpy(plan.guided).to(self.device, non_blocking=True)
         if n:
-            tokens, step.logprobs = sampler.sample(step.logits, self.table, step.rows, step.positions, plan.special, device_mask, masked)
+            tokens, step.logprobs = sampler.sample(step.logits, self.table, step.rows, step.positions, plan.special, device_mask,
+                                                   masked)
             out = torch.empty_like(tokens)
             ops.commit(self.table.tokens, step.rows, step.positions, tokens, out)
             step.tokens = self._host_tokens[turn][:n]
@@ -160,6 +163,7 @@ class Runner:
         """The step's tokens, int32 [S], and log-probabilities by index; blocks until they are there."""
         if step.done is not None:
             step.done.synchronize()
+        assert step.tokens is not None, "the step was not sampled"
         return step.tokens.numpy(), step.logprobs.read() if step.logprobs is not None else {}
 
 

@@ -66,7 +66,8 @@ def _penalise(logits: Tensor, table: RowTable, special: list[Special]) -> None:
     ops.apply_penalties(logits, ints([s.index for s in special]), table.tokens, ints([s.row for s in special]),
                         ints([s.prompt_len for s in special]), ints([s.length for s in special]),
                         floats([s.params.repetition_penalty for s in special]),
-                        floats([s.params.presence_penalty for s in special]), floats([s.params.frequency_penalty for s in special]))
+                        floats([s.params.presence_penalty for s in special]),
+                        floats([s.params.frequency_penalty for s in special]))
 
 
 def _forbid(logits: Tensor, special: list[Special]) -> None:

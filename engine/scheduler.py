@@ -1,9 +1,10 @@
 """The scheduler: which rows run in the next step, and what its results mean. CPU only, vectorised over rows.
 
-There are no prefill and decode phases. A row has `known` tokens, of which `computed` have their keys and values; a step runs some of the
-difference (its queries), and if it runs all of it, samples the next token. One query is a decode, a chunk of a prompt or of forced tokens is several.
-`known` counts tokens that the device has sampled and the host has not read yet, so that step N + 1 can be planned before step N's tokens are
-back; `seen` counts those the host has. Rows under a grammar are planned only when the host has seen everything.
+There are no prefill and decode phases. A row has `known` tokens, of which `computed` have their keys and values; a step runs
+some of the difference (its queries), and if it runs all of it, samples the next token. One query is a decode; a chunk of a prompt
+or of forced tokens is several. `known` counts tokens that the device has sampled and the host has not read yet, so that step
+N + 1 can be planned before step N's tokens are back; `seen` counts those the host has. Rows under a grammar are planned only when
+the host has seen everything.
 """
 
 from __future__ import annotations
@@ -92,10 +93,11 @@ class Scheduler:
         self.arrived = np.zeros(rows, dtype=bool)                             # on the device: see _arrive
         self.exact = np.zeros(rows, dtype=bool)                               # ends at its limit and nowhere else
         self.generation = np.zeros(rows, dtype=np.int32)
-        self.watched = np.zeros(rows, dtype=bool)                             # a grammar or stop strings: looked at after each token
-        self.special = np.zeros(rows, dtype=bool)                             # penalties, min_tokens or logprobs: more than the kernel does
+        self.watched = np.zeros(rows, dtype=bool)       # a grammar or stop strings: looked at after each token
+        self.special = np.zeros(rows, dtype=bool)       # penalties, min_tokens or logprobs: more than the kernel does
         self.known, self.seen, self.computed, self.staged = (np.zeros(rows, dtype=np.int32) for _ in range(4))
-        self.prompt_len, self.limit, self.least, self.order, self.shared_pages = (np.zeros(rows, dtype=np.int32) for _ in range(5))
+        self.prompt_len, self.limit, self.least = (np.zeros(rows, dtype=np.int32) for _ in range(3))
+        self.order, self.shared_pages = (np.zeros(rows, dtype=np.int32) for _ in range(2))
         self.stop_ids = np.full((rows, MAX_STOP_IDS), -1, dtype=np.int32)
         self._groups = groups
         self.live: dict[int, Live] = {}
@@ -119,7 +121,7 @@ class Scheduler:
     def refill(self) -> None:
         """Give rows to waiting requests, as many as the forecast of KV use lets in.
 
-        A step with a prompt in it costs more than a plain decode step, so a few requests are let in together rather than one by one.
+        A step with a prompt in it costs more than a plain decode step, so a few requests are let in together, not one by one.
         """
         free = len(self._free_rows)
         few = max(1, self._table.max_rows // 64)
@@ -169,7 +171,9 @@ class Scheduler:
         self.stop_ids[row] = -1
         self.stop_ids[row, : len(ids)] = ids
         guide = waiting.guide if waiting.guide is not None or request.grammar is None else request.grammar.start()
-        stop = StopStrings(self._tokenizer, params.stop) if params.stop and request.grammar is None else None
+        stop = None
+        if params.stop and request.grammar is None and self._tokenizer is not None:
+            stop = StopStrings(self._tokenizer, params.stop)
         self.watched[row] = guide is not None or stop is not None
         self.special[row] = params.has_penalties or params.min_tokens > 0 or params.logprobs is not None
         if stop is not None:
@@ -183,7 +187,7 @@ class Scheduler:
     # --- the next step ---
 
     def schedule(self) -> StepPlan | None:
-        """Plan a step over everything that can run: decodes first, then chunks of the rest in order of admission, within the budget."""
+        """Plan a step over all that can run: decodes first, then chunks of the rest in order of admission, within the budget."""
         ready = self.active & (self.known < self.limit) & ~(self.guided & (self.seen < self.known))
         rows = np.flatnonzero(ready).astype(np.int32)
         if rows.size == 0:
@@ -193,7 +197,9 @@ class Scheduler:
         for row in decode[~self.arrived[decode]].tolist():                   # prompts of one token
             self._arrive(row)
         decode = self._grown(decode)
-        rest, chunks, budget = [], [], self._max_step_tokens - decode.size
+        rest: list[int] = []
+        chunks: list[int] = []
+        budget = self._max_step_tokens - decode.size
         several = rows[queries > 1]
         for row in several[np.argsort(self.order[several])].tolist():
             if budget <= 0:
@@ -214,7 +220,7 @@ class Scheduler:
         return self._plan(decode, np.array(rest, dtype=np.int32), np.array(chunks, dtype=np.int32))
 
     def _arrive(self, row: int) -> None:
-        """Before its first chunk a row takes the pages of its prefix that are computed by now, or will be earlier in this step."""
+        """Before its first chunk a row takes the pages of its prefix that are computed by now, or will be in this step."""
         if self.arrived[row]:
             return
         live = self.live[row]
@@ -242,7 +248,7 @@ class Scheduler:
         counts = np.concatenate([np.ones_like(decode), chunks])
         starts = self.computed[rows]
         ends = starts + counts
-        for row in rows[self.staged[rows] < ends].tolist():                  # prompts and forced tokens: not sampled on the device
+        for row in rows[self.staged[rows] < ends].tolist():     # prompts and forced tokens: not sampled on the device
             upto = int(self.computed[row]) + int(counts[rows == row][0])
             self._table.stage_tokens(row, int(self.staged[row]), self.tokens[row, self.staged[row] : upto])
             self.staged[row] = upto
@@ -252,7 +258,7 @@ class Scheduler:
         self.known[to_sample] += 1
         self.staged[to_sample] += 1
         guided = np.flatnonzero(self.guided[to_sample]).astype(np.int32)
-        guides = [self.live[row].guide for row in to_sample[guided].tolist()]
+        guides = [guide for row in to_sample[guided].tolist() if (guide := self.live[row].guide) is not None]
         special = [self._special(i, int(to_sample[i])) for i in np.flatnonzero(self.special[to_sample]).tolist()]
         return StepPlan(rows, starts, counts, decode.size, sampled, self.generation[to_sample], guides, guided, special,
                         shared, prefix_tiles)
@@ -282,7 +288,7 @@ class Scheduler:
             return rows
 
     def _grow(self, row: int, upto: int, keep: list[int]) -> bool:
-        """Give a row pages for positions below `upto`; preempts rows outside `keep` if the pool is out. False: not in this step."""
+        """Give a row pages for positions below `upto`; preempts rows outside `keep` if the pool is out. False: not now."""
         have = int(self.num_pages[row])
         need = -(-upto // self._table.page_size) - have
         if need <= 0:
@@ -348,14 +354,14 @@ class Scheduler:
         """Take in a step's sampled tokens, int32 [S]; `logprobs` by index into them. Results of rows that left are dropped."""
         rows = plan.rows[plan.sampled]
         current = self.active[rows] & (self.generation[rows] == plan.generations)
-        rows, tokens, index = rows[current], tokens[current], np.flatnonzero(current)
+        rows, tokens = rows[current], tokens[current]
         self.tokens[rows, self.seen[rows]] = tokens
         self.seen[rows] += 1
         self._generated += rows.size
         ended = (tokens[:, None] == self.stop_ids[rows]).any(1)
         for i, entry in logprobs.items():
-            if current[i]:
-                self.live[int(plan.rows[plan.sampled[i]])].logprobs.append(entry)
+            if current[i] and (kept := self.live[int(plan.rows[plan.sampled[i]])].logprobs) is not None:
+                kept.append(entry)
         for row in rows[self.watched[rows] & ~ended].tolist():
             self._watch(row)
         for row in rows[ended].tolist():
@@ -377,8 +383,8 @@ class Scheduler:
     def _take_back(self, row: int) -> None:
         """The token sampled last is not part of the output."""
         self.seen[row] -= 1
-        if self.live[row].logprobs:
-            self.live[row].logprobs.pop()
+        if kept := self.live[row].logprobs:
+            kept.pop()
 
     def _watch(self, row: int) -> None:
         """A row that the host must look at after each token: a grammar or stop strings."""
@@ -412,17 +418,17 @@ class Scheduler:
 
     def _run_out(self, row: int) -> None:
         """No budget left: a guided row whose output may not end here is trimmed and closed."""
-        guide, request = self.live[row].guide, self.live[row].waiting.request
-        if guide is None or (guide.error is None and guide.accepting):
+        guide, grammar = self.live[row].guide, self.live[row].waiting.request.grammar
+        if guide is None or grammar is None or (guide.error is None and guide.accepting):
             self._finish(row, FinishReason.LENGTH if guide is None else FinishReason.STOP)
             return
         produced = self.tokens[row, self.prompt_len[row] : self.seen[row]]
         budget = int(self.limit[row] - self.prompt_len[row])
-        if request.grammar.min_tokens > budget:
-            self._finish(row, FinishReason.ERROR, error=f"the schema needs {request.grammar.min_tokens} tokens and there is room for {budget}: "
-                         "raise max_tokens, or shorten the prompt")
+        if grammar.min_tokens > budget:
+            self._finish(row, FinishReason.ERROR, error=f"the schema needs {grammar.min_tokens} tokens and there is room for "
+                         f"{budget}: raise max_tokens, or shorten the prompt")
             return
-        closed = request.grammar.close(produced.tolist(), budget)
+        closed = grammar.close(produced.tolist(), budget)
         self.tokens[row, self.prompt_len[row] : self.prompt_len[row] + closed.size] = closed
         self.seen[row] = self.prompt_len[row] + closed.size
         self._finish(row, FinishReason.LENGTH_CLOSED)
@@ -435,8 +441,8 @@ class Scheduler:
 
     def _emit(self, waiting: Waiting, output: np.ndarray, reason: FinishReason, text: str | None = None, error: str | None = None,
               logprobs: list[TokenLogprobs] | None = None) -> None:
-        self._finished.append(Completion(waiting.request.id, output, reason, waiting.request.prompt.size, waiting.cached_tokens or 0,
-                                         waiting.forced_tokens, text, error, logprobs))
+        self._finished.append(Completion(waiting.request.id, output, reason, waiting.request.prompt.size,
+                                         waiting.cached_tokens or 0, waiting.forced_tokens, text, error, logprobs))
         self._done += 1
 
     def finished(self) -> list[Completion]:
@@ -453,8 +459,8 @@ class Scheduler:
             self._emit(waiting, waiting.tokens[waiting.request.prompt.size :], FinishReason.ABORTED, logprobs=waiting.logprobs)
 
     def stats(self, steps: int, graph_steps: int) -> EngineStats:
-        return EngineStats(len(self.live), len(self.window), self._pool.used, self._pool.usable, self._prompt_tokens, self._cached_tokens,
-                           self._generated, self._forced, steps, graph_steps, self._preemptions, self._done)
+        return EngineStats(len(self.live), len(self.window), self._pool.used, self._pool.usable, self._prompt_tokens,
+                           self._cached_tokens, self._generated, self._forced, steps, graph_steps, self._preemptions, self._done)
 
     def check_integrity(self) -> None:
         """Raise AssertionError unless rows, pages and counts agree; for tests and for an idle engine."""

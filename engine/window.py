@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import numpy as np
 
@@ -70,7 +71,7 @@ class Window:
         """Runs of rows, in the order of their tokens, where neighbours share a page or more; notes what each will share."""
         page = self._pool.page_size
         batch.sort(key=lambda w: w.tokens.astype(">i4").tobytes())
-        shared = [_common(a.tokens, b.tokens) // page for a, b in zip(batch, batch[1:], strict=False)]
+        shared = [_common(a.tokens, b.tokens) // page for a, b in pairwise(batch)]
         groups: list[list[Waiting]] = []
         for i, waiting in enumerate(batch):
             before = shared[i - 1] if i else 0

@@ -165,17 +165,18 @@ def decode_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: T
     out = torch.empty((n, heads, dim), dtype=q.dtype, device=q.device)
     partial = torch.empty(n * heads * splits * (dim + 2), dtype=torch.float32, device=q.device) if splits > 1 else out
     factor, inner = _log2_scales(scale, softcap)
-    prefix = out
-    if shared is not None:
+    prefix, lengths = out, positions        # not read without SHARED
+    if shared is not None and prefix_tiles is not None:
         prefix = _prefix_sums(q, k_cache, v_cache, block_table, rows, shared, prefix_tiles, factor, inner, softcap > 0)
+        lengths = shared
     _decode_kernel[kv_heads, splits, n](
-        q, k_cache, v_cache, block_table, rows, positions, positions if shared is None else shared, prefix, out, partial, factor, inner, window, block_table.stride(0),
-        q.stride(0), splits, H=heads, K=kv_heads, P=page, D=dim, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_D=block_d,
-        SPLIT=splits > 1, WINDOW=window > 0, SOFTCAP=softcap > 0, SHARED=shared is not None, PRECISION=_precision(k_cache),
-        **options)
+        q, k_cache, v_cache, block_table, rows, positions, lengths, prefix, out, partial, factor, inner, window,
+        block_table.stride(0), q.stride(0), splits, H=heads, K=kv_heads, P=page, D=dim,
+        BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_D=block_d, SPLIT=splits > 1, WINDOW=window > 0,
+        SOFTCAP=softcap > 0, SHARED=shared is not None, PRECISION=_precision(k_cache), **options)
     if splits > 1:
-        _combine_kernel[heads, n](partial, positions, positions if shared is None else shared, out, window, splits, H=heads, D=dim,
-                                  BLOCK_N=block_n, BLOCK_D=block_d, BLOCK_S=triton.next_power_of_2(splits), WINDOW=window > 0,
+        _combine_kernel[heads, n](partial, positions, lengths, out, window, splits, H=heads, D=dim, BLOCK_N=block_n,
+                                  BLOCK_D=block_d, BLOCK_S=triton.next_power_of_2(splits), WINDOW=window > 0,
                                   SHARED=shared is not None, num_warps=4)
     return out
 
@@ -307,7 +308,7 @@ def prefill_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: 
     return out
 
 
-# --- a prefix that rows of a decode step share ------------------------------------------------------------------------------------
+# --- a prefix that rows of a decode step share ----------------------------------------------------------------------------------
 
 
 @triton.jit(do_not_specialize=["n"], do_not_specialize_on_alignment=["rows", "shared", "tiles"])
@@ -337,10 +338,10 @@ def _prefix_kernel(q, k_cache, v_cache, block_table, rows, shared, tiles, prefix
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     positions = tl.full([BLOCK_M], hi - 1, tl.int32)
     whole = hi // BLOCK_N * BLOCK_N
-    peak, total, acc = _attend_block(queries, positions, k_cache, v_cache, table, head, 0, whole, 0, hi, peak, total, acc, scale, inner,
-                                     0, K, P, D, BLOCK_N, BLOCK_D, False, False, SOFTCAP, PRECISION)
-    peak, total, acc = _attend_block(queries, positions, k_cache, v_cache, table, head, whole, hi, 0, hi, peak, total, acc, scale, inner,
-                                     0, K, P, D, BLOCK_N, BLOCK_D, True, False, SOFTCAP, PRECISION)
+    peak, total, acc = _attend_block(queries, positions, k_cache, v_cache, table, head, 0, whole, 0, hi, peak, total, acc,
+                                     scale, inner, 0, K, P, D, BLOCK_N, BLOCK_D, False, False, SOFTCAP, PRECISION)
+    peak, total, acc = _attend_block(queries, positions, k_cache, v_cache, table, head, whole, hi, 0, hi, peak, total, acc,
+                                     scale, inner, 0, K, P, D, BLOCK_N, BLOCK_D, True, False, SOFTCAP, PRECISION)
     at = row * H + head * G + m % G     # prefix: the sums [N, H, D], then the peaks [N, H], then the totals
     ends = n.to(tl.int64) * H
     tl.store(prefix + at[:, None] * D + d[None, :], acc, mask=real)
@@ -356,7 +357,7 @@ def _prefix_sums(q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tenso
     block_m, block_n, options = _prefill_tile(k_cache)
     prefix = torch.empty(n * heads * (dim + 2), dtype=torch.float32, device=q.device)
     grid = kv_heads, tiles.shape[0] * triton.cdiv(PREFIX_TILE * (heads // kv_heads), block_m)
-    _prefix_kernel[grid](q, k_cache, v_cache, block_table, rows, shared, tiles, prefix, factor, inner, n, block_table.stride(0), q.stride(0),
-                         H=heads, K=kv_heads, P=page, D=dim, TILE=PREFIX_TILE, BLOCK_M=block_m, BLOCK_N=block_n,
+    _prefix_kernel[grid](q, k_cache, v_cache, block_table, rows, shared, tiles, prefix, factor, inner, n, block_table.stride(0),
+                         q.stride(0), H=heads, K=kv_heads, P=page, D=dim, TILE=PREFIX_TILE, BLOCK_M=block_m, BLOCK_N=block_n,
                          BLOCK_D=triton.next_power_of_2(dim), SOFTCAP=softcap, PRECISION=_precision(k_cache), **options)
     return prefix

@@ -116,8 +116,8 @@ def decode_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: T
     window > 0: only the last `window` positions, the query's own included. softcap > 0: scores become
     softcap * tanh(score / softcap).
     max_context: an upper bound of positions + 1, known on the host.
-    shared [N], prefix_tiles [M, 2]: rows tiles[j, 0] .. + tiles[j, 1] (at most PREFIX_TILE) have the same first shared[i] keys and
-    values, so a kernel may read them once; 0: none. No window then. They change how the result is computed, not what it is.
+    shared [N], prefix_tiles [M, 2]: rows tiles[j, 0] .. + tiles[j, 1] (at most PREFIX_TILE) have the same first shared[i] keys
+    and values, so a kernel may read them once; 0: none. No window then. They change how the result is computed, not what it is.
     """
     n, heads, dim = q.shape
     kv_heads, page = k_cache.shape[1], k_cache.shape[2]

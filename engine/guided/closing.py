@@ -20,7 +20,8 @@ from engine.guided.distinct import Scanner, Unique
 _END = 256
 _QUOTE, _BACKSLASH = 0x22, 0x5C
 # Outside strings: leave what is open, go on where that is needed, then the cheapest value that may begin.
-_STRUCTURE = tuple(b'}],:0123456789"[{ntf-.eE+ \n\t\r')
+_STRUCTURE = tuple(b'}],:0123456789"[{ntf-.eE+')
+_SPACES = tuple(b" \n\t\r")
 # Inside strings that may not end yet: plain characters first, and what patterns like to ask for.
 _CHARACTERS = tuple(b"a0A-./:@_ #+,;=?&%()!*~$<>[]{}'|^`bcdefghijklmnopqrstuvwxyzBCDEFGHIJKLMNOPQRSTUVWXYZ123456789")
 _NARROW = 48              # next bytes up to which each is looked at one step ahead
@@ -188,7 +189,7 @@ class Closer:
                 mask &= ~(1 << piece[0])
         easy = noise is None or noise.random() < 0.8
         if place.state == 0:
-            allowed = [b for b in _STRUCTURE if mask >> b & 1]
+            allowed = [b for b in _STRUCTURE if mask >> b & 1] or [b for b in _SPACES if mask >> b & 1]
             if easy and allowed and allowed[0] in b"}],:":
                 return bytes(allowed[:1])
         else:

@@ -169,7 +169,7 @@ class LLGuidanceBackend:
         self.vocab_size = vocab_size
         self.limits = limits or default_limits()
         self._close_objects = close_objects
-        self._json_options = WHITESPACE[whitespace]
+        self.whitespace = whitespace
         self.vocabulary = GrammarVocabulary(tokenizer, vocab_size, eos_token_ids)
         self._end = [t for t in eos_token_ids if t < vocab_size]
         self._executor = LLExecutor(threads)
@@ -187,7 +187,7 @@ class LLGuidanceBackend:
             validator = Validator(original)
         except ValueError as error:
             raise SchemaError("", " ".join(str(error).split())) from None
-        source = LLMatcher.grammar_from_json_schema(json.dumps(lowered.schema), overrides=self._json_options)
+        source = LLMatcher.grammar_from_json_schema(json.dumps(lowered.schema), overrides=WHITESPACE[self.whitespace])
         return LLGrammar(self, source, validator.check, schema_hints(lowered.schema), distinct=lowered.distinct)
 
     def compile_regex(self, pattern: str) -> LLGrammar:

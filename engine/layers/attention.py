@@ -46,8 +46,8 @@ class Attention(nn.Module):
         heads, kv_heads, dim = spec.num_heads, spec.num_kv_heads, spec.head_dim
         self.num_heads, self.scale, self.softcap = heads, spec.attn_scale, spec.attn_softcap
         self.window, self.eps, self.plus_one = spec.layers[index].window, spec.norm_eps, spec.norm_plus_one
-        self.qkv = Linear(spec.hidden_size, [(f"{prefix}.q_proj", heads * dim), (f"{prefix}.k_proj", kv_heads * dim),
-                                             (f"{prefix}.v_proj", kv_heads * dim)], bias=spec.qkv_bias, dtype=dtype, method=method)
+        parts = [(f"{prefix}.q_proj", heads * dim), (f"{prefix}.k_proj", kv_heads * dim), (f"{prefix}.v_proj", kv_heads * dim)]
+        self.qkv = Linear(spec.hidden_size, parts, bias=spec.qkv_bias, dtype=dtype, method=method)
         self.out = Linear(heads * dim, [(f"{prefix}.o_proj", spec.hidden_size)], bias=spec.o_bias, dtype=dtype, method=method)
         if spec.qk_norm:
             self.q_norm: RMSNorm | None = RMSNorm(dim, f"{prefix}.q_norm", eps=self.eps, plus_one=self.plus_one, dtype=dtype)
@@ -68,7 +68,8 @@ class Attention(nn.Module):
             outputs.append(ops.decode_attention(q[:n], cache.k, cache.v, step.block_table, step.decode_rows, step.positions[:n],
                                                 self.scale, self.window, self.softcap, step.max_context, step.shared,
                                                 step.prefix_tiles))
-        if step.rest_rows is not None:
+        if (step.rest_rows is not None and step.rest_starts is not None and step.rest_cu_q is not None
+                and step.tiles is not None):
             outputs.append(ops.prefill_attention(q[n:], cache.k, cache.v, step.block_table, step.rest_rows, step.rest_starts,
                                                  step.rest_cu_q, step.tiles, self.scale, self.window, self.softcap))
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)

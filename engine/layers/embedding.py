@@ -31,5 +31,5 @@ class Embedding(nn.Module):
         return h if self.scale == 1.0 else h * self.scale
 
     def logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
-        """hidden [N, hidden_size] -> [N, vocab_size], as the LM head of a tied model or of its own weights; into `out` if given."""
+        """hidden [N, hidden_size] -> [N, vocab_size], as the LM head of a tied model or of its own; into `out` if given."""
         return torch.mm(hidden, self.weight.t(), out=out)

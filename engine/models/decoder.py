@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from engine.layers.attention import Attention, LayerCache, StepInputs
 from engine.layers.embedding import Embedding
-from engine.layers.linear import DenseMethod, LinearMethod
+from engine.layers.linear import DenseMethod, Linear, LinearMethod
 from engine.layers.mlp import MLP
 from engine.layers.norm import RMSNorm
 from engine.layers.rope import cos_sin_table
@@ -54,7 +54,8 @@ class Decoder(nn.Module):
         method = DenseMethod()
         self.spec, self.dtype = spec, dtype
         with torch.device(device):
-            self.embedding = Embedding(spec.vocab_size, spec.hidden_size, "model.embed_tokens", scale=spec.embed_scale, dtype=dtype)
+            self.embedding = Embedding(spec.vocab_size, spec.hidden_size, "model.embed_tokens", scale=spec.embed_scale,
+                                       dtype=dtype)
             self.blocks = nn.ModuleList(Block(spec, i, method, dtype) for i in range(spec.num_layers))
             self.norm = RMSNorm(spec.hidden_size, "model.norm", eps=spec.norm_eps, plus_one=spec.norm_plus_one, dtype=dtype)
             self.head = self.embedding if spec.tied_embeddings else Embedding(
@@ -65,7 +66,7 @@ class Decoder(nn.Module):
     def load(self, checkpoint: Checkpoint) -> None:
         """Fill every weight from the checkpoint; raises KeyError or ValueError naming a tensor that is missing or misshapen."""
         for module in self.modules():
-            if module is not self and hasattr(module, "load"):
+            if isinstance(module, (Embedding, Linear, RMSNorm)):
                 module.load(checkpoint)
 
     def forward(self, step: StepInputs, caches: Sequence[LayerCache]) -> Tensor:

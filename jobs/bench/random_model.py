@@ -18,9 +18,11 @@ class RandomCheckpoint(Checkpoint):
         self.path, self.files, self.config = folder, [], json.loads((folder / "config.json").read_text())
         self.spec, self._device = ModelSpec.from_hf(self.config), device
         spec = self.spec
-        h, q, kv, wide = spec.hidden_size, spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim, spec.intermediate_size
-        self._shapes = {"embed_tokens": (spec.vocab_size, h), "lm_head": (spec.vocab_size, h), "q_proj": (q, h), "k_proj": (kv, h),
-                        "v_proj": (kv, h), "o_proj": (h, q), "gate_proj": (wide, h), "up_proj": (wide, h), "down_proj": (h, wide),
+        h, wide = spec.hidden_size, spec.intermediate_size
+        q, kv = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
+        self._shapes = {"embed_tokens": (spec.vocab_size, h), "lm_head": (spec.vocab_size, h),
+                        "q_proj": (q, h), "k_proj": (kv, h), "v_proj": (kv, h), "o_proj": (h, q),
+                        "gate_proj": (wide, h), "up_proj": (wide, h), "down_proj": (h, wide),
                         "q_norm": (spec.head_dim,), "k_norm": (spec.head_dim,)}
 
     def tensor(self, name: str) -> torch.Tensor:

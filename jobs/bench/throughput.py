@@ -1,8 +1,9 @@
 """Engine throughput on the benchmark workloads: prints one JSON line per workload, in the peers' format.
 
-    python jobs/bench/throughput.py --workloads ../shared/bench/workloads.py --model models/mistral-7b --dummy --w W2 W5 W1 W3 W3g W4
+    python jobs/bench/throughput.py --workloads workloads.py --model models/mistral-7b --dummy --w W2 W5 W1 W3 W3g W4
 
---dummy: random weights of the shape of the folder's config.json. --engine: more engine settings as JSON, e.g. '{"max_rows": 2048}'.
+--workloads: a file that defines workload(name, vocab) -> rows with prompt, max_tokens, schema and ignore_eos.
+--dummy: random weights of the shape of the folder's config.json. --engine: more engine settings, '{"max_rows": 2048}'.
 The workload CB is the test of continuous batching: 100 prompts all at once, against the same one at a time.
 --profile N: also print where N steps from the middle of each workload spend the GPU's time.
 """
@@ -47,7 +48,8 @@ def main() -> None:
     spec.loader.exec_module(workloads)
 
     started = time.perf_counter()
-    checkpoint = RandomCheckpoint(a.model, "cuda" if torch.cuda.is_available() else "cpu") if a.dummy else open_checkpoint(a.model)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    checkpoint = RandomCheckpoint(a.model, device) if a.dummy else open_checkpoint(a.model)
     tokenizer = AutoTokenizer.from_pretrained(a.model)
     guided = LLGuidanceBackend(tokenizer, checkpoint.spec.vocab_size, checkpoint.spec.eos_token_ids)
     engine = Engine(checkpoint, EngineConfig(**{"max_model_len": 4096, **a.engine}), tokenizer, guided)
@@ -59,8 +61,8 @@ def main() -> None:
             continue
         rows = workloads.workload(name, vocab=vocab)
         grammar = guided.compile_schema(rows[0].schema) if rows[0].schema else None
-        requests = [Request(i, r.prompt, SamplingParams(max_tokens=r.max_tokens, ignore_eos=r.ignore_eos, temperature=a.temperature,
-                                                        seed=i), grammar) for i, r in enumerate(rows)]
+        requests = [Request(i, r.prompt, SamplingParams(max_tokens=r.max_tokens, ignore_eos=r.ignore_eos, seed=i,
+                                                        temperature=a.temperature), grammar) for i, r in enumerate(rows)]
         before, t = engine.stats(), time.perf_counter()
         done = run(engine, requests, a.profile)
         sec = time.perf_counter() - t
@@ -69,7 +71,8 @@ def main() -> None:
         print(json.dumps({"engine": "gristmill", "tag": a.tag, "w": name, "rows": len(rows), "sec": round(sec, 2), "in_tok": n_in,
                           "out_tok": n_out, "out_tok_s": round(n_out / sec, 1), "rows_s": round(len(rows) / sec, 2),
                           "valid": valid(rows, done, tokenizer), "steps": after.steps - before.steps,
-                          "graph_steps": after.graph_steps - before.graph_steps, "cached": after.cached_tokens - before.cached_tokens,
+                          "graph_steps": after.graph_steps - before.graph_steps,
+                          "cached": after.cached_tokens - before.cached_tokens,
                           "forced": after.forced_tokens - before.forced_tokens,
                           "preemptions": after.preemptions - before.preemptions}), flush=True)
 
@@ -92,7 +95,8 @@ def run(engine: Engine, requests: list[Request], profile: int) -> list[Completio
     wall = time.perf_counter() - t
     events = sorted(trace.key_averages(), key=lambda e: -e.self_device_time_total)
     busy = sum(e.self_device_time_total for e in events)
-    print(f"# {profile} steps, {engine.stats().running} rows: {1e3 * wall / profile:.2f} ms a step, GPU busy {busy / 1e6 / wall:.0%}")
+    rows = engine.stats().running
+    print(f"# {profile} steps, {rows} rows: {1e3 * wall / profile:.2f} ms a step, GPU busy {busy / 1e6 / wall:.0%}")
     for e in events[:14]:
         print(f"#   {e.self_device_time_total / 1e3 / profile:8.3f} ms {e.count / profile:6.1f} x  {e.key[:90]}")
     while engine.pending:
