@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from collections.abc import Sequence
@@ -70,6 +71,8 @@ Exit codes
 
 def main(argv: Sequence[str] | None = None, engine_factory: EngineFactory | None = None) -> int:
     """Run the command line `argv`; returns the exit code. `engine_factory` replaces the real model and engine in tests."""
+    # Before torch is imported. Steps differ in size: without it, what the allocator keeps of one does not fit the next.
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     argv = list(sys.argv[1:] if argv is None else argv)
     if any(word in ("-h", "--help", "help") for word in argv):
         print(HELP % "\n".join(f"  {group:<9} {'  '.join(choices(group))}" for group in GROUPS), end="")

@@ -67,8 +67,9 @@ class Walker:
 
 
 def accepts(backend: LLGuidanceBackend, grammar: LLGrammar, instance: Any) -> bool:
-    """Whether the grammar lets this instance through, written as json.dumps does."""
-    tokens = backend.vocabulary.tokenize(json.dumps(instance, ensure_ascii=False).encode())
+    """Whether the grammar lets this instance through, written with the backend's white space."""
+    separators = (",", ":") if backend.whitespace == "compact" else (", ", ": ")
+    tokens = backend.vocabulary.tokenize(json.dumps(instance, ensure_ascii=False, separators=separators).encode())
     guide = grammar.start()
     return guide.accept(tokens) == len(tokens) and guide.accepting
 
