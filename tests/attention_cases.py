@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -80,3 +80,22 @@ def work_list(cu_q: Sequence[int]) -> Tensor:
 def error(got: Tensor, want: Tensor) -> float:
     """Relative error in the 2-norm; NaN if anything is NaN."""
     return float((got.double().cpu() - want).norm() / want.norm())
+
+
+def shared_prefix_error(kernel: Callable[..., Tensor], heads: int, kv_heads: int, dim: int, page: int, dtype: torch.dtype,
+                        device: str) -> float:
+    """Relative error of a decode step of 75 rows, two groups of which share 5 and 3 pages; unequal lengths."""
+    gen = torch.Generator().manual_seed(heads * dim + page)
+    pages = torch.randn(2, 120, kv_heads, page, dim, generator=gen).to(dtype)
+    n, table = 75, torch.randint(1, 120, (80, 12), generator=gen).int()
+    rows, positions = torch.randperm(80, generator=gen)[:n].int(), torch.randint(6 * page, 12 * page, (n,), generator=gen).int()
+    shared = torch.zeros(n, dtype=torch.int32)
+    for first, end, count in ((3, 40, 5), (45, 65, 3)):
+        shared[first:end] = count * page
+        table[rows[first:end].long(), :count] = table[rows[first].long(), :count]
+    tiles = torch.tensor([(3, 32), (35, 5), (45, 20), (0, 0)], dtype=torch.int32)
+    q = torch.randn(n, heads, dim, generator=gen).to(dtype)
+    want = ref.decode_attention(q.double(), pages[0].double(), pages[1].double(), table, rows, positions, dim**-0.5, 0, 0.0, 12 * page)
+    got = kernel(*(t.to(device) for t in (q, pages[0], pages[1], table, rows, positions)), dim**-0.5, 0, 0.0, 12 * page,
+                 shared.to(device), tiles.to(device))
+    return error(got.cpu(), want)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from attention_cases import error, exact, make_case, work_list
+from attention_cases import error, exact, make_case, shared_prefix_error, work_list
 
 if not torch.cuda.is_available():
     pytest.skip("needs CUDA", allow_module_level=True)
@@ -108,3 +108,8 @@ def test_prefill_pages_and_long_rows(page):
 @pytest.mark.parametrize("dim", [64, 128, 256])
 def test_prefill_window_and_softcap(dim, window, softcap):
     check_prefill([700, 60, 3], [0, 1130, 300], 8, 4, dim, 32, torch.bfloat16, window, softcap)
+
+
+@pytest.mark.parametrize("heads, kv_heads, dim, page", [(32, 8, 128, 32), (9, 3, 64, 16), (12, 2, 128, 64)])
+def test_decode_reads_a_shared_prefix_once(heads, kv_heads, dim, page):
+    assert shared_prefix_error(ops.decode_attention, heads, kv_heads, dim, page, torch.bfloat16, "cuda") < 5e-3

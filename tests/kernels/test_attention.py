@@ -8,7 +8,7 @@ os.environ["TRITON_INTERPRET"] = "1"
 
 import pytest
 import torch
-from attention_cases import Case, error, exact, make_case, work_list
+from attention_cases import Case, error, exact, make_case, shared_prefix_error, work_list
 
 from kernels import attention, ref
 
@@ -142,3 +142,10 @@ def test_prefill_chunks_agree_with_decode_of_every_position():
     one = attention.decode_attention(case.q, case.k_cache, case.v_cache, case.block_table, case.rows.expand(n).contiguous(),
                                      torch.arange(n, dtype=torch.int32), case.scale, 40, 0.0, n)
     assert error(one, whole.double()) < 2e-6
+
+
+@pytest.mark.parametrize("programs", [1, 4096], ids=["one split", "several splits"])
+@pytest.mark.parametrize("heads, kv_heads, dim, page", [(9, 3, 64, 16), (8, 2, 32, 32)])
+def test_decode_reads_a_shared_prefix_once(heads, kv_heads, dim, page, programs, monkeypatch):
+    monkeypatch.setattr(attention, "DECODE_PROGRAMS", programs)
+    assert shared_prefix_error(attention.decode_attention, heads, kv_heads, dim, page, torch.float32, "cpu") < 2e-6
