@@ -95,7 +95,8 @@ def shared_prefix_error(kernel: Callable[..., Tensor], heads: int, kv_heads: int
         table[rows[first:end].long(), :count] = table[rows[first].long(), :count]
     tiles = torch.tensor([(3, 32), (35, 5), (45, 20), (0, 0)], dtype=torch.int32)
     q = torch.randn(n, heads, dim, generator=gen).to(dtype)
-    want = ref.decode_attention(q.double(), pages[0].double(), pages[1].double(), table, rows, positions, dim**-0.5, 0, 0.0, 12 * page)
+    want = ref.decode_attention(q.double(), pages[0].double(), pages[1].double(), table, rows, positions, dim**-0.5, 0, 0.0,
+                                12 * page)
     got = kernel(*(t.to(device) for t in (q, pages[0], pages[1], table, rows, positions)), dim**-0.5, 0, 0.0, 12 * page,
                  shared.to(device), tiles.to(device))
     return error(got.cpu(), want)
