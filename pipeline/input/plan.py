@@ -100,6 +100,7 @@ class Plan:
     files: tuple[InputFile, ...]
     shards: tuple[Shard, ...]
     rows_per_shard: int
+    limit: int | None = None
     _hashes: dict[int, str] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @cached_property
@@ -144,6 +145,8 @@ class Plan:
         if on_change == "refuse":
             raise ConfigError(f"the input has {len(new)} file(s) that are not in the plan of this output (first: {new[0].key}):"
                               " set plan.on_change=append to label them too, or another output.dir")
+        if found.limit is not None:
+            raise ConfigError("plan.on_change=append takes in whole files, which input.limit does not allow: leave one out")
         added = make_plan(new, found.rows_per_shard)
         total = len(self.shards) + len(added.shards)
         shards = tuple(Shard(len(self.shards) + shard.index, total, shard.pieces) for shard in added.shards)
@@ -155,7 +158,7 @@ class Plan:
         rows = [(shard.index, shard.of, *astuple(piece)) for shard in self.shards[first_shard:] for piece in shard.pieces]
         columns = list(zip(*rows, strict=True)) or [()] * len(_PIECES)
         files = [asdict(file) for file in self.files[first_file:]]
-        meta = {"format": FORMAT, "rows_per_shard": self.rows_per_shard, "files": files}
+        meta = {"format": FORMAT, "rows_per_shard": self.rows_per_shard, "limit": self.limit, "files": files}
         table = pa.table([pa.array(c, f.type) for c, f in zip(columns, _PIECES, strict=True)], schema=_PIECES)
         sink = io.BytesIO()
         with pq.ParquetWriter(sink, _PIECES, compression="zstd") as writer:
@@ -168,20 +171,20 @@ class Plan:
         """From the plan's file and those of its appends, in order. Raises ValueError on bytes that are not a plan."""
         files: list[InputFile] = []
         pieces: dict[tuple[int, int], list[Piece]] = {}
-        rows_per_shard = 0
+        rows_per_shard, limit = 0, None
         for part in parts:
             source = pq.ParquetFile(io.BytesIO(part))
             meta = orjson.loads((source.metadata.metadata or {}).get(b"gristmill.plan", b"{}"))
             if meta.get("format") != FORMAT:
                 raise ValueError(f"not a plan of format {FORMAT}")
-            rows_per_shard = rows_per_shard or meta["rows_per_shard"]
+            rows_per_shard, limit = rows_per_shard or meta["rows_per_shard"], meta["limit"]
             files.extend(InputFile(**file) for file in meta["files"])
             for index, of, *piece in zip(*(column.to_pylist() for column in source.read().columns), strict=True):
                 pieces.setdefault((index, of), []).append(Piece(*piece))
         shards = tuple(Shard(index, of, tuple(found)) for (index, of), found in pieces.items())
         if [shard.index for shard in shards] != list(range(len(shards))):
             raise ValueError("its shards are not numbered from 0 without a gap")
-        return cls(tuple(files), shards, rows_per_shard)
+        return cls(tuple(files), shards, rows_per_shard, limit)
 
 
 def make_plan(files: Iterable[InputFile], rows_per_shard: int, limit: int | None = None) -> Plan:
@@ -201,7 +204,7 @@ def make_plan(files: Iterable[InputFile], rows_per_shard: int, limit: int | None
         groups[-1].append(piece)
         room -= piece.num_rows
     shards = tuple(Shard(index, len(groups), tuple(pieces)) for index, pieces in enumerate(groups))
-    return Plan(ordered, shards, rows_per_shard)
+    return Plan(ordered, shards, rows_per_shard, limit)
 
 
 def _pieces(files: Iterable[InputFile], most: int) -> Iterator[Piece]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import uuid
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from operator import attrgetter
 from pathlib import Path
 
@@ -81,7 +83,8 @@ class ShardWriter:
             raise ValueError(f"shard {self.shard.index} lacks {self._rows_left} rows")
         path = self._path("inprogress")
         try:
-            build_part(path, self.shard, self._layout, self._results, input_tables, self._info)
+            counted = replace(self._info, statuses=Counter())      # a commit that failed may be tried again
+            build_part(path, self.shard, self._layout, self._results, input_tables, counted)
             won = self._publish(path)
         except StorageError:
             if not self._is_committed():

@@ -85,6 +85,12 @@ def test_files_that_went_or_came_are_refused_unless_appended() -> None:
     assert plan.reconcile(make_plan([file("b", 30), file("c", 20)], 25)) is plan
 
 
+def test_a_limit_and_new_files_exclude_each_other() -> None:
+    plan = make_plan([file("b", 30)], 25, limit=10)
+    with pytest.raises(ConfigError, match=r"input\.limit"):
+        plan.reconcile(make_plan([file("b", 30), file("c", 30)], 25, limit=10), "append")
+
+
 def test_append_keeps_every_earlier_shard_and_its_name() -> None:
     first = make_plan([file("b", 30), file("c", 20)], 25)
     second = first.reconcile(make_plan([file("a", 30), file("c", 20)], 25), "append")      # b has been archived since

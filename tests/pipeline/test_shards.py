@@ -207,6 +207,18 @@ def test_an_input_of_another_length_is_refused(tmp_path: Path, rows: int) -> Non
     assert writer.commit(tables(folder.plan, shard))      # and the rows are still there
 
 
+def test_a_commit_that_failed_may_be_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(part, "ROW_GROUP_ROWS", 8)
+    monkeypatch.setattr(part, "BLOCK_ROWS", 8)
+    folder, shard = one_shard(tmp_path, OutputLayout.make(SCALARS), 40)
+    writer = folder.open_shard(shard)
+    writer.append(*map(RowResult, range(40)))
+    with pytest.raises(ConfigError):
+        writer.commit([pa.table({"prompt": ["x"] * 30})])
+    assert writer.commit([pa.table({"prompt": ["x"] * 40})])
+    assert folder.committed()[0].statuses == {"ok": 40}
+
+
 def test_text_that_no_file_can_hold_is_scrubbed(tmp_path: Path) -> None:
     folder, shard = one_shard(tmp_path, OutputLayout.make(SCALARS), 3)
     writer = folder.open_shard(shard)
