@@ -23,11 +23,13 @@ if TYPE_CHECKING:
     from llguidance._lib import JsonCompileOptions
     from transformers import PreTrainedTokenizerFast
 
+# No \\u escapes: with them a key could be spelled past the properties that are listed. Models write characters as they are.
+_ESCAPES = 'bfnrt"\\\\'
 # json.dumps style by default: models write it naturally, and it leaves 60-90 % of a labelling schema's tokens forced.
 WHITESPACE: dict[str, JsonCompileOptions] = {
-    "dumps": {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "},
-    "compact": {"whitespace_flexible": False, "item_separator": ",", "key_separator": ":"},
-    "flexible": {"whitespace_flexible": True},
+    "dumps": {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": ", "json_allowed_escapes": _ESCAPES},
+    "compact": {"whitespace_flexible": False, "item_separator": ",", "key_separator": ":", "json_allowed_escapes": _ESCAPES},
+    "flexible": {"whitespace_flexible": True, "json_allowed_escapes": _ESCAPES},
 }
 
 

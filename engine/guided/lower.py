@@ -19,7 +19,7 @@ from engine.guided.dialect import Document, Node
 from engine.guided.distinct import ANY_ARRAY, Unique
 from engine.guided.facts import Facts
 from engine.guided.grammar import SchemaError
-from engine.guided.regexes import can_meet, literal, matches, refusal
+from engine.guided.regexes import can_meet, engine_pattern, literal, matches, refusal
 from engine.guided.values import canonical
 
 # Formats are annotations, so only those that help a model to write a good value need be kept.
@@ -192,9 +192,9 @@ class _Writer:
         if most is not None:
             out["maxLength"] = most
         if len(facts.patterns) == 1:
-            out["pattern"] = facts.patterns[0]
+            out["pattern"] = engine_pattern(facts.patterns[0])
         elif facts.patterns:
-            out["allOf"] = [{"pattern": p} for p in facts.patterns]
+            out["allOf"] = [{"pattern": engine_pattern(p)} for p in facts.patterns]
         formats = [f for f in facts.formats if f in _FORMATS]
         if len(formats) == 1 and not refusal({"type": "string", **out, "format": formats[0]}):
             return {**out, "format": formats[0]}
@@ -350,7 +350,7 @@ class _Writer:
         if sum(len(part.patterns) for part in parts) > _MAX_PATTERNS:
             raise SchemaError(place, f"more than {_MAX_PATTERNS} patterns of property names in one object")
         for pattern in dict.fromkeys(pattern for part in parts for pattern in part.patterns):
-            reason = refusal({"type": "string", "pattern": pattern})
+            reason = refusal({"type": "string", "pattern": engine_pattern(pattern)})
             if reason.startswith("Unsatisfiable"):
                 continue
             if reason:
@@ -382,7 +382,7 @@ class _Writer:
                 free, additional = {}, False
                 break
             else:
-                free[pattern] = child
+                free[engine_pattern(pattern)] = child
         return free, additional
 
     def _named(self, facts: Facts, patterns: dict[str, Conjunction], rest: Conjunction, properties: dict[str, Node],
@@ -402,7 +402,7 @@ class _Writer:
         pattern = "|".join(f"(?:{n})" for n in names) if len(names) > 1 else str(names[0])
         if pattern in patterns:
             return {pattern: patterns[pattern]}, (False,)
-        if reason := refusal({"type": "string", "pattern": pattern}):
+        if reason := refusal({"type": "string", "pattern": engine_pattern(pattern)}):
             raise SchemaError(f"{place}/propertyNames", reason)
         if patterns:
             self._note(place, "propertyNames: keys must fit all of patternProperties as well")

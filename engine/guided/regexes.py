@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable
 from functools import lru_cache
 from typing import Any
@@ -14,6 +15,12 @@ from engine.guided.closing import byte_tokenizer
 from engine.guided.grammar import SchemaError
 
 _ANY = r"[\s\S]"
+_ATOM = re.compile(r"\[\^?\]?(?:\\.|[^\]\\])*\]|\\[pP]\{[^}]*\}|\\[pP]\w|\\c[A-Za-z]|\\.", re.DOTALL)
+_MEMBER = re.compile(r"\\c[A-Za-z]|\\.|.", re.DOTALL)
+# White space as ECMA-262 has it: unlike the engine's, with U+FEFF and without U+0085.
+_SPACE = r"\t-\r \u00a0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000\ufeff"
+_NO_SPACE = (r"\x00-\x08\x0e-\x1f!-\u009f\u00a1-\u167f\u1681-\u1fff\u200b-\u2027\u202a-\u202e\u2030-\u205e\u2060-\u2fff"
+             r"\u3001-\ufefe\uff00-\U0010ffff")
 
 
 @lru_cache(4096)
@@ -43,7 +50,59 @@ def refusal(leaf: dict[str, Any]) -> str:
 
 def can_meet(first: str, second: str) -> bool:
     """Whether some string may match both patterns; True also where that is not known."""
-    return not refusal({"type": "string", "allOf": [{"pattern": first}, {"pattern": second}]}).startswith("Unsatisfiable")
+    both = [{"pattern": engine_pattern(pattern)} for pattern in (first, second)]
+    return not refusal({"type": "string", "allOf": both}).startswith("Unsatisfiable")
+
+
+def engine_pattern(pattern: str) -> str:
+    """An ECMA-262 pattern in the engine's dialect, where the two differ in what they match."""
+    out, i = [], 0
+    while i < len(pattern):
+        piece = _ATOM.match(pattern, i)
+        text = piece.group() if piece else pattern[i]
+        i += len(text)
+        if text == r"\s":
+            out.append(f"[{_SPACE}]")
+        elif text == r"\S":
+            out.append(f"[{_NO_SPACE}]")
+        elif text.startswith(r"\c"):
+            out.append(_control(text))
+        elif text.startswith("[") and len(text) > 1:
+            out.append(_whole(_class(text), text))
+        elif text[:2] in (r"\p", r"\P"):
+            out.append(_whole(text, text))
+        else:
+            out.append(text)
+    return "".join(out)
+
+
+def _class(text: str) -> str:
+    """A class in brackets. The engine also knows classes in classes, &&, -- and ~~, which have no meaning in ECMA-262."""
+    out = ["[^" if text.startswith("[^") else "["]
+    for piece in _MEMBER.findall(text[len(out[0]) : -1]):
+        if piece in (r"\s", r"\S"):
+            out.append(_SPACE if piece == r"\s" else _NO_SPACE)
+        elif piece.startswith(r"\c"):
+            out.append(_control(piece))
+        elif piece in "[&~" or (piece == "-" and out[-1] in ("[", "[^", "-")):
+            out.append("\\" + piece)
+        else:
+            out.append(piece)
+    return "".join(out) + "]"
+
+
+def _whole(text: str, original: str) -> str:
+    """A class as the engine may have it: where it holds all control characters, the engine adds the quote and the backslash.
+
+    So one that holds neither must go without a control character, which no output can hold anyway.
+    """
+    if matches(original, "\x01") and not (matches(original, '"') and matches(original, "\\")):
+        return rf"[{text}--\x01]"
+    return text
+
+
+def _control(text: str) -> str:
+    return f"\\x{ord(text[2]) % 32:02x}"
 
 
 def none_of(strings: Iterable[str]) -> str:
