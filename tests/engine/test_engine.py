@@ -12,6 +12,7 @@ import pytest
 from engine_cases import finish, make_requests, mixed_requests, random_prompts, running, tokens_of
 from models import TURN_END, VOCAB, tiny_checkpoint, tiny_tokenizer
 
+from engine.guided.grammar import Grammar
 from engine.guided.llg import LLGuidanceBackend
 from engine.request import Completion, FinishReason, Request, SamplingParams
 from engine.scheduler import MAX_STOP_IDS
@@ -31,10 +32,15 @@ def backend() -> LLGuidanceBackend:
     return LLGuidanceBackend(tiny_tokenizer(), VOCAB, [TURN_END])
 
 
+@pytest.fixture(scope="module")
+def grammar(backend: LLGuidanceBackend) -> Grammar:
+    return backend.compile_schema(SCHEMA)
+
+
 # --- the same rows, however they are run ---
 
 
-@pytest.fixture(scope="module", params=["llama", "mistral", "qwen3"])
+@pytest.fixture(scope="module", params=["llama", "mistral"])
 def alone(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[Hashable, list[int]]]:
     """A model, and what each of the requests gives when it runs by itself, one step at a time and nothing shared."""
     model = tiny_checkpoint(request.param, tmp_path_factory.mktemp(request.param))
@@ -295,9 +301,8 @@ def test_stats(llama: Path) -> None:
 # --- guided rows ---
 
 
-def guided_requests(backend: LLGuidanceBackend, max_tokens: int, count: int = 10) -> list[Request]:
+def guided_requests(grammar: Grammar, max_tokens: int, count: int = 10) -> list[Request]:
     """Every second row is guided; sampled rather hot, so that the model alone would never write JSON."""
-    grammar = backend.compile_schema(SCHEMA)
     requests = make_requests(random_prompts(count, seed=18, longest=40), [
         SamplingParams(max_tokens=max_tokens, temperature=1.0, seed=i) for i in range(count)])
     for request in requests[::2]:
@@ -316,10 +321,10 @@ def check_guided(done: dict[Hashable, Completion], requests: list[Request]) -> N
         assert completion.tokens.size <= request.params.max_tokens
 
 
-def test_guided_rows_validate_and_leave_others_alone(llama: Path, backend: LLGuidanceBackend) -> None:
+def test_guided_rows_validate_and_leave_others_alone(llama: Path, backend: LLGuidanceBackend, grammar: Grammar) -> None:
     results = []
     for config in ({"depth": 1}, {"depth": 2}, {"depth": 2, "max_rows": 3, "max_step_tokens": 5}):
-        requests = guided_requests(backend, 120)
+        requests = guided_requests(grammar, 120)
         with running(llama, guided=backend, **config) as engine:
             done = finish(engine, requests)
             stats = engine.stats()
@@ -332,14 +337,13 @@ def test_guided_rows_validate_and_leave_others_alone(llama: Path, backend: LLGui
     assert all(c.forced_tokens >= len('{"label": "", "urgent": , "note": "') for c in closed)
     assert closed
     with running(llama) as engine:
-        plain = finish(engine, [r for r in guided_requests(backend, 120) if r.grammar is None])
+        plain = finish(engine, [r for r in guided_requests(grammar, 120) if r.grammar is None])
     assert all(plain[i].tokens.tolist() == results[0][i][0] for i in plain)
 
 
-def test_guided_rows_out_of_budget_are_closed(llama: Path, backend: LLGuidanceBackend) -> None:
-    least = backend.compile_schema(SCHEMA).min_tokens
-    for budget in (least, least + 1, least + 7):
-        requests = guided_requests(backend, budget)
+def test_guided_rows_out_of_budget_are_closed(llama: Path, backend: LLGuidanceBackend, grammar: Grammar) -> None:
+    for budget in (grammar.min_tokens, grammar.min_tokens + 1, grammar.min_tokens + 7):
+        requests = guided_requests(grammar, budget)
         with running(llama, guided=backend) as engine:
             done = finish(engine, requests)
         check_guided(done, requests)
@@ -349,8 +353,8 @@ def test_guided_rows_out_of_budget_are_closed(llama: Path, backend: LLGuidanceBa
 
 
 @pytest.mark.parametrize("prompt, max_tokens", [(10, 20), (236, 200)], ids=["max_tokens", "context"])
-def test_a_budget_below_the_shortest_output(llama: Path, backend: LLGuidanceBackend, prompt: int, max_tokens: int) -> None:
-    grammar = backend.compile_schema(SCHEMA)
+def test_a_budget_below_the_shortest_output(llama: Path, backend: LLGuidanceBackend, grammar: Grammar, prompt: int,
+                                            max_tokens: int) -> None:
     request = Request(0, np.arange(prompt), SamplingParams(max_tokens=max_tokens), grammar)
     with running(llama, guided=backend) as engine:
         done = finish(engine, [request])[0]
@@ -359,10 +363,10 @@ def test_a_budget_below_the_shortest_output(llama: Path, backend: LLGuidanceBack
                           "raise max_tokens, or shorten the prompt")
 
 
-def test_guided_rows_survive_preemption(llama: Path, backend: LLGuidanceBackend) -> None:
+def test_guided_rows_survive_preemption(llama: Path, backend: LLGuidanceBackend, grammar: Grammar) -> None:
     want = None
     for pages in (None, 13):
-        requests = guided_requests(backend, 100)
+        requests = guided_requests(grammar, 100)
         with running(llama, guided=backend, max_model_len=192, kv_pages=pages) as engine:
             finish(engine, make_requests([[1, 2, 3]] * 80, SamplingParams(max_tokens=1)))
             done = finish(engine, requests)
@@ -374,8 +378,8 @@ def test_guided_rows_survive_preemption(llama: Path, backend: LLGuidanceBackend)
     assert preemptions > 0
 
 
-def test_stop_ids_and_strings_do_not_cut_guided_rows(llama: Path, backend: LLGuidanceBackend) -> None:
-    requests = guided_requests(backend, 60)[::2]
+def test_stop_ids_and_strings_do_not_cut_guided_rows(llama: Path, backend: LLGuidanceBackend, grammar: Grammar) -> None:
+    requests = guided_requests(grammar, 60)[::2]
     for request in requests:
         request.params = SamplingParams(max_tokens=60, min_tokens=40, stop_token_ids=(ord("u"),), stop=("label",))
     with running(llama, guided=backend, tokenizer=tiny_tokenizer()) as engine:
