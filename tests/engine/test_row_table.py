@@ -100,5 +100,5 @@ def test_the_dummy_row_points_at_the_dummy_page() -> None:
 
 
 def test_a_table_beyond_32_bit_offsets_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"engine\.max_rows=100000 x engine\.max_model_len=100000 is too large"):
+    with pytest.raises(ValueError, match=r"engine\.max_rows=100000 x engine\.max_model_len=100000 overflows"):
         RowTable(100_000, 100_000, 32, torch.device("meta"))
