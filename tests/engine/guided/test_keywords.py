@@ -290,6 +290,13 @@ CASES = [
         [{"a": 1}, {"a": 1, "b": 2}],
         [{}, {"a": "x"}],
     ),
+    Case(
+        "minProperties above what is listed",
+        obj({"a": INTEGER}, minProperties=2, additionalProperties=STRING),
+        [{"a": 1, "b": "x"}, {"a": 1, "b": "x", "c": "y"}],
+        [{"a": 1}, {"b": "x"}, {"a": 1, "b": 2}],
+        [{"b": "x", "c": "y"}],
+    ),
     Case("maxProperties 0", {"type": "object", "maxProperties": 0}, [{}], [{"a": 1}]),
     Case("minProperties beside required", obj({"a": INTEGER, "b": INTEGER}, "a", minProperties=1), [{"a": 1}], [{"b": 1}]),
     Case(

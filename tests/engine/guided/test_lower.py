@@ -130,6 +130,8 @@ LEAVES = st.one_of(
     st.builds(lambda a, b: {"minimum": a, "exclusiveMaximum": b}, st.integers(-3, 3), st.integers(0, 6)),
     st.builds(lambda a, b: {"type": "string", "minLength": a, "maxLength": b}, st.integers(0, 2), st.integers(1, 3)),
     st.builds(lambda n: {"required": [n]}, NAMES),
+    st.sampled_from([{"type": "string", "pattern": p} for p in ("^x", "y$", "^[^xy]*$", "^(x|yz)?$")]),
+    st.sampled_from([{"propertyNames": {"maxLength": 1}}, {"propertyNames": {"enum": ["a", "d"]}}, {"propertyNames": {"pattern": "^[ad]"}}]),
 )
 
 
