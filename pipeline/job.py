@@ -40,11 +40,13 @@ def run_job(config: RunConfig, factory: EngineFactory = RealModel) -> int:
     """Do what `config` asks for and return the exit code. Raises JobError with one line."""
     stop = Stop(config.limits)
     stop.install()
-    progress = Progress()
-    progress.show_logs("pipeline")
     sys.setswitchinterval(0.0002)    # threads that make prompts must not keep the engine's waiting for the lock 5 ms at a time
-    model = factory(config)
+    progress = Progress()
+    with progress.shown_logs("pipeline"):
+        return _run(config, factory(config), stop, progress)
 
+
+def _run(config: RunConfig, model: Model, stop: Stop, progress: Progress) -> int:
     source = open_input(config.data, config.input)
     form = Form(config.task, config.input.columns, source.schema)
     plan = make_plan(source.files, config.plan.rows_per_shard, config.input.limit)

@@ -11,6 +11,8 @@ import torch
 # compiled (tests/gpu), without one interpreted (tests/kernels).
 CUDA = torch.cuda.is_available()
 collect_ignore = ["kernels"] if CUDA else ["gpu"]
+if not CUDA:
+    os.environ["TRITON_INTERPRET"] = "1"      # here, since tests collected before tests/kernels import Triton through transformers
 
 if importlib.util.find_spec("hypothesis"):    # GPU machines need not have it: no test under tests/gpu uses it
     from hypothesis import settings

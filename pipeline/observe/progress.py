@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TextIO
 
 from tqdm import tqdm
@@ -23,13 +25,20 @@ class Progress:
         self._began = self._printed = self._started
         self._recent: list[tuple[float, int, int, int]] = []  # time, rows, prompt tokens, completion tokens: the last half minute
 
-    def show_logs(self, name: str) -> None:
-        """What the logger `name` and those below it have to say of their progress is shown as phases."""
+    @contextmanager
+    def shown_logs(self, name: str) -> Iterator[None]:
+        """Meanwhile, what the logger `name` and those below it have to say of their progress is shown as phases."""
         handler = logging.Handler(logging.INFO)
         handler.emit = lambda record: self.phase(record.getMessage())    # type: ignore[method-assign]
         logger = logging.getLogger(name)
+        before = logger.handlers, logger.propagate, logger.level
         logger.handlers, logger.propagate = [handler], False
         logger.setLevel(logging.INFO)
+        try:
+            yield
+        finally:
+            logger.handlers, logger.propagate = before[:2]
+            logger.setLevel(before[2])
 
     def phase(self, name: str) -> None:
         """Say what is being done now."""
