@@ -1,7 +1,8 @@
 """A conjunction of subschemas as a list of alternatives, each free of applicators: the disjunctive form the lowering writes out.
 
 Every alternative implies the conjunction. Where a schema needs a negation that cannot be written, alternatives are missing
-(narrower), never added.
+(narrower), never added. To prove that two subschemas exclude each other the opposite is needed: on trial, what cannot be written
+counts as met.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any
 from engine.guided.dialect import Document, Node
 from engine.guided.facts import Facts
 from engine.guided.grammar import SchemaError
-from engine.guided.negate import negate
+from engine.guided.negate import all_ways, negate
 from engine.guided.regexes import matches
 from engine.guided.values import canonical, type_of
 
@@ -79,7 +80,8 @@ class Alternatives:
             self._empty[key] = False             # while it is worked out: a recursive schema may be finite
             self._level += 1
             try:
-                self._empty[key] = next(self._expand(Facts(), [_Task(n) for n in conjunction], [], set()), None) is None
+                tasks = [_Task(node) for node in conjunction]
+                self._empty[key] = next(self._expand(Facts(trial=True), tasks, [], set()), None) is None
             finally:
                 self._level -= 1
         return self._empty[key]
@@ -99,7 +101,7 @@ class Alternatives:
             here = [part.properties[name]] if name in part.properties else []
             here += [schema for pattern, schema in part.patterns.items() if matches(pattern, name)]
             nodes += here or ([part.additional] if part.additional is not None else [])
-        if facts.names and not self.admits(tuple(facts.names), name):
+        if any(self.document.holds(node, name) is False for node in facts.names):
             return (False,)
         return unique(nodes)
 
@@ -198,7 +200,7 @@ class Alternatives:
 
         def viable(*nodes: Node) -> bool:
             trial = facts.copy()
-            trial.unevaluated.clear()                    # more may still be evaluated
+            trial.trial = True
             return next(self._expand(trial, tasks(nodes), [], seen.copy()), None) is not None
 
         if choice.negation is not None:
@@ -209,6 +211,8 @@ class Alternatives:
             for node in self._negate(choice.negation, facts):
                 if viable(node):
                     yield tasks([node]), []
+            if facts.trial and not all_ways(self.document, choice.negation):
+                yield [], []
             return
         branches = [branch for branch in choice.branches if viable(*branch)]
         for i, branch in enumerate(branches):

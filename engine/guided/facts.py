@@ -61,6 +61,7 @@ class Facts:
     sizes: tuple[int, int | None] = (0, None)                  # minProperties, maxProperties
     names: list[Node] = field(default_factory=list)            # propertyNames
     unevaluated: list[tuple[object, str, Node, tuple[object, ...]]] = field(default_factory=list)
+    trial: bool = False                  # drawn up to see whether nothing fits: may say less than the schema, never more
 
     def copy(self) -> Facts:
         other = Facts()
@@ -158,6 +159,8 @@ class Facts:
 
     def settle_unevaluated(self) -> None:
         """Turn `unevaluatedProperties` and `unevaluatedItems` into parts, innermost first, once all else is merged."""
+        if self.trial:                                   # another branch that also holds may evaluate more
+            self.unevaluated.clear()
         while self.unevaluated:
             scope, keyword, rest, outer = self.unevaluated.pop()
             if keyword == "unevaluatedProperties":

@@ -1,4 +1,4 @@
-"""The negation of a schema, as schemas without `not`: each implies that the original fails. Some ways to fail may be missing."""
+"""The negation of a schema: the ways in which it may fail, each a schema. Ways that no schema can say are missing."""
 
 from __future__ import annotations
 
@@ -14,8 +14,14 @@ _MAX_DEPTH = 16
 _MAX_NUMBERS = 16        # numbers of an enum around which intervals are cut
 
 
+_MAX_BRANCHES = 8        # of oneOf, of which two may hold
+# Keywords that may fail in ways which are left out.
+_PARTLY = {"pattern", "multipleOf", "uniqueItems", "contains", "items", "propertyNames", "patternProperties",
+           "additionalProperties", "unevaluatedProperties", "unevaluatedItems"}
+
+
 def negate(document: Document, node: Node, names: Iterable[str] = (), depth: int = 0) -> list[Node]:
-    """Schemas that exclude `node`; their union may be smaller than its complement, never larger. Empty: none is known.
+    """Schemas that exclude `node`; their union may be smaller than its complement, never larger. Empty: no way is known.
 
     names: property names known where the negation will stand; they are ways to break `additionalProperties`.
     """
@@ -36,7 +42,7 @@ def negate(document: Document, node: Node, names: Iterable[str] = (), depth: int
     if "oneOf" in words:
         branches = words["oneOf"]
         out.append({"allOf": [{"not": branch} for branch in branches]})
-        out += [{"allOf": list(pair)} for pair in combinations(branches[:8], 2)]
+        out += [{"allOf": list(pair)} for pair in combinations(branches[:_MAX_BRANCHES], 2)]
     if "not" in words:
         out.append(words["not"])
     if "if" in words:
@@ -46,6 +52,21 @@ def negate(document: Document, node: Node, names: Iterable[str] = (), depth: int
         if "else" in words:
             out.append({"allOf": [{"not": condition}, {"not": words["else"]}]})
     return out
+
+
+def all_ways(document: Document, node: Node, depth: int = 0) -> bool:
+    """Whether negate(node) leaves out no way to fail. False also where that is not known."""
+    if isinstance(node, bool):
+        return True
+    words = document.keywords(node)
+    kinds = words.get("type", ())
+    values = [*words.get("enum", ()), *([words["const"]] if "const" in words else ())]
+    if (words.keys() & _PARTLY or "integer" in (kinds if isinstance(kinds, list) else [kinds]) or depth > _MAX_DEPTH
+            or len(words.get("oneOf", ())) > _MAX_BRANCHES or any(isinstance(v, (list, dict)) for v in values)
+            or sum(type_of(v) == "number" for v in values) > _MAX_NUMBERS):
+        return False
+    inner = [document.resolve(node, words["$ref"])] if "$ref" in words else []
+    return all(all_ways(document, branch, depth + 1) for branch in [*inner, *words.get("allOf", ())])
 
 
 def _values(words: dict[str, Any]) -> list[Node]:
