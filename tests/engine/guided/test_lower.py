@@ -131,7 +131,7 @@ LEAVES = st.one_of(
     st.builds(lambda a, b: {"type": "string", "minLength": a, "maxLength": b}, st.integers(0, 2), st.integers(1, 3)),
     st.builds(lambda n: {"required": [n]}, NAMES),
     st.sampled_from([{"type": "string", "pattern": p} for p in ("^x", "y$", "^[^xy]*$", "^(x|yz)?$")]),
-    st.sampled_from([{"propertyNames": {"maxLength": 1}}, {"propertyNames": {"enum": ["a", "d"]}}, {"propertyNames": {"pattern": "^[ad]"}}]),
+    st.sampled_from([{"propertyNames": names} for names in ({"maxLength": 1}, {"enum": ["a", "d"]}, {"pattern": "^[ad]"})]),
 )
 
 

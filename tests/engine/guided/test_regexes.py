@@ -16,9 +16,9 @@ from engine.guided.regexes import can_meet, literal, matches, none_of, split_loo
 # Where dialects differ: white space, classes in classes, set operations, and classes that leave out the quote or the backslash.
 PATTERNS = [
     r"^\s$", r"^\S$", r"^[\s\d]$", r"^[^\s]$", r"^[^\S]$", r"^[\S]$", r"^\w$", r"^\W$", r"^\d$", r"^\D$", r"^.$", r"^[^a]$",
-    r"^[^\\]$", r'^[^"]$', r'^[^"\\]$', r"^[^\\]+$", r'^[^\\/:*?"<>|]{1,3}$', r"^[\x00-\x21]$", r"^\P{P}$",
-    r"^[^\p{P}]$", r"^\p{L}$", r"^[[:alpha:]]$", r"^[a-z&&[^b]]$", r"^[a~~b]$", r"^[+--]$", r"^[--a]$", r"^[^--a]$", r"^[\]a]$", r"^[^-a]$", r"^\cA$",
-    r"^\/$", r"^(?:[^\\\x00-\x1f]|[\n\t])$", r"^\u00e9$", r"^a|b$", r"^$", r"[^\\]$",
+    r"^[^\\]$", r'^[^"]$', r'^[^"\\]$', r"^[^\\]+$", r'^[^\\/:*?"<>|]{1,3}$', r"^[\x00-\x21]$", r"^\P{P}$", r"^[^\p{P}]$",
+    r"^\p{L}$", r"^[[:alpha:]]$", r"^[a-z&&[^b]]$", r"^[a~~b]$", r"^[+--]$", r"^[--a]$", r"^[^--a]$", r"^[\]a]$", r"^[^-a]$",
+    r"^\cA$", r"^\/$", r"^(?:[^\\\x00-\x1f]|[\n\t])$", r"^\u00e9$", r"^a|b$", r"^$", r"[^\\]$",
 ]  # fmt: skip
 CHARACTERS = [
     *map(chr, range(0x20, 0x100)), *"\t\n\r\b\f\u0416\u4e2d\u2028\u2029\ufeff\u1680\u200b\u0661\u017f\u212a😀",
@@ -74,7 +74,8 @@ def test_leading_look_ahead() -> None:
 
 
 EXAMPLES = [
-    r"^[a-z]+@[a-z]+\.com$", r"^(foo|ba)\d{3}$", r"[^a-z]", r"^\S+\s\w$", r"^.{3}-[A-F]{2}$", "^[\u4e00-\u9fff]$", r"(a|bc)*d", r"^\.\*$",
+    r"^[a-z]+@[a-z]+\.com$", r"^(foo|ba)\d{3}$", r"[^a-z]", r"^\S+\s\w$", r"^.{3}-[A-F]{2}$", "^[\u4e00-\u9fff]$",
+    r"(a|bc)*d", r"^\.\*$", r"^[^\s/]+/$",
 ]  # fmt: skip
 
 
