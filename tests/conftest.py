@@ -12,7 +12,7 @@ import torch
 CUDA = torch.cuda.is_available()
 collect_ignore = ["kernels"] if CUDA else ["gpu"]
 if not CUDA:
-    os.environ["TRITON_INTERPRET"] = "1"      # here, since tests collected before tests/kernels import Triton through transformers
+    os.environ["TRITON_INTERPRET"] = "1"      # here, since tests collected before the kernels' import Triton by transformers
 
 if importlib.util.find_spec("hypothesis"):    # GPU machines need not have it: no test under tests/gpu uses it
     from hypothesis import settings
