@@ -117,11 +117,13 @@ class LLGrammar:
 
     check: text -> value; raises ValueError where the text is not a valid output.
     minimal: a short valid output, int32 tokens; min_tokens is its length.
+    notes: (JSON pointer, what the grammar leaves out of what the schema allows).
     distinct: arrays whose items must differ, see Scanner; None: no array is, and no object has keys of its own choice.
     """
 
     def __init__(self, backend: LLGuidanceBackend, source: str, check: Callable[[str], Any], hints: Sequence[bytes] = (),
-                 is_json: bool = True, distinct: Unique | None = None) -> None:
+                 is_json: bool = True, distinct: Unique | None = None, notes: Sequence[tuple[str, str]] = ()) -> None:
+        self.notes = notes
         self._backend, self._distinct = backend, distinct
         self._matcher = _matcher(backend.vocabulary.tokenizer, source, backend.limits)
         self.check = check
@@ -190,7 +192,7 @@ class LLGuidanceBackend:
         except ValueError as error:
             raise SchemaError("", " ".join(str(error).split())) from None
         source = LLMatcher.grammar_from_json_schema(json.dumps(lowered.schema), overrides=WHITESPACE[self.whitespace])
-        return LLGrammar(self, source, validator.check, schema_hints(lowered.schema), distinct=lowered.distinct)
+        return LLGrammar(self, source, validator.check, schema_hints(lowered.schema), distinct=lowered.distinct, notes=lowered.notes)
 
     def compile_regex(self, pattern: str) -> LLGrammar:
         source = LLMatcher.grammar_from_regex(pattern)
