@@ -192,7 +192,8 @@ class LLGuidanceBackend:
         except ValueError as error:
             raise SchemaError("", " ".join(str(error).split())) from None
         source = LLMatcher.grammar_from_json_schema(json.dumps(lowered.schema), overrides=WHITESPACE[self.whitespace])
-        return LLGrammar(self, source, validator.check, schema_hints(lowered.schema), distinct=lowered.distinct, notes=lowered.notes)
+        hints = schema_hints(lowered.schema)
+        return LLGrammar(self, source, validator.check, hints, distinct=lowered.distinct, notes=lowered.notes)
 
     def compile_regex(self, pattern: str) -> LLGrammar:
         source = LLMatcher.grammar_from_regex(pattern)
