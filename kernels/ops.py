@@ -67,6 +67,10 @@ def w8_matmul(x: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor | None, gr
     return ref.w8_matmul(x, codes, scales, zeros, group, bias, perm)
 
 
+def fp8_quantize(x: Tensor, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    return ref.fp8_quantize(x, scale)
+
+
 def fp8_matmul(x: Tensor, weight: Tensor, weight_scale: Tensor, input_scale: Tensor | None = None,
                bias: Tensor | None = None) -> Tensor:
     return ref.fp8_matmul(x, weight, weight_scale, input_scale, bias)
