@@ -48,9 +48,10 @@ def gated_act(x: Tensor, activation: str) -> Tensor:
 
 
 def rope_and_cache(qkv: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, eps: float, plus_one: bool, cos_sin: Tensor,
-                   positions: Tensor, slots: Tensor, k_cache: Tensor, v_cache: Tensor, num_heads: int) -> Tensor:
+                   positions: Tensor, slots: Tensor, k_cache: Tensor, v_cache: Tensor, num_heads: int,
+                   kv_scales: Tensor | None = None) -> Tensor:
     return (kv_cache if qkv.is_cuda else ref).rope_and_cache(
-        qkv, q_weight, k_weight, eps, plus_one, cos_sin, positions, slots, k_cache, v_cache, num_heads)
+        qkv, q_weight, k_weight, eps, plus_one, cos_sin, positions, slots, k_cache, v_cache, num_heads, kv_scales)
 
 
 def w4_pack(codes: Tensor) -> Tensor:
@@ -82,15 +83,16 @@ def fp8_block_matmul(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tens
 
 def decode_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, rows: Tensor, positions: Tensor,
                      scale: float, window: int, softcap: float, max_context: int, shared: Tensor | None = None,
-                     prefix_tiles: Tensor | None = None) -> Tensor:
+                     prefix_tiles: Tensor | None = None, kv_scales: Tensor | None = None) -> Tensor:
     return (attention if q.is_cuda else ref).decode_attention(
-        q, k_cache, v_cache, block_table, rows, positions, scale, window, softcap, max_context, shared, prefix_tiles)
+        q, k_cache, v_cache, block_table, rows, positions, scale, window, softcap, max_context, shared, prefix_tiles, kv_scales)
 
 
 def prefill_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, rows: Tensor, starts: Tensor,
-                      cu_q: Tensor, tiles: Tensor, scale: float, window: int, softcap: float) -> Tensor:
+                      cu_q: Tensor, tiles: Tensor, scale: float, window: int, softcap: float,
+                      kv_scales: Tensor | None = None) -> Tensor:
     return (attention if q.is_cuda else ref).prefill_attention(
-        q, k_cache, v_cache, block_table, rows, starts, cu_q, tiles, scale, window, softcap)
+        q, k_cache, v_cache, block_table, rows, starts, cu_q, tiles, scale, window, softcap, kv_scales)
 
 
 def mask_logits(logits: Tensor, mask: Tensor, index: Tensor) -> None:
