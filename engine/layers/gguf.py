@@ -32,9 +32,10 @@ class GgufMethod(IntegerMethod):
     def finalize(self, layer: Linear, stored: dict[str, Tensor]) -> dict[str, Tensor | None]:
         assert self.kind.integers is not None
         codes, scales, minimums = self.kind.integers(stored["blocks"].view(-1, self.kind.bytes))
-        zeros = None
+        zeros, scales = None, scales.to(layer.dtype).float()
         if minimums is not None:
-            # code * scale - minimum = (code - minimum / scale) * scale; where that is out of range, all are minus the minimum.
+            # code * scale - minimum = (code - minimum / scale) * scale; by the rounded scale, so that the minimum is not rounded
+            # with it. Where the quotient is out of range, all weights are minus the minimum.
             zeros = minimums / scales
             flat = ~(zeros.abs() <= _FLAT)
             codes = codes.masked_fill(flat, 0)
