@@ -109,8 +109,27 @@ def _spread(zero):
 
 
 @triton.jit
-def _unpack(words, zero, BITS: tl.constexpr, PIECE: tl.constexpr, DTYPE: tl.constexpr, ASM: tl.constexpr):
-    """Words [N, 32], and the zeros [N] of each piece of the block -> the numbers [N, 32] of each code, in a tuple; exact."""
+def _unpack_words(words, z0, z1, z2, z3, DTYPE: tl.constexpr):
+    """The four codes of words, less whole zeros, by assembly."""
+    if DTYPE == tl.bfloat16:      # noqa: SIM300
+        parts = tl.inline_asm_elementwise(
+            UNPACK_BF16, OPERANDS,
+            [words, _spread(z0 + 128.0), _spread(z1 + 128.0), _spread(z2 + 128.0), _spread(z3 + 128.0)],
+            (tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16), is_pure=True, pack=2)
+    else:
+        parts = tl.inline_asm_elementwise(
+            UNPACK_FP16, OPERANDS,
+            [words, _spread(z0 + 1024.0), _spread(-64.0 - z1), _spread(z2 + 1024.0), _spread(-64.0 - z3)],
+            (tl.float16, tl.float16, tl.float16, tl.float16), is_pure=True, pack=2)
+    return parts
+
+
+@triton.jit
+def _unpack(words, zero, BITS: tl.constexpr, PIECE: tl.constexpr, WHOLE: tl.constexpr, DTYPE: tl.constexpr, ASM: tl.constexpr):
+    """Words [N, 32], and the zeros [N] of each piece of the block -> code less zero [N, 32] for each code, in a tuple.
+
+    WHOLE: zeros are integers, so that the differences are exact; else these are rounded to DTYPE.
+    """
     z0, z1 = zero[0], zero[32 // PIECE]
     if BITS == 8:
         parts = (_less_zero(words & 255, z0, DTYPE), _less_zero((words >> 8) & 255, z1, DTYPE))
@@ -119,16 +138,12 @@ def _unpack(words, zero, BITS: tl.constexpr, PIECE: tl.constexpr, DTYPE: tl.cons
         if not ASM:
             parts = (_less_zero(words & 15, z0, DTYPE), _less_zero((words >> 4) & 15, z1, DTYPE),
                      _less_zero((words >> 8) & 15, z2, DTYPE), _less_zero((words >> 12) & 15, z3, DTYPE))
-        elif DTYPE == tl.bfloat16:      # noqa: SIM300
-            parts = tl.inline_asm_elementwise(
-                UNPACK_BF16, OPERANDS,
-                [words, _spread(z0 + 128.0), _spread(z1 + 128.0), _spread(z2 + 128.0), _spread(z3 + 128.0)],
-                (tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16), is_pure=True, pack=2)
+        elif not WHOLE:
+            none = tl.zeros_like(z0)
+            codes = _unpack_words(words, none, none, none, none, DTYPE)
+            parts = (codes[0] - _spread(z0), codes[1] - _spread(z1), codes[2] - _spread(z2), codes[3] - _spread(z3))
         else:
-            parts = tl.inline_asm_elementwise(
-                UNPACK_FP16, OPERANDS,
-                [words, _spread(z0 + 1024.0), _spread(-64.0 - z1), _spread(z2 + 1024.0), _spread(-64.0 - z3)],
-                (tl.float16, tl.float16, tl.float16, tl.float16), is_pure=True, pack=2)
+            parts = _unpack_words(words, z0, z1, z2, z3, DTYPE)
     return parts
 
 
@@ -151,37 +166,38 @@ def _piece(parts, p: tl.constexpr, PIECE: tl.constexpr):
 
 
 @triton.jit
-def _load_group(table, n, group, stride_n, stride_g, N, K, GROUP: tl.constexpr):
+def _load_group(table, n, group, stride_n, stride_g, N, K, GROUP: tl.constexpr, DTYPE: tl.constexpr):
     """Scales or zeros [N] of rows n in a group; 0 past the last."""
     groups = tl.cdiv(K, GROUP) if GROUP else 1
-    return tl.load(table + n * stride_n + group * stride_g, mask=n < tl.where(group < groups, N, 0), other=0.0)
+    return tl.load(table + n * stride_n + group * stride_g, mask=n < tl.where(group < groups, N, 0), other=0).to(DTYPE)
 
 
 @triton.jit
-def _load_groups(table, n, block, stride_n, stride_g, N, K, GROUP: tl.constexpr, BLOCK_K: tl.constexpr, PIECE: tl.constexpr):
+def _load_groups(table, n, block, stride_n, stride_g, N, K, GROUP: tl.constexpr, BLOCK_K: tl.constexpr, PIECE: tl.constexpr,
+                 DTYPE: tl.constexpr):
     """Those of each piece of a block, in a tuple."""
     g = block * BLOCK_K // GROUP if GROUP else 0
     if PIECE == BLOCK_K:
-        values = (_load_group(table, n, g, stride_n, stride_g, N, K, GROUP),)
+        values = (_load_group(table, n, g, stride_n, stride_g, N, K, GROUP, DTYPE),)
     elif 2 * PIECE == BLOCK_K:
-        values = (_load_group(table, n, g, stride_n, stride_g, N, K, GROUP),
-                  _load_group(table, n, g + 1, stride_n, stride_g, N, K, GROUP))
+        values = (_load_group(table, n, g, stride_n, stride_g, N, K, GROUP, DTYPE),
+                  _load_group(table, n, g + 1, stride_n, stride_g, N, K, GROUP, DTYPE))
     else:
-        values = (_load_group(table, n, g, stride_n, stride_g, N, K, GROUP),
-                  _load_group(table, n, g + 1, stride_n, stride_g, N, K, GROUP),
-                  _load_group(table, n, g + 2, stride_n, stride_g, N, K, GROUP),
-                  _load_group(table, n, g + 3, stride_n, stride_g, N, K, GROUP))
+        values = (_load_group(table, n, g, stride_n, stride_g, N, K, GROUP, DTYPE),
+                  _load_group(table, n, g + 1, stride_n, stride_g, N, K, GROUP, DTYPE),
+                  _load_group(table, n, g + 2, stride_n, stride_g, N, K, GROUP, DTYPE),
+                  _load_group(table, n, g + 3, stride_n, stride_g, N, K, GROUP, DTYPE))
     return values
 
 
 @triton.jit
 def _load_zeros(table, n, block, stride_n, stride_g, N, K, GROUP: tl.constexpr, BLOCK_K: tl.constexpr, PIECE: tl.constexpr,
-                ZERO: tl.constexpr):
+                DTYPE: tl.constexpr, ZERO: tl.constexpr):
     """Zeros as _load_groups; without ZERO, the middle code."""
     if ZERO:
-        values = _load_groups(table, n, block, stride_n, stride_g, N, K, GROUP, BLOCK_K, PIECE)
+        values = _load_groups(table, n, block, stride_n, stride_g, N, K, GROUP, BLOCK_K, PIECE, DTYPE)
     else:
-        middle = tl.full(n.shape, 8 if BLOCK_K == 128 else 128, table.dtype.element_ty)
+        middle = tl.full(n.shape, 8 if BLOCK_K == 128 else 128, DTYPE)
         values = (middle, middle, middle, middle)
     return values
 
@@ -191,8 +207,9 @@ def _load_zeros(table, n, block, stride_n, stride_g, N, K, GROUP: tl.constexpr, 
 
 @triton.jit(do_not_specialize=["M", "splits"])
 def _skinny_kernel(x, packed, scales, zeros, bias, out, partial, counters, M, N, K, x_stride, stride_n, stride_g, units, splits,
-                   GROUP: tl.constexpr, PIECE: tl.constexpr, BITS: tl.constexpr, ZERO: tl.constexpr, BIAS: tl.constexpr,
-                   SPLIT: tl.constexpr, EVEN_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ASM: tl.constexpr):
+                   GROUP: tl.constexpr, PIECE: tl.constexpr, BITS: tl.constexpr, ZERO: tl.constexpr, WHOLE: tl.constexpr,
+                   BIAS: tl.constexpr, SPLIT: tl.constexpr, EVEN_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+                   ASM: tl.constexpr):
     DTYPE: tl.constexpr = x.dtype.element_ty
     BLOCK_K: tl.constexpr = 512 // BITS
     tile, split = tl.program_id(0), tl.program_id(1)
@@ -202,19 +219,19 @@ def _skinny_kernel(x, packed, scales, zeros, bias, out, partial, counters, M, N,
     lo, hi = split * blocks // splits, (split + 1) * blocks // splits
     acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     # Scales and zeros are fetched a block ahead, so that no product waits for them.
-    scale = _load_groups(scales, n, lo, stride_n, stride_g, N, K, GROUP, BLOCK_K, PIECE)
-    zero = _load_zeros(zeros, n, lo, stride_n, stride_g, N, K, GROUP, BLOCK_K, PIECE, ZERO)
+    scale = _load_groups(scales, n, lo, stride_n, stride_g, N, K, GROUP, BLOCK_K, PIECE, DTYPE)
+    zero = _load_zeros(zeros, n, lo, stride_n, stride_g, N, K, GROUP, BLOCK_K, PIECE, DTYPE, ZERO)
     for block in range(lo, hi):
         words = _load_words(packed, block, units, tile * BLOCK_N, BLOCK_N)
-        parts = _unpack(words, zero, BITS, PIECE, DTYPE, ASM)
+        parts = _unpack(words, zero, BITS, PIECE, WHOLE, DTYPE, ASM)
         for p in tl.static_range(BLOCK_K // PIECE):
             k = block * BLOCK_K + p * PIECE + tl.arange(0, PIECE)
             there = (m < M)[None, :] if EVEN_K else (m < M)[None, :] & (k < K)[:, None]
             columns = tl.load(x + m[None, :] * x_stride + k[:, None], mask=there, other=0.0)
             product = tl.dot(_piece(parts, p, PIECE), columns, input_precision="ieee")
             acc += product * scale[p].to(tl.float32)[:, None]
-        scale = _load_groups(scales, n, block + 1, stride_n, stride_g, N, K, GROUP, BLOCK_K, PIECE)
-        zero = _load_zeros(zeros, n, block + 1, stride_n, stride_g, N, K, GROUP, BLOCK_K, PIECE, ZERO)
+        scale = _load_groups(scales, n, block + 1, stride_n, stride_g, N, K, GROUP, BLOCK_K, PIECE, DTYPE)
+        zero = _load_zeros(zeros, n, block + 1, stride_n, stride_g, N, K, GROUP, BLOCK_K, PIECE, DTYPE, ZERO)
     finish(acc, bias, out, partial, counters, n, m, M, N, splits, BIAS, SPLIT)
 
 
@@ -224,7 +241,8 @@ def _format(scales: Tensor, zeros: Tensor | None, group: int, bits: int, width: 
     if group != width and group % block and group not in (32, 64):
         raise ValueError(f"groups of {group} are not supported: 32, 64, 128, or all {width} inputs")
     return {"GROUP": 0 if group == width else group, "PIECE": min(group, block) if group in (32, 64) else block, "BITS": bits,
-            "ZERO": zeros is not None, "ASM": not INTERPRET and scales.dtype != torch.float32}
+            "ZERO": zeros is not None, "WHOLE": zeros is None or zeros.dtype == torch.uint8,
+            "ASM": not INTERPRET and scales.dtype != torch.float32}
 
 
 # By the most rows that a tile is for. Not measured yet: see jobs/bench/quantized.py --sweep.
@@ -261,14 +279,14 @@ def _skinny(x: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor | None, gro
 
 @triton.jit
 def _dequantise_kernel(packed, scales, zeros, out, N, K, stride_n, stride_g, units, GROUP: tl.constexpr, PIECE: tl.constexpr,
-                       BITS: tl.constexpr, ZERO: tl.constexpr, BLOCK_N: tl.constexpr, ASM: tl.constexpr):
+                       BITS: tl.constexpr, ZERO: tl.constexpr, WHOLE: tl.constexpr, BLOCK_N: tl.constexpr, ASM: tl.constexpr):
     DTYPE: tl.constexpr = out.dtype.element_ty
     BLOCK_K: tl.constexpr = 512 // BITS
     block, tile = tl.program_id(0), tl.program_id(1)
     n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
-    scale = _load_groups(scales, n, block, stride_n, stride_g, N, K, GROUP, BLOCK_K, PIECE)
-    zero = _load_zeros(zeros, n, block, stride_n, stride_g, N, K, GROUP, BLOCK_K, PIECE, ZERO)
-    parts = _unpack(_load_words(packed, block, units, tile * BLOCK_N, BLOCK_N), zero, BITS, PIECE, DTYPE, ASM)
+    scale = _load_groups(scales, n, block, stride_n, stride_g, N, K, GROUP, BLOCK_K, PIECE, DTYPE)
+    zero = _load_zeros(zeros, n, block, stride_n, stride_g, N, K, GROUP, BLOCK_K, PIECE, DTYPE, ZERO)
+    parts = _unpack(_load_words(packed, block, units, tile * BLOCK_N, BLOCK_N), zero, BITS, PIECE, WHOLE, DTYPE, ASM)
     for p in tl.static_range(BLOCK_K // PIECE):
         k = block * BLOCK_K + p * PIECE + tl.arange(0, PIECE)
         weight = _piece(parts, p, PIECE).to(tl.float32) * scale[p].to(tl.float32)[:, None]
@@ -299,11 +317,11 @@ def _matmul(x: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor | None, gro
 
 def w4_matmul(x: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor | None, group: int, bias: Tensor | None,
               perm: Tensor | None) -> Tensor:
-    """See ref.w4_matmul; `packed` is w4_pack's. Scales and zeros have the same strides; read fastest is scales.t() contiguous."""
+    """See ref.w4_matmul. scales and zeros [N, groups] have the same strides; with N contiguous they are read fastest."""
     return _matmul(x, packed, scales, zeros, group, bias, perm, 4)
 
 
 def w8_matmul(x: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor | None, group: int, bias: Tensor | None,
               perm: Tensor | None) -> Tensor:
-    """See ref.w8_matmul; `packed` is w8_pack's."""
+    """See ref.w8_matmul, and w4_matmul for the strides."""
     return _matmul(x, packed, scales, zeros, group, bias, perm, 8)

@@ -10,12 +10,14 @@ from torch import Tensor
 from kernels import ref
 
 attention: ModuleType = ref
+gemm_fp8: ModuleType = ref
+gemm_w4: ModuleType = ref
 kv_cache: ModuleType = ref
 pointwise: ModuleType = ref
 sampling: ModuleType = ref
 step: ModuleType = ref
 if torch.cuda.is_available():
-    from kernels import attention, kv_cache, pointwise, step
+    from kernels import attention, gemm_fp8, gemm_w4, kv_cache, pointwise, step
     from kernels import sample as sampling
 
 QUERY_TILE = ref.QUERY_TILE
@@ -55,30 +57,34 @@ def rope_and_cache(qkv: Tensor, q_weight: Tensor | None, k_weight: Tensor | None
 
 
 def w4_pack(codes: Tensor) -> Tensor:
-    return ref.w4_pack(codes)
+    return (gemm_w4 if codes.is_cuda else ref).w4_pack(codes)
+
+
+def w8_pack(codes: Tensor) -> Tensor:
+    return (gemm_w4 if codes.is_cuda else ref).w8_pack(codes)
 
 
 def w4_matmul(x: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor | None, group: int, bias: Tensor | None = None,
               perm: Tensor | None = None) -> Tensor:
-    return ref.w4_matmul(x, packed, scales, zeros, group, bias, perm)
+    return (gemm_w4 if x.is_cuda else ref).w4_matmul(x, packed, scales, zeros, group, bias, perm)
 
 
-def w8_matmul(x: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor | None, group: int, bias: Tensor | None = None,
+def w8_matmul(x: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor | None, group: int, bias: Tensor | None = None,
               perm: Tensor | None = None) -> Tensor:
-    return ref.w8_matmul(x, codes, scales, zeros, group, bias, perm)
+    return (gemm_w4 if x.is_cuda else ref).w8_matmul(x, packed, scales, zeros, group, bias, perm)
 
 
 def fp8_quantize(x: Tensor, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    return ref.fp8_quantize(x, scale)
+    return (gemm_fp8 if x.is_cuda else ref).fp8_quantize(x, scale)
 
 
 def fp8_matmul(x: Tensor, weight: Tensor, weight_scale: Tensor, input_scale: Tensor | None = None,
                bias: Tensor | None = None) -> Tensor:
-    return ref.fp8_matmul(x, weight, weight_scale, input_scale, bias)
+    return (gemm_fp8 if x.is_cuda else ref).fp8_matmul(x, weight, weight_scale, input_scale, bias)
 
 
 def fp8_block_matmul(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None = None) -> Tensor:
-    return ref.fp8_block_matmul(x, weight, weight_scale, bias)
+    return (gemm_fp8 if x.is_cuda else ref).fp8_block_matmul(x, weight, weight_scale, bias)
 
 
 def decode_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, rows: Tensor, positions: Tensor,

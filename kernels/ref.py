@@ -108,7 +108,8 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 # --- quantised weights ----------------------------------------------------------------------------------------------------------
 #
 # Integer weights: codes with a scale and a zero point for every `group` inputs, weight = (code - zero) * scale in the dtype of
-# scales, which is that of x. scales and zeros: [N, K / group]; zeros None: the middle code, 8 of 16 or 128 of 256.
+# scales, which is that of x. scales and zeros: [N, K / group]. zeros: whole as uint8, broken in the dtype of scales; None: the
+# middle code, 8 of 16 or 128 of 256.
 # perm int32 [K]: column i of the codes belongs to input perm[i] (GPTQ's act-order); None: in order.
 
 # Nibble j of a word is column NIBBLES[j] of its eight: neighbours lie 16 bits apart, which is where a pair of halves wants them.
@@ -142,15 +143,21 @@ def dequantize_int(codes: Tensor, scales: Tensor, zeros: Tensor | None, group: i
 def w4_matmul(x: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor | None, group: int, bias: Tensor | None = None,
               perm: Tensor | None = None) -> Tensor:
     """x [M, K] times 4-bit weights, packed by w4_pack -> [M, N]; bias [N] in x's dtype."""
-    return w8_matmul(x, w4_unpack(packed), scales, torch.full_like(scales, 8) if zeros is None else zeros, group, bias, perm)
+    zeros = torch.full_like(scales, 8, dtype=torch.uint8) if zeros is None else zeros
+    return w8_matmul(x, w4_unpack(packed), scales, zeros, group, bias, perm)
 
 
-def w8_matmul(x: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor | None, group: int, bias: Tensor | None = None,
+def w8_pack(codes: Tensor) -> Tensor:
+    """uint8 [N, K] -> the layout of w8_matmul, here the codes themselves."""
+    return codes.contiguous()
+
+
+def w8_matmul(x: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor | None, group: int, bias: Tensor | None = None,
               perm: Tensor | None = None) -> Tensor:
-    """x [M, K] times 8-bit weights, codes uint8 [N, K] -> [M, N]; bias [N] in x's dtype."""
+    """x [M, K] times 8-bit weights, packed by w8_pack -> [M, N]; bias [N] in x's dtype."""
     if perm is not None:
         x = x.index_select(1, perm)
-    return F.linear(x, dequantize_int(codes, scales, zeros, group, 128), bias)
+    return F.linear(x, dequantize_int(packed, scales, zeros, group, 128), bias)
 
 
 def fp8_quantize(x: Tensor, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:

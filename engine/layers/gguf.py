@@ -40,6 +40,6 @@ class GgufMethod(IntegerMethod):
             flat = ~(zeros.abs() <= _FLAT)
             codes = codes.masked_fill(flat, 0)
             scales, zeros = torch.where(flat, minimums, scales), zeros.masked_fill(flat, 1)
-            zeros = zeros.view(layer.out_features, -1)
+            zeros = zeros.view(layer.out_features, -1).to(layer.dtype)
         shape = (layer.out_features, -1)
         return self.keep(layer, codes.reshape(shape), scales.reshape(shape).to(layer.dtype), zeros, stored)

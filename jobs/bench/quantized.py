@@ -76,7 +76,9 @@ class Integer:
         self.group = self.group or k
         codes = torch.randint(0, 1 << self.bits, (n, k), dtype=torch.uint8, device=DEVICE)
         scales = (with_outliers(k // self.group, n).abs() * 0.02 / (1 << self.bits) + 1e-4).to(self.dtype).t()
-        zeros = torch.randint(0, 1 << self.bits, (k // self.group, n), device=DEVICE).to(self.dtype).t() if self.zero else None
+        zeros = None
+        if self.zero:
+            zeros = torch.randint(0, 1 << self.bits, (k // self.group, n), dtype=torch.uint8, device=DEVICE).t()
         middle = torch.full_like(scales, 1 << (self.bits - 1)) if zeros is None else zeros
         spread = functools.partial(torch.repeat_interleave, repeats=self.group, dim=1)
         self.exact = (codes.double() - spread(middle.double())) * spread(scales.double())
@@ -214,11 +216,11 @@ class Packed:
         n, k = self.shape
         block = gemm_w4.WORDS * 16 // self.bits
         size = -(-k // block), -(-n // gemm_w4.ROWS), gemm_w4.ROWS * gemm_w4.WORDS
-        self.bytes = 2 * size[0] * size[1] * size[2] + 4 * n * k // self.group
+        self.bytes = 2 * size[0] * size[1] * size[2] + 3 * n * k // self.group
         self.copies = [
             (torch.randint(-32768, 32768, size, dtype=torch.int16, device=DEVICE),
              (torch.rand(k // self.group, n, device=DEVICE) * 0.01).to(DTYPE).t(),
-             torch.randint(0, 1 << self.bits, (k // self.group, n), device=DEVICE).to(DTYPE).t())
+             torch.randint(0, 1 << self.bits, (k // self.group, n), dtype=torch.uint8, device=DEVICE).t())
             for _ in range(copies(self.bytes))]
 
     def fused(self, x: Tensor, tile: Tile) -> float:
