@@ -1,6 +1,6 @@
 """Where a workload's time goes: the host's by phase of the step loop, and the GPU's in the first steps and in decode.
 
-    python jobs/bench/profile.py --workloads workloads.py --model models/mistral-7b --dummy --w W1 W3 [--steps 6]
+    python jobs/bench/breakdown.py --workloads workloads.py --model models/mistral-7b --dummy --w W1 W3 [--steps 6]
 
 For each workload one run with clocks around the phases (a few microseconds a step), then another that stops after two windows of
 `--steps` profiled steps: the first ones, and the first after the last prompt was computed. `wait` is the time that the host stood
