@@ -63,7 +63,7 @@ class Engine:
         token_bytes = 2 * spec.num_kv_heads * spec.head_dim * dtype.itemsize
         groups = PrefixGroups(max_rows, config.page_size, token_bytes) if config.prefix_sharing and not windowed else None
         self._scheduler = Scheduler(config, table, self._pool, max_step_tokens, spec.eos_token_ids, tokenizer, groups)
-        self._runner = Runner(model, table, caches, config.cuda_graphs)
+        self._runner = Runner(model, table, caches, config.cuda_graphs, sharing=groups is not None)
         self._inflight: deque[Step] = deque()
         progress("capturing CUDA graphs" if on_gpu and config.cuda_graphs else "ready")
         self._runner.warm_up()

@@ -248,10 +248,10 @@ class Scheduler:
         counts = np.concatenate([np.ones_like(decode), chunks])
         starts = self.computed[rows]
         ends = starts + counts
-        for row in rows[self.staged[rows] < ends].tolist():     # prompts and forced tokens: not sampled on the device
-            upto = int(self.computed[row]) + int(counts[rows == row][0])
-            self._table.stage_tokens(row, int(self.staged[row]), self.tokens[row, self.staged[row] : upto])
-            self.staged[row] = upto
+        behind = self.staged[rows] < ends                       # prompts and forced tokens: not sampled on the device
+        if behind.any():
+            self._table.stage_tokens(rows[behind], self.staged[rows[behind]], ends[behind], self.tokens)
+            self.staged[rows[behind]] = ends[behind]
         self.computed[rows] = ends
         sampled = np.flatnonzero(ends == self.known[rows]).astype(np.int32)
         to_sample = rows[sampled]

@@ -55,15 +55,16 @@ def rope_and_cache(qkv: Tensor, q_weight: Tensor | None, k_weight: Tensor | None
 
 def decode_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, rows: Tensor, positions: Tensor,
                      scale: float, window: int, softcap: float, max_context: int, shared: Tensor | None = None,
-                     prefix_tiles: Tensor | None = None) -> Tensor:
+                     prefix_tiles: Tensor | None = None, out: Tensor | None = None) -> Tensor:
     return (attention if q.is_cuda else ref).decode_attention(
-        q, k_cache, v_cache, block_table, rows, positions, scale, window, softcap, max_context, shared, prefix_tiles)
+        q, k_cache, v_cache, block_table, rows, positions, scale, window, softcap, max_context, shared, prefix_tiles, out)
 
 
 def prefill_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, rows: Tensor, starts: Tensor,
-                      cu_q: Tensor, tiles: Tensor, scale: float, window: int, softcap: float) -> Tensor:
+                      cu_q: Tensor, tiles: Tensor, scale: float, window: int, softcap: float,
+                      out: Tensor | None = None) -> Tensor:
     return (attention if q.is_cuda else ref).prefill_attention(
-        q, k_cache, v_cache, block_table, rows, starts, cu_q, tiles, scale, window, softcap)
+        q, k_cache, v_cache, block_table, rows, starts, cu_q, tiles, scale, window, softcap, out)
 
 
 def mask_logits(logits: Tensor, mask: Tensor, index: Tensor) -> None:

@@ -110,7 +110,7 @@ PREFIX_TILE = 32    # rows of one tile of decode_attention's shared prefixes
 
 def decode_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, rows: Tensor, positions: Tensor,
                      scale: float, window: int, softcap: float, max_context: int, shared: Tensor | None = None,
-                     prefix_tiles: Tensor | None = None) -> Tensor:
+                     prefix_tiles: Tensor | None = None, out: Tensor | None = None) -> Tensor:
     """One query a row: q [N, H, D] at positions [N] attends to positions 0 .. positions[i] of table row rows[i] -> [N, H, D].
 
     window > 0: only the last `window` positions, the query's own included. softcap > 0: scores become
@@ -118,6 +118,7 @@ def decode_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: T
     max_context: an upper bound of positions + 1, known on the host.
     shared [N], prefix_tiles [M, 2]: rows tiles[j, 0] .. + tiles[j, 1] (at most PREFIX_TILE) have the same first shared[i] keys
     and values, so a kernel may read them once; 0: none. No window then. They change how the result is computed, not what it is.
+    out: where to write the result; None: a new tensor.
     """
     n, heads, dim = q.shape
     kv_heads, page = k_cache.shape[1], k_cache.shape[2]
@@ -134,17 +135,20 @@ def decode_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: T
     if softcap:
         scores = softcap * torch.tanh(scores / softcap)
     scores = scores.float().masked_fill(~visible[:, None, None], NEG_INF)
-    return (torch.softmax(scores, -1).to(v.dtype) @ v).reshape(n, heads, dim).to(q.dtype)
+    out = torch.empty_like(q) if out is None else out
+    return out.copy_((torch.softmax(scores, -1).to(v.dtype) @ v).reshape(n, heads, dim))
 
 
 def prefill_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, rows: Tensor, starts: Tensor,
-                      cu_q: Tensor, tiles: Tensor, scale: float, window: int, softcap: float) -> Tensor:
+                      cu_q: Tensor, tiles: Tensor, scale: float, window: int, softcap: float,
+                      out: Tensor | None = None) -> Tensor:
     """Several queries a row: q [T, H, D]; row i's stand at cu_q[i] .. cu_q[i + 1] and start at position starts[i] of row rows[i].
 
     Each attends to all positions up to its own (keys and values of the step are in the cache already) -> [T, H, D].
     tiles [M, 2]: (i, first query) of every tile of QUERY_TILE queries, the kernel's work list; not needed here.
+    out: where to write the result; None: a new tensor.
     """
-    out = torch.empty_like(q)
+    out = torch.empty_like(q) if out is None else out
     heads, page = q.shape[1], k_cache.shape[2]
     groups = heads // k_cache.shape[1]
     for row, start, begin, end in zip(rows.tolist(), starts.tolist(), cu_q[:-1].tolist(), cu_q[1:].tolist(), strict=True):

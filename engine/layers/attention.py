@@ -63,13 +63,12 @@ class Attention(nn.Module):
         return self.out(self._attend(q, step, cache).flatten(1))
 
     def _attend(self, q: Tensor, step: StepInputs, cache: LayerCache) -> Tensor:
-        n, outputs = step.num_decode, []
+        n, out = step.num_decode, torch.empty_like(q)
         if n:
-            outputs.append(ops.decode_attention(q[:n], cache.k, cache.v, step.block_table, step.decode_rows, step.positions[:n],
-                                                self.scale, self.window, self.softcap, step.max_context, step.shared,
-                                                step.prefix_tiles))
+            ops.decode_attention(q[:n], cache.k, cache.v, step.block_table, step.decode_rows, step.positions[:n], self.scale,
+                                 self.window, self.softcap, step.max_context, step.shared, step.prefix_tiles, out[:n])
         if (step.rest_rows is not None and step.rest_starts is not None and step.rest_cu_q is not None
                 and step.tiles is not None):
-            outputs.append(ops.prefill_attention(q[n:], cache.k, cache.v, step.block_table, step.rest_rows, step.rest_starts,
-                                                 step.rest_cu_q, step.tiles, self.scale, self.window, self.softcap))
-        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+            ops.prefill_attention(q[n:], cache.k, cache.v, step.block_table, step.rest_rows, step.rest_starts, step.rest_cu_q,
+                                  step.tiles, self.scale, self.window, self.softcap, out[n:])
+        return out
