@@ -12,7 +12,8 @@ import torch
 from engine.block_pool import BlockPool
 from engine.config import EngineConfig
 from engine.guided.grammar import GrammarBackend
-from engine.memory import make_caches, size_pool
+from engine.layers.attention import KVCache
+from engine.memory import size_pool
 from engine.models.decoder import Decoder
 from engine.prefix_groups import PrefixGroups
 from engine.request import Completion, EngineStats, Request
@@ -56,7 +57,7 @@ class Engine:
         progress("sizing the KV pool")
         table = RowTable(max_rows, self.max_model_len, config.page_size, self.device)
         pages = size_pool(config, model, table, max_step_tokens)
-        caches = make_caches(model, pages, config.page_size, self.device)
+        caches = KVCache(spec, pages, config.page_size, dtype, self.device)
         self._pool = BlockPool(pages, config.page_size)
         self._table = table
         windowed = any(layer.window for layer in spec.layers)            # a window hides the prefix: there is nothing to share

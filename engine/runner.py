@@ -10,7 +10,7 @@ from torch import Tensor
 
 from engine import sampler
 from engine.cuda_graphs import CudaGraphs, graph_sizes
-from engine.layers.attention import LayerCache, StepInputs
+from engine.layers.attention import KVCache, StepInputs
 from engine.models.decoder import Decoder
 from engine.prefix_groups import MIN_ROWS
 from engine.request import TokenLogprobs
@@ -39,7 +39,7 @@ class Step:
 class Runner:
     """sharing: plans may say which decode rows share a prefix."""
 
-    def __init__(self, model: Decoder, table: RowTable, caches: list[LayerCache], use_graphs: bool, sharing: bool) -> None:
+    def __init__(self, model: Decoder, table: RowTable, caches: KVCache, use_graphs: bool, sharing: bool) -> None:
         self.model, self.table, self.caches = model, table, caches
         self.device = table.device
         self.steps = self.graph_steps = 0
@@ -94,7 +94,7 @@ class Runner:
         return self.table.max_len if self._pinned else int(plan.starts[: plan.num_decode].max(initial=0)) + 1
 
     def _stage(self, plan: StepPlan, sharing: bool, padding: int = 0, extra: np.ndarray | None = None) -> Tensor:
-        """Stage the plan's rows, `padding` dummies after them, and flush; returns `extra` on the device."""
+        """Stage the plan's rows, `padding` dummies after them, flush, and copy its pages; returns `extra` on the device."""
         rows, starts = plan.rows, plan.starts
         if padding:
             rows = np.concatenate([rows, np.full(padding, self.table.dummy, dtype=np.int32)])
@@ -105,7 +105,11 @@ class Runner:
             if plan.shared is not None:
                 shared[: plan.num_decode] = plan.shared
             self.table.stage_prefixes(shared, plan.prefix_tiles if plan.prefix_tiles is not None else NO_TILES)
-        return self.table.flush(extra if extra is not None else np.empty(0, dtype=np.int32))
+        extra = np.empty(0, dtype=np.int32) if extra is None else extra
+        sent = self.table.flush(np.concatenate([extra, plan.copies.ravel()]))
+        if plan.copies.size:
+            ops.copy_pages(self.caches.storage, sent[extra.size :].view(-1, 2))
+        return sent[: extra.size]
 
     def _prefixes(self, n: int, sharing: bool) -> tuple[Tensor | None, Tensor | None]:
         return (self.table.shared[:n], self.table.prefix_tiles[: -(-n // MIN_ROWS)]) if sharing else (None, None)
@@ -118,7 +122,7 @@ class Runner:
                    ids, positions, slots)
         inputs = StepInputs(ids, positions, slots, table.block_table, table.rows[:n], n, max_context or table.max_len,
                             *self._prefixes(n, sharing))
-        return self.model.logits(self.model(inputs, self.caches), self._logits[:n] if self._logits is not None else None)
+        return self.model.logits(self.model(inputs, self.caches.layers), self._logits[:n] if self._logits is not None else None)
 
     def _mixed(self, plan: StepPlan) -> Step:
         table, n = self.table, plan.num_decode
@@ -142,7 +146,7 @@ class Runner:
                    ids[n:], where[n:], slots[n:])
         inputs = StepInputs(ids, where, slots, table.block_table, table.rows[:n], n, self._max_context(plan),
                             *self._prefixes(n, sharing), table.rows[rest], table.starts[rest], rest_cu_q, tiles.view(-1, 2))
-        hidden = self.model(inputs, self.caches)
+        hidden = self.model(inputs, self.caches.layers)
         return Step(plan, self.model.logits(hidden[at]), rows, positions)
 
     def _empty(self, n: int) -> tuple[Tensor, Tensor, Tensor]:

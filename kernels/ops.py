@@ -53,6 +53,10 @@ def rope_and_cache(qkv: Tensor, q_weight: Tensor | None, k_weight: Tensor | None
         qkv, q_weight, k_weight, eps, plus_one, cos_sin, positions, slots, k_cache, v_cache, num_heads)
 
 
+def copy_pages(storage: Tensor, pages: Tensor) -> None:
+    (kv_cache if storage.is_cuda else ref).copy_pages(storage, pages)
+
+
 def decode_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, rows: Tensor, positions: Tensor,
                      scale: float, window: int, softcap: float, max_context: int, shared: Tensor | None = None,
                      prefix_tiles: Tensor | None = None, out: Tensor | None = None) -> Tensor:

@@ -102,6 +102,15 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat([(a * cos - b * sin).to(x.dtype), (b * cos + a * sin).to(x.dtype), rest], dim=-1)
 
 
+def copy_pages(storage: Tensor, pages: Tensor) -> None:
+    """storage [A, pages, ...]: what is on page pages[i, 0] goes to page pages[i, 1], int32 [C, 2], in all A at once.
+
+    No page is copied to twice, and none that is copied from is copied to.
+    """
+    source, target = pages.long().unbind(1)
+    storage[:, target] = storage[:, source]
+
+
 # --- attention ------------------------------------------------------------------------------------------------------------------
 
 QUERY_TILE = 128    # queries of one tile of prefill_attention's work list

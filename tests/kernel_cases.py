@@ -285,3 +285,14 @@ def chi_square_holds(counts: Tensor, probs: Tensor) -> bool:
     freedom = counts.numel() - 1
     statistic = float(((counts - expected) ** 2 / expected.clamp(min=1e-9)).sum())
     return statistic < freedom + 5 * (2 * freedom) ** 0.5
+
+
+def check_copy_pages(kernels: ModuleType, dtype: torch.dtype, device: str, shape: tuple[int, ...] = (6, 40, 3, 16, 80)) -> None:
+    """Pages copied in all parts at once, one of them to several places; nothing else changes."""
+    storage = torch.randn(shape, device=device).to(dtype)
+    pages = torch.tensor([(1, 30), (1, 31), (7, 2), (39, 3)], dtype=torch.int32, device=device)
+    want = storage.clone()
+    for source, target in pages.tolist():
+        want[:, target] = storage[:, source]
+    kernels.copy_pages(storage, pages)
+    assert torch.equal(storage, want)

@@ -40,6 +40,18 @@ class LayerCache:
     v: Tensor
 
 
+class KVCache:
+    """All layers' keys and values in one tensor, [2 layers, pages, kv heads, page size, head dim]: one launch copies a page.
+
+    Zeroed, since masked slots are multiplied too, and 0 x NaN is NaN.
+    """
+
+    def __init__(self, spec: ModelSpec, pages: int, page_size: int, dtype: torch.dtype, device: torch.device) -> None:
+        shape = (2 * spec.num_layers, pages, spec.num_kv_heads, page_size, spec.head_dim)
+        self.storage = torch.zeros(shape, dtype=dtype, device=device)
+        self.layers = [LayerCache(self.storage[2 * i], self.storage[2 * i + 1]) for i in range(spec.num_layers)]
+
+
 class Attention(nn.Module):
     def __init__(self, spec: ModelSpec, index: int, prefix: str, method: LinearMethod, dtype: torch.dtype) -> None:
         super().__init__()
