@@ -168,7 +168,8 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None, tile: Tile, activati
         0 if residual is None else residual.stride(0), ahead // (features * tile.splits * x.element_size()), eps,
         BLOCK_M=block, BLOCK_N=tile.rows, BLOCK_K=tile.depth, SPLITS=tile.splits, STAGES=tile.stages, NORM=norm is not None,
         PLUS_ONE=plus_one, GATED=bool(activation), GELU=activation == "gelu_tanh", BIAS=bias is not None,
-        PRECISION="ieee" if x.dtype == torch.float32 else "tf32", num_warps=tile.warps, num_stages=tile.stages, **options(overlap))
+        PRECISION="ieee" if x.dtype == torch.float32 else "tf32", num_warps=tile.warps, num_stages=tile.stages,
+        **options(overlap))
     return out, summed
 
 
