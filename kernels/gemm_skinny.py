@@ -23,7 +23,7 @@ from kernels.overlap import after, options, overlaps
 from kernels.pointwise import gate, scale_norm
 
 MOST_ROWS = 128
-MOST_TILES = 8192
+MOST_TILES = 1 << 14
 AHEAD_BYTES = 8 << 20     # of the weight, asked of the L2 before the wait
 
 
@@ -45,6 +45,17 @@ class Tile:
     def block(self, m: int) -> int:
         """Rows of x that a program holds for m of them."""
         return 1 if self.vector else max(16, triton.next_power_of_2(m))
+
+
+@dataclass(frozen=True, slots=True)
+class Norm:
+    """x + residual -> summed, another tensor, contiguous; and RMSNorm of it, which is multiplied: what is folded in before."""
+
+    residual: Tensor
+    weight: Tensor
+    eps: float
+    plus_one: bool
+    summed: Tensor
 
 
 @triton.jit
@@ -143,12 +154,11 @@ def _arrived(device: torch.device) -> Tensor:
     return torch.zeros(MOST_TILES, dtype=torch.int32, device=device)
 
 
-def product(x: Tensor, weight: Tensor, bias: Tensor | None, tile: Tile, activation: str = "", residual: Tensor | None = None,
-            norm: Tensor | None = None, eps: float = 0.0, plus_one: bool = False, out: Tensor | None = None,
-            overlap: bool | None = None, ahead: int = AHEAD_BYTES) -> tuple[Tensor, Tensor | None]:
-    """x [M, K] (rows may be strided), weight [N, K] -> (y [M, N], or [M, N / 2] with an activation; x + residual if normed).
+def product(x: Tensor, weight: Tensor, bias: Tensor | None, tile: Tile, activation: str = "", norm: Norm | None = None,
+            out: Tensor | None = None, overlap: bool | None = None, ahead: int = AHEAD_BYTES) -> Tensor:
+    """x [M, K], rows may be strided, and weight [N, K] -> [M, N], into `out` if given; with an activation [M, N / 2].
 
-    K must be a multiple of tile.splits * tile.depth, M at most MOST_ROWS.
+    M is at most MOST_ROWS; K a multiple of tile.splits * tile.depth.
     """
     (rows, depth), features = x.shape, weight.shape[0]
     block = tile.block(rows)
@@ -156,21 +166,20 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None, tile: Tile, activati
     tiles = triton.cdiv(width, tile.rows // 2 if activation else tile.rows)
     if out is None:
         out = torch.empty((rows, width), dtype=x.dtype, device=x.device)
-    summed = torch.empty((rows, depth), dtype=x.dtype, device=x.device) if norm is not None else None
     partial, arrived = out, out         # not used without splits
     if tile.splits > 1:
         partial = torch.empty(tiles * tile.splits * tile.rows * block, dtype=torch.float32, device=x.device)
         arrived = _arrived(x.device)
-    overlap = overlaps(x.device) if overlap is None else overlap
+        assert tiles <= MOST_TILES
+    fold = norm or Norm(x, x, 0.0, False, x)        # not used without a norm
     _product_kernel[tiles, tile.splits](
-        x, x if residual is None else residual, x if norm is None else norm, weight, weight if bias is None else bias, out,
-        out if summed is None else summed, partial, arrived, rows, features, depth, depth // tile.splits, x.stride(0),
-        0 if residual is None else residual.stride(0), ahead // (features * tile.splits * x.element_size()), eps,
-        BLOCK_M=block, BLOCK_N=tile.rows, BLOCK_K=tile.depth, SPLITS=tile.splits, STAGES=tile.stages, NORM=norm is not None,
-        PLUS_ONE=plus_one, GATED=bool(activation), GELU=activation == "gelu_tanh", BIAS=bias is not None,
-        PRECISION="ieee" if x.dtype == torch.float32 else "tf32", num_warps=tile.warps, num_stages=tile.stages,
-        **options(overlap))
-    return out, summed
+        x, fold.residual, fold.weight, weight, weight if bias is None else bias, out, fold.summed, partial, arrived,
+        rows, features, depth, depth // tile.splits, x.stride(0), fold.residual.stride(0),
+        ahead // (features * tile.splits * x.element_size()), fold.eps, BLOCK_M=block, BLOCK_N=tile.rows, BLOCK_K=tile.depth,
+        SPLITS=tile.splits, STAGES=tile.stages, NORM=norm is not None, PLUS_ONE=fold.plus_one, GATED=bool(activation),
+        GELU=activation == "gelu_tanh", BIAS=bias is not None, PRECISION="ieee" if x.dtype == torch.float32 else "tf32",
+        num_warps=tile.warps, num_stages=tile.stages, **options(overlaps(x.device) if overlap is None else overlap))
+    return out
 
 
 SHARED_BYTES = 224 << 10    # of one multiprocessor, less what the system keeps

@@ -9,7 +9,9 @@ not fit in the L2 together, median of the replays. --save writes every time as J
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
+import itertools
 import json
 import math
 import multiprocessing
@@ -30,7 +32,9 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from kernels import gemm_skinny, pointwise, ref
-from kernels.gemm_skinny import Tile, product, tile_of
+from kernels import linear as dense
+from kernels.gemm_skinny import Norm, Tile, product, tile_of
+from kernels.linear import choose
 
 DEVICE, DTYPE, EPS = "cuda", torch.bfloat16, 1e-5
 L2_BYTES = 64 << 20
@@ -97,16 +101,21 @@ MODELS = {m.name: m for m in (
 )}
 
 
-def candidates(kind: Kind, m: int, processors: int) -> Iterator[Tile]:
+@functools.cache
+def processors() -> int:
+    return torch.cuda.get_device_properties(DEVICE).multi_processor_count
+
+
+def candidates(kind: Kind, m: int) -> Iterator[Tile]:
     """Tiles that keep the memory busy with all programs on the chip at once: cut along K where too few are left otherwise."""
     for block in (1, 16) if m == 1 else (max(16, triton.next_power_of_2(m)),):
         for rows, step, warps in SHAPES[block]:
             tiles = triton.cdiv(kind.features, rows)
             for splits in SPLITS:
-                tile = tile_of(m, kind.features, kind.depth, kind.gated, (rows, step, splits, warps), processors, block == 1)
-                if tile is None or tiles * splits < min(0.7 * processors, kind.bytes >> 16):
+                tile = tile_of(m, kind.features, kind.depth, kind.gated, (rows, step, splits, warps), processors(), block == 1)
+                if tile is None or tiles * splits < min(0.7 * processors(), kind.bytes >> 16):
                     continue
-                if splits == 1 or (tiles < processors and tiles * splits <= 4.5 * processors and kind.depth // splits >= 192):
+                if splits == 1 or (tiles < processors() and tiles * splits <= 4.5 * processors() and kind.depth // splits >= 192):
                     yield tile
                     if block == 1:      # registers can be filled without a detour through shared memory
                         yield replace(tile, stages=1)
@@ -161,6 +170,7 @@ class Case:
         self.x, self.residual = randn(m, kind.depth), randn(m, kind.depth)
         self.norm = randn(kind.depth) if kind.normed else None
         self.summed, self.stream = self.x + self.residual, self.residual.clone()
+        self.got = torch.empty_like(self.x)
         h = ref.rms_norm(self.summed, self.norm, EPS, False) if self.norm is not None else self.x
         y = (h.double() @ weights[0].double().T).to(DTYPE)
         if kind.gated:
@@ -174,15 +184,16 @@ class Case:
         return pointwise.gated_act(y, "silu") if self.kind.gated else y
 
     def fused(self, weight: Tensor, tile: Tile, out: Tensor | None = None,
-              overlap: bool | None = None) -> tuple[Tensor, Tensor | None]:
-        return product(self.x, weight, None, tile, "silu" if self.kind.gated else "", self.residual if self.kind.normed else None,
-                       self.norm, EPS, False, out, overlap)
+              overlap: bool | None = None) -> Tensor:
+        norm = Norm(self.residual, self.norm, EPS, False, self.got) if self.norm is not None else None
+        return product(self.x, weight, None, tile, "silu" if self.kind.gated else "", norm, out, overlap)
 
     def check(self, tile: Tile) -> None:
         outs = [torch.full_like(self.want, float("nan"), dtype=DTYPE) for _ in range(2)]
         for out in outs:
-            _, summed = self.fused(self.weights[0], tile, out)
-            assert summed is None or torch.equal(summed, self.summed), f"{self.kind.label} M={self.m} {tile.name}: wrong sum"
+            self.got.fill_(float("nan"))
+            self.fused(self.weights[0], tile, out)
+            assert self.norm is None or torch.equal(self.got, self.summed), f"{self.kind.label} M={self.m} {tile.name}: wrong sum"
         error = float((outs[0].double() - self.want).norm() / self.want.norm())
         assert error < TOLERANCE, f"{self.kind.label} M={self.m} {tile.name}: off by {error}"
         assert torch.equal(*outs), f"{self.kind.label} M={self.m} {tile.name}: two runs differ"
@@ -204,12 +215,13 @@ class Way:
     gated: bool = False
     normed: bool = False
     ahead: int = gemm_skinny.AHEAD_BYTES
+    ruled: bool = False     # kernels/linear.py decides
 
 
 WAYS = [Way("cuBLAS"), Way("skinny", True), Way("+ overlap", True, True), Way("+ gate", True, True, True),
         Way("+ norm", True, True, True, True), Way("+ norm, nothing ahead", True, True, True, True, 0),
         Way("+ norm, 2 MB ahead", True, True, True, True, 2 << 20), Way("+ norm, 32 MB ahead", True, True, True, True, 32 << 20),
-        Way("+ gate, 32 MB ahead", True, True, True, False, 32 << 20)]
+        Way("+ gate, 32 MB ahead", True, True, True, False, 32 << 20), Way("as the rule has it", ruled=True)]
 
 
 class Chain:
@@ -226,18 +238,25 @@ class Chain:
         residual = start.clone()
 
         def linear(name: str, x: Tensor, weight: Tensor) -> Tensor:
+            if way.ruled:
+                return dense.linear(x, weight, None, None)
             if way.skinny and name in best:
-                return product(x, weight, None, best[name], overlap=way.overlap, ahead=way.ahead)[0]
+                return product(x, weight, None, best[name], overlap=way.overlap, ahead=way.ahead)
             return F.linear(x, weight)
 
         def after_norm(name: str, x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
             act = "silu" if name == "gate_up" else ""
+            if way.ruled and act:
+                return dense.norm_gated_linear(x, residual, self.norm, EPS, False, weight, None, act)
+            if way.ruled:
+                return dense.norm_linear(x, residual, self.norm, EPS, False, weight, None)
             tile = best.get(f"norm {name}")
             if way.normed and tile is not None:
-                return product(x, weight, None, tile, act, residual, self.norm, EPS, False, None, True, way.ahead)
+                norm = Norm(residual, self.norm, EPS, False, torch.empty_like(residual))
+                return product(x, weight, None, tile, act, norm, None, True, way.ahead), norm.summed
             h = pointwise.add_rms_norm(x, residual, self.norm, EPS, False)
             if act and way.gated and name in best:
-                return product(h, weight, None, best[name], act, overlap=True, ahead=way.ahead)[0], residual
+                return product(h, weight, None, best[name], act, overlap=True, ahead=way.ahead), residual
             h = linear(name, h, weight)
             return pointwise.gated_act(h, act) if act else h, residual
 
@@ -252,18 +271,14 @@ class Chain:
 # --- the program ----------------------------------------------------------------------------------------------------------------
 
 
-def compile_one(job: tuple[Kind, int, Tile]) -> None:
+def compile_one(job: tuple[Kind, int, Tile, bool]) -> None:
     """In a process of its own: fill Triton's cache on disk with one kernel."""
-    kind, m, tile = job
+    kind, m, tile, overlap = job
     depth = tile.depth * tile.splits
     small = replace(kind, features=max(4 * tile.rows, 64), depth=depth)
     case = Case(small, m, [randn(small.features, depth)])
-    for overlap in (True, False):
-        if overlap or not (kind.gated or kind.normed):
-            try:
-                case.fused(case.weights[0], tile, None, overlap)
-            except triton.runtime.errors.OutOfResources:
-                return
+    with contextlib.suppress(triton.runtime.errors.OutOfResources):
+        case.fused(case.weights[0], tile, None, overlap)
 
 
 def kernel_of(kind: Kind, m: int, tile: Tile) -> tuple[object, ...]:
@@ -289,7 +304,9 @@ def sweep(kind: Kind, rows: Sequence[int], swept: Swept, best: dict[tuple[Kind, 
         row = times[f"{kind.label} M={m}"] = {"cuBLAS": case.time(case.separate)}
         at = above(kind, m, best)
         measured = []
-        for tile in swept.get((kind, m)) or ([best[kind, at]] if at else []):
+        ruled = choose(m, kind.features, kind.depth, kind.gated, kind.normed, DTYPE, processors())
+        tried = swept.get((kind, m)) or ([best[kind, at]] if at else [])
+        for tile in tried if ruled is None or ruled in tried else [*tried, ruled]:
             try:
                 case.check(tile)
                 row[tile.name] = case.time(lambda w, case=case, tile=tile: case.fused(w, tile))
@@ -302,6 +319,8 @@ def sweep(kind: Kind, rows: Sequence[int], swept: Swept, best: dict[tuple[Kind, 
             if (kind, m) in swept:
                 best[kind, m] = first
             line += f" ->{row[first.name]:7.1f} {kind.bytes / rate * 1e6 / row[first.name]:4.0%} {first.name}"
+            if ruled is not None and ruled.name in row and ruled != first:
+                line += f"; rule {row[ruled.name] / row[first.name]:.2f}x"
         lines[m] = line
     print("\n".join(lines[m] for m in sorted(lines)), flush=True)
 
@@ -339,28 +358,34 @@ def chains(model: Model, best: dict[tuple[Kind, int], Tile], times: Times, rate:
 
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__)
-    options.add_argument("--models", nargs="+", default=list(MODELS), choices=MODELS)
+    options.add_argument("--models", nargs="+", default=list(MODELS)[:3], choices=MODELS)
     options.add_argument("--rows", nargs="+", type=int, default=list(ROWS))
     options.add_argument("--save", type=Path)
     given = options.parse_args()
     begin = time.perf_counter()
-    processors = torch.cuda.get_device_properties(0).multi_processor_count
     models = [MODELS[name] for name in given.models]
 
-    swept: Swept = {(kind, m): list(candidates(kind, m, processors)) for model in models for kind in model.kinds()
+    swept: Swept = {(kind, m): list(candidates(kind, m)) for model in models for kind in model.kinds()
                     for m in (NORMED if kind.normed else SWEPT)}
     jobs = {kernel_of(kind, m, tile): (kind, m, tile) for (kind, m), tiles in swept.items() for tile in tiles}
+    for kind, m in itertools.product({kind for kind, _ in swept}, given.rows):
+        tile = choose(m, kind.features, kind.depth, kind.gated, kind.normed, DTYPE, processors())
+        if tile is not None:
+            jobs.setdefault(kernel_of(kind, m, tile), (kind, m, tile))
     with ProcessPoolExecutor(16, mp_context=multiprocessing.get_context("spawn")) as workers:
-        list(workers.map(compile_one, jobs.values(), chunksize=4))
-    rate = read_rate()
-    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}; reads run at "
-          f"{rate / 1e12:.2f} TB/s; {len(jobs)} kernels in {time.perf_counter() - begin:.0f} s")
-    times: Times = {}
-    best: dict[tuple[Kind, int], Tile] = {}
-    for model in models:
-        print(f"\n{model.name}: cuBLAS and the kernels around it -> best tile, us and share of the floor")
-        for kind in model.kinds():
-            sweep(kind, NORMED if kind.normed else sorted({*given.rows, *SWEPT}), swept, best, times, rate)
+        list(workers.map(compile_one, [(*job, True) for job in jobs.values()], chunksize=4))
+        rate = read_rate()
+        print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}; reads run at "
+              f"{rate / 1e12:.2f} TB/s; {len(jobs)} kernels in {time.perf_counter() - begin:.0f} s")
+        times: Times = {}
+        best: dict[tuple[Kind, int], Tile] = {}
+        for model in models:
+            print(f"\n{model.name}: cuBLAS and the kernels around it -> best tile, us and share of the floor")
+            for kind in model.kinds():
+                sweep(kind, NORMED if kind.normed else sorted({*given.rows, *SWEPT}), swept, best, times, rate)
+        plain = {kernel_of(kind, m, tile): (replace(kind, gated=False), m, tile, False) for (kind, m), tile in best.items()
+                 if not kind.normed}
+        list(workers.map(compile_one, plain.values()))
     for model in models:
         chains(model, best, times, rate)
     if given.save:
