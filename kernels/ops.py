@@ -11,11 +11,13 @@ from kernels import ref
 
 attention: ModuleType = ref
 kv_cache: ModuleType = ref
+dense: ModuleType = ref
 pointwise: ModuleType = ref
 sampling: ModuleType = ref
 step: ModuleType = ref
 if torch.cuda.is_available():
     from kernels import attention, kv_cache, pointwise, step
+    from kernels import linear as dense
     from kernels import sample as sampling
 
 QUERY_TILE = ref.QUERY_TILE
@@ -45,6 +47,20 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float, plus_o
 
 def gated_act(x: Tensor, activation: str) -> Tensor:
     return (pointwise if x.is_cuda else ref).gated_act(x, activation)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, out: Tensor | None = None) -> Tensor:
+    return (dense if x.is_cuda else ref).linear(x, weight, bias, out)
+
+
+def norm_linear(x: Tensor, residual: Tensor, norm: Tensor, eps: float, plus_one: bool, weight: Tensor,
+                bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    return (dense if x.is_cuda else ref).norm_linear(x, residual, norm, eps, plus_one, weight, bias)
+
+
+def norm_gated_linear(x: Tensor, residual: Tensor, norm: Tensor, eps: float, plus_one: bool, weight: Tensor, bias: Tensor | None,
+                      activation: str) -> tuple[Tensor, Tensor]:
+    return (dense if x.is_cuda else ref).norm_gated_linear(x, residual, norm, eps, plus_one, weight, bias, activation)
 
 
 def rope_and_cache(qkv: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, eps: float, plus_one: bool, cos_sin: Tensor,

@@ -74,6 +74,24 @@ def gated_act(x: Tensor, activation: str) -> Tensor:
     return (F.silu(gate) if activation == "silu" else F.gelu(gate, approximate="tanh")) * up
 
 
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None) -> Tensor:
+    """x [T, K] times weight [N, K] transposed, plus bias [N] -> [T, N]; into `out`, contiguous, if given (then without bias)."""
+    return F.linear(x, weight, bias) if out is None else torch.mm(x, weight.t(), out=out)
+
+
+def norm_linear(x: Tensor, residual: Tensor, norm: Tensor, eps: float, plus_one: bool, weight: Tensor,
+                bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """add_rms_norm, then linear -> (product, x + residual). The sum may stand in `residual`, which is not to be used again."""
+    return linear(add_rms_norm(x, residual, norm, eps, plus_one), weight, bias, None), residual
+
+
+def norm_gated_linear(x: Tensor, residual: Tensor, norm: Tensor, eps: float, plus_one: bool, weight: Tensor, bias: Tensor | None,
+                      activation: str) -> tuple[Tensor, Tensor]:
+    """norm_linear with the weight [gate | up], [2 I, K], then gated_act -> ([T, I], x + residual)."""
+    y, residual = norm_linear(x, residual, norm, eps, plus_one, weight, bias)
+    return gated_act(y, activation), residual
+
+
 def rope_and_cache(qkv: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, eps: float, plus_one: bool, cos_sin: Tensor,
                    positions: Tensor, slots: Tensor, k_cache: Tensor, v_cache: Tensor, num_heads: int) -> Tensor:
     """Optional RMSNorm of each head of q and k, rotary embedding, keys and values into the cache; returns q [T, H, D].
