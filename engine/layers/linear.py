@@ -8,12 +8,13 @@ from itertools import groupby
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engine.models.errors import ModelError
+from kernels import ops
 
 if TYPE_CHECKING:
+    from engine.layers.norm import RMSNorm
     from engine.weights import Checkpoint
 
 
@@ -44,13 +45,23 @@ class LinearMethod(Protocol):
     def apply(self, layer: Linear, x: Tensor) -> Tensor:
         """x [T, in_features] -> [T, out_features]."""
 
+    def apply_after_norm(self, layer: Linear, x: Tensor, residual: Tensor, norm: RMSNorm) -> tuple[Tensor, Tensor]:
+        """-> (the product with the norm of x + residual, x + residual); the given residual is not to be used again."""
+        return self.apply(layer, norm.add(x, residual)), residual
+
+    def apply_gated_after_norm(self, layer: Linear, x: Tensor, residual: Tensor, norm: RMSNorm,
+                               activation: str) -> tuple[Tensor, Tensor]:
+        """As apply_after_norm, of a layer [gate | up], with ops.gated_act of the product."""
+        y, residual = self.apply_after_norm(layer, x, residual, norm)
+        return ops.gated_act(y, activation), residual
+
 
 MethodOf = Callable[[str], LinearMethod]    # of a layer by its name in the checkpoint
 
 
 @dataclass(frozen=True, slots=True)
-class DenseMethod:
-    """Plain weights in the model's dtype; the product is cuBLAS's (or oneDNN's on CPU)."""
+class DenseMethod(LinearMethod):
+    """Plain weights in the model's dtype."""
 
     def specs(self, in_features: int, out_features: int, bias: bool, dtype: torch.dtype) -> dict[str, ParamSpec]:
         return {"weight": ParamSpec((out_features, in_features), dtype, out_dim=0), **bias_spec(out_features, bias, dtype)}
@@ -59,7 +70,14 @@ class DenseMethod:
         return {"weight": stored["weight"], "bias": stored.get("bias")}
 
     def apply(self, layer: Linear, x: Tensor) -> Tensor:
-        return F.linear(x, layer.weight, layer.bias)
+        return ops.linear(x, layer.weight, layer.bias)
+
+    def apply_after_norm(self, layer: Linear, x: Tensor, residual: Tensor, norm: RMSNorm) -> tuple[Tensor, Tensor]:
+        return ops.norm_linear(x, residual, norm.weight, norm.eps, norm.plus_one, layer.weight, layer.bias)
+
+    def apply_gated_after_norm(self, layer: Linear, x: Tensor, residual: Tensor, norm: RMSNorm,
+                               activation: str) -> tuple[Tensor, Tensor]:
+        return ops.norm_gated_linear(x, residual, norm.weight, norm.eps, norm.plus_one, layer.weight, layer.bias, activation)
 
 
 def bias_spec(out_features: int, bias: bool, dtype: torch.dtype) -> dict[str, ParamSpec]:
@@ -105,6 +123,14 @@ class Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.method.apply(self, x)
 
+    def after_norm(self, x: Tensor, residual: Tensor, norm: RMSNorm) -> tuple[Tensor, Tensor]:
+        """See LinearMethod.apply_after_norm."""
+        return self.method.apply_after_norm(self, x, residual, norm)
+
+    def gated_after_norm(self, x: Tensor, residual: Tensor, norm: RMSNorm, activation: str) -> tuple[Tensor, Tensor]:
+        """See LinearMethod.apply_gated_after_norm."""
+        return self.method.apply_gated_after_norm(self, x, residual, norm, activation)
+
 
 class Joined(nn.Module):
     """Linear layers side by side: the parts of a merged layer that are stored in different formats."""
@@ -115,6 +141,14 @@ class Joined(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.cat([part(x) for part in self.parts], dim=-1)
+
+    def after_norm(self, x: Tensor, residual: Tensor, norm: RMSNorm) -> tuple[Tensor, Tensor]:
+        """See LinearMethod.apply_after_norm."""
+        return self(norm.add(x, residual)), residual
+
+    def gated_after_norm(self, x: Tensor, residual: Tensor, norm: RMSNorm, activation: str) -> tuple[Tensor, Tensor]:
+        """See LinearMethod.apply_gated_after_norm."""
+        return ops.gated_act(self(norm.add(x, residual)), activation), residual
 
 
 def make_linear(in_features: int, sources: Sequence[tuple[str, int]], *, bias: bool, dtype: torch.dtype,

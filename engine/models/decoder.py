@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from engine.layers.attention import Attention, LayerCache, StepInputs
+from engine.layers.attention import Attention, KVCache, LayerCache, StepInputs
 from engine.layers.embedding import Embedding
+from engine.layers.kv_scales import KVScales
 from engine.layers.linear import Linear, MethodOf
 from engine.layers.mlp import MLP
 from engine.layers.norm import RMSNorm
@@ -42,18 +43,18 @@ class Block(nn.Module):
             self.attention_out, self.mlp_out = nn.Identity(), nn.Identity()
             self.mlp_norm = norm("post_attention_layernorm")
 
-    def forward(self, x: Tensor, residual: Tensor, step: StepInputs, cache: LayerCache, cos_sin: Tensor) -> Tensor:
-        """x: what the block before left to be added to `residual`, which is updated in place; returns the same for the next."""
-        h = self.attention(self.input_norm.add(x, residual), step, cache, cos_sin)
-        h = self.mlp(self.mlp_norm.add(self.attention_out(h), residual))
-        return self.mlp_out(h)
+    def forward(self, x: Tensor, residual: Tensor, step: StepInputs, cache: LayerCache, cos_sin: Tensor) -> tuple[Tensor, Tensor]:
+        """x: what the block before left to be added to `residual`, which is not to be used again; returns both for the next."""
+        h, residual = self.attention(x, residual, self.input_norm, step, cache, cos_sin)
+        h, residual = self.mlp(self.attention_out(h), residual, self.mlp_norm)
+        return self.mlp_out(h), residual
 
 
 class Decoder(nn.Module):
-    """`quantization`: what becomes of the linear layers' weights at load, see linear_methods."""
+    """`quantization`: what becomes of the linear layers' weights, see linear_methods. `fp8_kv`: keys and values are FP8."""
 
     def __init__(self, spec: ModelSpec, dtype: torch.dtype, max_positions: int, device: torch.device,
-                 quantization: str = "stored") -> None:
+                 quantization: str = "stored", fp8_kv: bool = False) -> None:
         super().__init__()
         method_of = linear_methods(spec, quantization, device)
         self.spec, self.dtype = spec, dtype
@@ -64,18 +65,25 @@ class Decoder(nn.Module):
             self.norm = RMSNorm(spec.hidden_size, "model.norm", eps=spec.norm_eps, plus_one=spec.norm_plus_one, dtype=dtype)
             self.head = self.embedding if spec.tied_embeddings else Embedding(
                 spec.vocab_size, spec.hidden_size, "lm_head", scale=1.0, dtype=dtype)
+            self.kv_scales = nn.ModuleList(KVScales(spec, f"model.layers.{i}.self_attn") for i in range(spec.num_layers * fp8_kv))
+        self.kv_dtype = torch.float8_e4m3fn if fp8_kv else dtype
         tables = {rope: cos_sin_table(rope, max_positions, device) for rope in {layer.rope for layer in spec.layers}}
         self.cos_sin = [tables[layer.rope] for layer in spec.layers]
 
     def load(self, checkpoint: Checkpoint) -> None:
         """Fill every weight from the checkpoint; raises KeyError or ValueError naming a tensor that is missing or misshapen."""
         for module in self.modules():
-            if isinstance(module, (Embedding, Linear, RMSNorm)):
+            if isinstance(module, (Embedding, Linear, RMSNorm, KVScales)):
                 module.load(checkpoint)
+
+    def make_cache(self, pages: int, page_size: int) -> KVCache:
+        """Room for the keys and values of so many pages."""
+        scales = [layer.get_buffer("scales") for layer in self.kv_scales]
+        return KVCache(self.spec, pages, page_size, self.kv_dtype, self.embedding.weight.device, scales)
 
     def weight_bytes(self) -> int:
         """Memory of the weights as they are kept."""
-        return sum(tensor.nbytes for module in self.modules() if isinstance(module, (Embedding, Linear, RMSNorm))
+        return sum(tensor.nbytes for module in self.modules() if isinstance(module, (Embedding, Linear, RMSNorm, KVScales))
                    for tensor in module.buffers(recurse=False))
 
     def forward(self, step: StepInputs, caches: Sequence[LayerCache]) -> Tensor:
@@ -83,7 +91,7 @@ class Decoder(nn.Module):
         residual = self.embedding(step.ids)
         x = torch.zeros_like(residual)
         for block, cache, cos_sin in zip(self.blocks, caches, self.cos_sin, strict=True):
-            x = block(x, residual, step, cache, cos_sin)
+            x, residual = block(x, residual, step, cache, cos_sin)
         return self.norm.add(x, residual)
 
     def logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
