@@ -90,7 +90,7 @@ def rope_and_cache(qkv: Tensor, q_weight: Tensor | None, k_weight: Tensor | None
 @triton.jit(do_not_specialize_on_alignment=["pages"])
 def _copy_pages_kernel(storage, pages, part_stride, SIZE: tl.constexpr, BLOCK: tl.constexpr):
     pair = pages + tl.program_id(0) * 2
-    part = storage + tl.program_id(1) * part_stride
+    part = storage + tl.program_id(1).to(tl.int64) * part_stride
     source, target = tl.load(pair).to(tl.int64), tl.load(pair + 1).to(tl.int64)
     for first in range(0, SIZE, BLOCK):
         i = first + tl.arange(0, BLOCK)
