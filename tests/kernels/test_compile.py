@@ -35,7 +35,7 @@ def compile_all() -> None:
     row = {"WIDTH": 576, "BLOCK": 1024, "OVERLAP": True}
     plain = {"SPLITS": 1, "STAGES": 4, "NORM": False, "PLUS_ONE": False, "GATED": False, "GELU": False, "BIAS": False,
              "PRECISION": "tf32", "OVERLAP": True}
-    heads = {"H": 32, "K": 8, "P": 32, "HEADS_Q": 16, "HEADS_K": 8}
+    heads = {"H": 32, "K": 8, "P": 32, "HEADS_Q": 16, "HEADS_K": 8, "OVERLAP": True}
     for module, kernel, constants in (
         (pointwise, "_rms_norm_kernel", {**row, "PLUS_ONE": True}),
         (pointwise, "_add_rms_norm_kernel", {**row, "PLUS_ONE": False}),
