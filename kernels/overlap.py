@@ -1,7 +1,7 @@
 """Programmatic dependent launch (CUDA programming guide): a kernel starts while the one before it in the stream still runs.
 
-A kernel launched with `launch_options` may do what reads and writes nothing of the step, asking for weights say, then calls `after` in
-every program, and from there on all kernels before it have finished: each of them waited for its own predecessor in the same way.
+A kernel launched with `launch_options` may do what neither reads nor writes anything of the step, asking for weights say; then it
+calls `after` in every program, and from there on all kernels before it have finished, since each of them waited in the same way.
 Kernels that do not take part, cuBLAS's among them, run after whatever precedes them has finished, as always.
 """
 
