@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.overlap import after, options, overlaps
+from kernels.overlap import after, launch_options, overlaps
 from kernels.pointwise import gate, scale_norm
 
 MOST_ROWS = 128
@@ -178,7 +178,7 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None, tile: Tile, activati
         ahead // (features * tile.splits * x.element_size()), fold.eps, BLOCK_M=block, BLOCK_N=tile.rows, BLOCK_K=tile.depth,
         SPLITS=tile.splits, STAGES=tile.stages, NORM=norm is not None, PLUS_ONE=fold.plus_one, GATED=bool(activation),
         GELU=activation == "gelu_tanh", BIAS=bias is not None, PRECISION="ieee" if x.dtype == torch.float32 else "tf32",
-        num_warps=tile.warps, num_stages=tile.stages, **options(overlaps(x.device) if overlap is None else overlap))
+        num_warps=tile.warps, num_stages=tile.stages, **launch_options(overlaps(x.device) if overlap is None else overlap))
     return out
 
 

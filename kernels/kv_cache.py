@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.overlap import after, launch_options, overlaps
+
 TILE = 2048     # elements of q that one program handles: 16 a lane
 
 
@@ -38,7 +40,8 @@ def _rotated(x, heads, inside, d, partner, cos, sin, weight, eps, D: tl.constexp
 def _rope_and_cache_kernel(qkv, q_weight, k_weight, cos_sin, positions, slots, q_out, k_cache, v_cache, qkv_stride, eps,
                            H: tl.constexpr, K: tl.constexpr, D: tl.constexpr, P: tl.constexpr, ROTARY: tl.constexpr,
                            HEADS_Q: tl.constexpr, HEADS_K: tl.constexpr, BLOCK_D: tl.constexpr,
-                           Q_NORM: tl.constexpr, K_NORM: tl.constexpr, PLUS_ONE: tl.constexpr):
+                           Q_NORM: tl.constexpr, K_NORM: tl.constexpr, PLUS_ONE: tl.constexpr, OVERLAP: tl.constexpr):
+    after(OVERLAP)
     token = tl.program_id(0).to(tl.int64)
     block = tl.program_id(1)
     HALF: tl.constexpr = ROTARY // 2
@@ -83,7 +86,7 @@ def rope_and_cache(qkv: Tensor, q_weight: Tensor | None, k_weight: Tensor | None
         qkv, qkv if q_weight is None else q_weight, qkv if k_weight is None else k_weight, cos_sin, positions, slots,
         q, k_cache, v_cache, qkv.stride(0), eps, H=num_heads, K=kv_heads, D=dim, P=page, ROTARY=cos_sin.shape[1],
         HEADS_Q=heads_q, HEADS_K=heads_k, BLOCK_D=block_d, Q_NORM=q_weight is not None, K_NORM=k_weight is not None,
-        PLUS_ONE=plus_one, num_warps=min(max(heads_q * block_d // 512, 1), 4))
+        PLUS_ONE=plus_one, num_warps=min(max(heads_q * block_d // 512, 1), 4), **launch_options(overlaps(qkv.device)))
     return q
 
 

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.overlap import after, options, overlaps
+from kernels.overlap import after, launch_options, overlaps
 
 SQRT_8_OVER_PI = tl.constexpr(1.5957691216057308)
 GATE_BLOCK = 1024
@@ -90,7 +90,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, plus_one: bool) -> Tensor:
     out = torch.empty((rows, width), dtype=x.dtype, device=x.device)
     block, warps = _shape(width)
     _rms_norm_kernel[rows,](x, weight, out, x.stride(0), eps, WIDTH=width, BLOCK=block, PLUS_ONE=plus_one, num_warps=warps,
-                           **options(overlaps(x.device)))
+                           **launch_options(overlaps(x.device)))
     return out
 
 
@@ -100,7 +100,7 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float, plus_o
     out = torch.empty((rows, width), dtype=x.dtype, device=x.device)
     block, warps = _shape(width)
     _add_rms_norm_kernel[rows,](x, residual, weight, out, x.stride(0), residual.stride(0), eps, WIDTH=width, BLOCK=block,
-                                PLUS_ONE=plus_one, num_warps=warps, **options(overlaps(x.device)))
+                                PLUS_ONE=plus_one, num_warps=warps, **launch_options(overlaps(x.device)))
     return out
 
 
@@ -110,5 +110,5 @@ def gated_act(x: Tensor, activation: str) -> Tensor:
     out = torch.empty((rows, width), dtype=x.dtype, device=x.device)
     _gated_act_kernel[rows, triton.cdiv(width, GATE_BLOCK)](x, out, x.stride(0), WIDTH=width, BLOCK=GATE_BLOCK,
                                                             GELU=activation == "gelu_tanh", num_warps=4,
-                                                            **options(overlaps(x.device)))
+                                                            **launch_options(overlaps(x.device)))
     return out
