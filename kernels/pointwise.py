@@ -14,14 +14,6 @@ GATE_BLOCK = 1024
 
 
 @triton.jit
-def scale_norm(h, w, PLUS_ONE: tl.constexpr, DTYPE: tl.constexpr):
-    """What RMSNorm does with h (float32, of mean square 1) and its weight w (float32), rounded where the torch twin rounds."""
-    if PLUS_ONE:
-        return (h * (1.0 + w)).to(DTYPE)
-    return (h.to(DTYPE).to(tl.float32) * w).to(DTYPE)
-
-
-@triton.jit
 def gate(low, up, GELU: tl.constexpr, DTYPE: tl.constexpr):
     """act(low) * up, float32 in, rounded where the torch twin rounds."""
     # silu(x) = x / (1 + exp(-x)); GELU too, since (1 + tanh(u)) / 2 = 1 / (1 + exp(-2 u))
@@ -32,9 +24,12 @@ def gate(low, up, GELU: tl.constexpr, DTYPE: tl.constexpr):
 
 @triton.jit
 def _normalise(h, weight, columns, inside, eps, WIDTH: tl.constexpr, PLUS_ONE: tl.constexpr, DTYPE: tl.constexpr):
-    """RMSNorm of one row h (float32, 0 past WIDTH)."""
+    """RMSNorm of one row h (float32, 0 past WIDTH), rounded where the torch twin rounds."""
     h *= tl.rsqrt(tl.sum(h * h, 0) / WIDTH + eps)
-    return scale_norm(h, tl.load(weight + columns, mask=inside, other=0.0).to(tl.float32), PLUS_ONE, DTYPE)
+    w = tl.load(weight + columns, mask=inside, other=0.0).to(tl.float32)
+    if PLUS_ONE:
+        return (h * (1.0 + w)).to(DTYPE)
+    return (h.to(DTYPE).to(tl.float32) * w).to(DTYPE)
 
 
 @triton.jit
@@ -51,8 +46,7 @@ def _rms_norm_kernel(x, weight, out, x_stride, eps, WIDTH: tl.constexpr, BLOCK: 
 
 @triton.jit
 def _add_rms_norm_kernel(x, residual, weight, out, x_stride, residual_stride, eps,
-                         WIDTH: tl.constexpr, BLOCK: tl.constexpr, PLUS_ONE: tl.constexpr,
-                     OVERLAP: tl.constexpr):
+                         WIDTH: tl.constexpr, BLOCK: tl.constexpr, PLUS_ONE: tl.constexpr, OVERLAP: tl.constexpr):
     after(OVERLAP)
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from kernels import ops
 
 if TYPE_CHECKING:
-    from engine.layers.norm import RMSNorm
     from engine.weights import Checkpoint
 
 
@@ -38,15 +37,9 @@ class LinearMethod(Protocol):
     def apply(self, layer: Linear, x: Tensor) -> Tensor:
         """x [T, in_features] -> [T, out_features]."""
 
-    def apply_after_norm(self, layer: Linear, x: Tensor, residual: Tensor, norm: RMSNorm) -> tuple[Tensor, Tensor]:
-        """-> (the product with the norm of x + residual, x + residual); the given residual is not to be used again."""
-        return self.apply(layer, norm.add(x, residual)), residual
-
-    def apply_gated_after_norm(self, layer: Linear, x: Tensor, residual: Tensor, norm: RMSNorm,
-                               activation: str) -> tuple[Tensor, Tensor]:
-        """As apply_after_norm, of a layer [gate | up], with ops.gated_act of the product."""
-        y, residual = self.apply_after_norm(layer, x, residual, norm)
-        return ops.gated_act(y, activation), residual
+    def apply_gated(self, layer: Linear, x: Tensor, activation: str) -> Tensor:
+        """ops.gated_act of the product of a layer [gate | up]: x [T, in_features] -> [T, out_features / 2]."""
+        return ops.gated_act(self.apply(layer, x), activation)
 
 
 class DenseMethod(LinearMethod):
@@ -64,12 +57,8 @@ class DenseMethod(LinearMethod):
     def apply(self, layer: Linear, x: Tensor) -> Tensor:
         return ops.linear(x, layer.weight, layer.bias)
 
-    def apply_after_norm(self, layer: Linear, x: Tensor, residual: Tensor, norm: RMSNorm) -> tuple[Tensor, Tensor]:
-        return ops.norm_linear(x, residual, norm.weight, norm.eps, norm.plus_one, layer.weight, layer.bias)
-
-    def apply_gated_after_norm(self, layer: Linear, x: Tensor, residual: Tensor, norm: RMSNorm,
-                               activation: str) -> tuple[Tensor, Tensor]:
-        return ops.norm_gated_linear(x, residual, norm.weight, norm.eps, norm.plus_one, layer.weight, layer.bias, activation)
+    def apply_gated(self, layer: Linear, x: Tensor, activation: str) -> Tensor:
+        return ops.gated_linear(x, layer.weight, layer.bias, activation)
 
 
 class Linear(nn.Module):
@@ -99,13 +88,9 @@ class Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.method.apply(self, x)
 
-    def after_norm(self, x: Tensor, residual: Tensor, norm: RMSNorm) -> tuple[Tensor, Tensor]:
-        """See LinearMethod.apply_after_norm."""
-        return self.method.apply_after_norm(self, x, residual, norm)
-
-    def gated_after_norm(self, x: Tensor, residual: Tensor, norm: RMSNorm, activation: str) -> tuple[Tensor, Tensor]:
-        """See LinearMethod.apply_gated_after_norm."""
-        return self.method.apply_gated_after_norm(self, x, residual, norm, activation)
+    def gated(self, x: Tensor, activation: str) -> Tensor:
+        """See LinearMethod.apply_gated."""
+        return self.method.apply_gated(self, x, activation)
 
 
 def copy_checked(target: Tensor, source: Tensor, name: str) -> None:

@@ -18,8 +18,7 @@ def compile_all() -> None:
 
     from kernels import gemm_skinny, kv_cache, pointwise, sample, step
 
-    elements = {"x", "residual", "norm", "weight", "bias", "summed", "qkv", "q_weight", "k_weight", "q_out", "k_cache",
-                "v_cache", "logits"}
+    elements = {"x", "residual", "weight", "bias", "qkv", "q_weight", "k_weight", "q_out", "k_cache", "v_cache", "logits"}
     scalars = {"V", "W", "n", "M", "N", "K", "share", "ahead"}
 
     def kind(kernel: str, name: str) -> str:
@@ -33,8 +32,7 @@ def compile_all() -> None:
         return "i32" if name in scalars or name.endswith("stride") else "*i32"
 
     row = {"WIDTH": 576, "BLOCK": 1024, "OVERLAP": True}
-    plain = {"SPLITS": 1, "STAGES": 4, "NORM": False, "PLUS_ONE": False, "GATED": False, "GELU": False, "BIAS": False,
-             "PRECISION": "tf32", "OVERLAP": True}
+    plain = {"SPLITS": 1, "STAGES": 4, "GATED": False, "GELU": False, "BIAS": False, "PRECISION": "tf32", "OVERLAP": True}
     heads = {"H": 32, "K": 8, "P": 32, "HEADS_Q": 16, "HEADS_K": 8, "OVERLAP": True}
     for module, kernel, constants in (
         (pointwise, "_rms_norm_kernel", {**row, "PLUS_ONE": True}),
@@ -44,8 +42,7 @@ def compile_all() -> None:
         (gemm_skinny, "_product_kernel", {**plain, "BLOCK_M": 1, "BLOCK_N": 8, "BLOCK_K": 512, "SPLITS": 2}),
         (gemm_skinny, "_product_kernel", {**plain, "BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_K": 256, "BIAS": True}),
         (gemm_skinny, "_product_kernel", {**plain, "BLOCK_M": 64, "BLOCK_N": 128, "BLOCK_K": 64, "SPLITS": 2}),
-        (gemm_skinny, "_product_kernel",
-         {**plain, "BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_K": 64, "NORM": True, "PLUS_ONE": True, "GATED": True, "GELU": True}),
+        (gemm_skinny, "_product_kernel", {**plain, "BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_K": 64, "GATED": True, "GELU": True}),
         (kv_cache, "_rope_and_cache_kernel",
          {**heads, "D": 128, "ROTARY": 128, "BLOCK_D": 128, "Q_NORM": False, "K_NORM": False, "PLUS_ONE": False}),
         (kv_cache, "_rope_and_cache_kernel",
