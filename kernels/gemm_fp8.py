@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.overlap import after, launch_options, overlaps, prefetch
 from kernels.split_k import Tile, counters, finish
 
 LARGEST = tl.constexpr(448.0)
@@ -30,7 +31,9 @@ def quantise_row(y, out, scales, static, row, columns, inside, WIDTH: tl.constex
 
 
 @triton.jit
-def _quantise_kernel(x, out, scales, static, x_stride, WIDTH: tl.constexpr, BLOCK: tl.constexpr, STATIC: tl.constexpr):
+def _quantise_kernel(x, out, scales, static, x_stride, WIDTH: tl.constexpr, BLOCK: tl.constexpr, STATIC: tl.constexpr,
+                     OVERLAP: tl.constexpr):
+    after(OVERLAP)
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     inside = columns < WIDTH
@@ -39,7 +42,8 @@ def _quantise_kernel(x, out, scales, static, x_stride, WIDTH: tl.constexpr, BLOC
 
 
 @triton.jit
-def _quantise_blocks_kernel(x, out, scales, x_stride, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+def _quantise_blocks_kernel(x, out, scales, x_stride, WIDTH: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr):
+    after(OVERLAP)
     row, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
     columns = block * BLOCK + tl.arange(0, BLOCK)
     inside = columns < WIDTH
@@ -61,7 +65,7 @@ def fp8_quantize(x: Tensor, scale: Tensor | None = None) -> tuple[Tensor, Tensor
     out = torch.empty((rows, width), dtype=torch.float8_e4m3fn, device=x.device)
     scales = torch.empty((rows, 1), dtype=torch.float32, device=x.device)
     _quantise_kernel[rows,](x, out, scales, scales if scale is None else scale, x.stride(0), STATIC=scale is not None,
-                            **_width_options(width))
+                            **_width_options(width), **launch_options(overlaps(x.device)))
     return out, scales
 
 
@@ -70,7 +74,8 @@ def _quantise_blocks(x: Tensor) -> tuple[Tensor, Tensor]:
     rows, width = x.shape
     out = torch.empty((rows, width), dtype=torch.float8_e4m3fn, device=x.device)
     scales = torch.empty((rows, triton.cdiv(width, BLOCK)), dtype=torch.float32, device=x.device)
-    _quantise_blocks_kernel[rows, scales.shape[1]](x, out, scales, x.stride(0), WIDTH=width, BLOCK=BLOCK, num_warps=1)
+    _quantise_blocks_kernel[rows, scales.shape[1]](x, out, scales, x.stride(0), WIDTH=width, BLOCK=BLOCK, num_warps=1,
+                                                   **launch_options(overlaps(x.device)))
     return out, scales
 
 
@@ -80,12 +85,15 @@ def _quantise_blocks(x: Tensor) -> tuple[Tensor, Tensor]:
 @triton.jit(do_not_specialize=["M", "splits"])
 def _product_kernel(x, x_scales, weight, weight_scales, bias, out, partial, counters, M, N, K, splits,
                     BLOCKS: tl.constexpr, BIAS: tl.constexpr, SPLIT: tl.constexpr, EVEN_N: tl.constexpr, EVEN_K: tl.constexpr,
-                    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
+                    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, OVERLAP: tl.constexpr):
     tile, split = tl.program_id(0), tl.program_id(1)
     n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
     m = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)
     blocks = tl.cdiv(K, BLOCK_K)
     lo, hi = split * blocks // splits, (split + 1) * blocks // splits
+    if OVERLAP:
+        prefetch(weight + tl.minimum(n, N - 1).to(tl.int64) * K + lo * BLOCK_K)
+    after(OVERLAP)
     acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     if BLOCKS:      # fetched a block ahead
         weight_scale = tl.load(weight_scales + tile * BLOCK_N // BLOCK_K * blocks + lo)
@@ -138,7 +146,7 @@ def _product(x: Tensor, x_scales: Tensor, weight: Tensor, weight_scale: Tensor, 
         x, x_scales, weight, weight_scale, out if bias is None else bias, out, partial, counters(x.device), rows, features, width,
         splits, BLOCKS=blocks, BIAS=bias is not None, SPLIT=splits > 1, EVEN_N=features % tile.block_n == 0,
         EVEN_K=width % BLOCK == 0, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=BLOCK,
-        num_warps=tile.warps, num_stages=tile.stages)
+        num_warps=tile.warps, num_stages=tile.stages, **launch_options(overlaps(x.device)))
     return out
 
 

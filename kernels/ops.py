@@ -57,14 +57,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, out: Tensor | 
     return (dense if x.is_cuda else ref).linear(x, weight, bias, out)
 
 
-def norm_linear(x: Tensor, residual: Tensor, norm: Tensor, eps: float, plus_one: bool, weight: Tensor,
-                bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    return (dense if x.is_cuda else ref).norm_linear(x, residual, norm, eps, plus_one, weight, bias)
-
-
-def norm_gated_linear(x: Tensor, residual: Tensor, norm: Tensor, eps: float, plus_one: bool, weight: Tensor, bias: Tensor | None,
-                      activation: str) -> tuple[Tensor, Tensor]:
-    return (dense if x.is_cuda else ref).norm_gated_linear(x, residual, norm, eps, plus_one, weight, bias, activation)
+def gated_linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
+    return (dense if x.is_cuda else ref).gated_linear(x, weight, bias, activation)
 
 
 def rope_and_cache(qkv: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, eps: float, plus_one: bool, cos_sin: Tensor,

@@ -79,17 +79,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None) -
     return F.linear(x, weight, bias) if out is None else torch.mm(x, weight.t(), out=out)
 
 
-def norm_linear(x: Tensor, residual: Tensor, norm: Tensor, eps: float, plus_one: bool, weight: Tensor,
-                bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    """add_rms_norm, then linear -> (product, x + residual). The sum may stand in `residual`, which is not to be used again."""
-    return linear(add_rms_norm(x, residual, norm, eps, plus_one), weight, bias, None), residual
-
-
-def norm_gated_linear(x: Tensor, residual: Tensor, norm: Tensor, eps: float, plus_one: bool, weight: Tensor, bias: Tensor | None,
-                      activation: str) -> tuple[Tensor, Tensor]:
-    """norm_linear with the weight [gate | up], [2 I, K], then gated_act -> ([T, I], x + residual)."""
-    y, residual = norm_linear(x, residual, norm, eps, plus_one, weight, bias)
-    return gated_act(y, activation), residual
+def gated_linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
+    """linear with the weight [gate | up], [2 I, K], then gated_act -> [T, I]."""
+    return gated_act(linear(x, weight, bias, None), activation)
 
 
 def rope_and_cache(qkv: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, eps: float, plus_one: bool, cos_sin: Tensor,
