@@ -13,73 +13,10 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.overlap import after, launch_options, overlaps, prefetch
+from kernels.quantize import fp8_quantize, quantize_blocks
 from kernels.split_k import Tile, counters, finish
 
-LARGEST = tl.constexpr(448.0)
 BLOCK = 128     # of K: what one scale of a block covers, and what is summed on the tensor cores
-
-# --- quantisation ---------------------------------------------------------------------------------------------------------------
-
-
-@triton.jit
-def quantise_row(y, out, scales, static, row, columns, inside, WIDTH: tl.constexpr, STATIC: tl.constexpr):
-    """Write the row y (float32, 0 past WIDTH) as e4m3 and its scale: largest / 448, or what `static` holds."""
-    scale = tl.load(static) if STATIC else tl.maximum(tl.max(tl.abs(y), 0), 1e-12) / LARGEST
-    y = tl.minimum(tl.maximum(y * (1.0 / scale), -LARGEST), LARGEST)
-    tl.store(out + row * WIDTH + columns, y.to(tl.float8e4nv), mask=inside)
-    tl.store(scales + row, scale)
-
-
-@triton.jit
-def _quantise_kernel(x, out, scales, static, x_stride, WIDTH: tl.constexpr, BLOCK: tl.constexpr, STATIC: tl.constexpr,
-                     OVERLAP: tl.constexpr):
-    after(OVERLAP)
-    row = tl.program_id(0).to(tl.int64)
-    columns = tl.arange(0, BLOCK)
-    inside = columns < WIDTH
-    y = tl.load(x + row * x_stride + columns, mask=inside, other=0.0).to(tl.float32)
-    quantise_row(y, out, scales, static, row, columns, inside, WIDTH, STATIC)
-
-
-@triton.jit
-def _quantise_blocks_kernel(x, out, scales, x_stride, WIDTH: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr):
-    after(OVERLAP)
-    row, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    columns = block * BLOCK + tl.arange(0, BLOCK)
-    inside = columns < WIDTH
-    y = tl.load(x + row * x_stride + columns, mask=inside, other=0.0).to(tl.float32)
-    scale = tl.maximum(tl.max(tl.abs(y), 0), 1e-12) / LARGEST
-    tl.store(out + row * WIDTH + columns, (y * (1.0 / scale)).to(tl.float8e4nv), mask=inside)
-    tl.store(scales + row * tl.num_programs(1) + block, scale)
-
-
-def _width_options(width: int) -> dict[str, int]:
-    """As kernels.pointwise: a lane has about 16 elements."""
-    block = triton.next_power_of_2(width)
-    return {"WIDTH": width, "BLOCK": block, "num_warps": min(max(block // 512, 1), 16)}
-
-
-def fp8_quantize(x: Tensor, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """See ref.fp8_quantize; rows of x may be strided. The scales are always [M, 1]."""
-    rows, width = x.shape
-    out = torch.empty((rows, width), dtype=torch.float8_e4m3fn, device=x.device)
-    scales = torch.empty((rows, 1), dtype=torch.float32, device=x.device)
-    _quantise_kernel[rows,](x, out, scales, scales if scale is None else scale, x.stride(0), STATIC=scale is not None,
-                            **_width_options(width), **launch_options(overlaps(x.device)))
-    return out, scales
-
-
-def _quantise_blocks(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Every BLOCK of a row by its largest -> e4m3 [M, K], float32 [M, K / BLOCK]."""
-    rows, width = x.shape
-    out = torch.empty((rows, width), dtype=torch.float8_e4m3fn, device=x.device)
-    scales = torch.empty((rows, triton.cdiv(width, BLOCK)), dtype=torch.float32, device=x.device)
-    _quantise_blocks_kernel[rows, scales.shape[1]](x, out, scales, x.stride(0), WIDTH=width, BLOCK=BLOCK, num_warps=1,
-                                                   **launch_options(overlaps(x.device)))
-    return out, scales
-
-
-# --- the product ----------------------------------------------------------------------------------------------------------------
 
 
 @triton.jit(do_not_specialize=["M", "splits"])
@@ -165,4 +102,4 @@ def fp8_matmul(x: Tensor, weight: Tensor, weight_scale: Tensor, input_scale: Ten
 
 def fp8_block_matmul(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:
     """See ref.fp8_block_matmul."""
-    return _product(*_quantise_blocks(x), weight, weight_scale, bias, x.dtype, True, _tile(x.shape[0]))
+    return _product(*quantize_blocks(x, BLOCK), weight, weight_scale, bias, x.dtype, True, _tile(x.shape[0]))

@@ -114,9 +114,9 @@ def shared_prefix_error(kernel: Callable[..., Tensor], heads: int, kv_heads: int
     case = Case(q, pages[0], pages[1], table, rows, dim**-0.5)
     if fp8:
         case = case.as_fp8()
-    exactly = case.plain() if fp8 else case
-    want = ref.decode_attention(q.double(), exactly.k_cache.double(), exactly.v_cache.double(), table, rows, positions, case.scale,
-                                0, 0.0, 12 * page)
+    same = case.plain() if fp8 else case
+    k, v = same.k_cache.double(), same.v_cache.double()
+    want = ref.decode_attention(q.double(), k, v, table, rows, positions, case.scale, 0, 0.0, 12 * page)
     got = kernel(*(t.to(device) for t in (q, case.k_cache, case.v_cache, table, rows, positions)), case.scale, 0, 0.0, 12 * page,
                  shared.to(device), tiles.to(device), kv_scales=None if case.kv_scales is None else case.kv_scales.to(device))
     return error(got.cpu(), want)

@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.runtime import interpreter
 
-from kernels import gemm_fp8, gemm_w4, ref
+from kernels import gemm_fp8, gemm_w4, pointwise, quantize, ref
 
 ROUNDING = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}      # of the output, in the 2-norm
 FP8_STEP = 1 / 8        # neighbouring e4m3 numbers differ by so much at most; a quotient may be rounded to either
@@ -85,7 +85,7 @@ def check_fp8(like: Tensor, rows: int, outputs: int, inputs: int, *, static: boo
     weight, weight_scale = ref.fp8_quantize(randn(outputs, inputs, like=like.float()))
     weight_scale = weight_scale.flatten()
     scale = torch.tensor([0.01], device=like.device) if static else None
-    codes, scales = gemm_fp8.fp8_quantize(x, scale)
+    codes, scales = quantize.fp8_quantize(x, scale)
     want, want_scales = ref.fp8_quantize(x, scale)
     torch.testing.assert_close(scales, want_scales.expand(rows, 1))
     torch.testing.assert_close(codes.float(), want.float(), rtol=FP8_STEP, atol=2**-9)
@@ -104,9 +104,29 @@ def check_fp8_blocks(like: Tensor, rows: int, outputs: int, inputs: int) -> None
     scale = weight.view(outputs // 128, 128, inputs // 128, 128).abs().amax((1, 3)) / ref.E4M3_MAX
     spread = scale.repeat_interleave(128, 0).repeat_interleave(128, 1)
     weight = (weight / spread).to(torch.float8_e4m3fn)
-    codes, scales = gemm_fp8._quantise_blocks(x)
+    codes, scales = quantize.quantize_blocks(x, gemm_fp8.BLOCK)
     want, want_scales = ref.fp8_quantize(x.reshape(-1, 128))
     torch.testing.assert_close(scales.view(-1, 1), want_scales)
     torch.testing.assert_close(codes.float().view(-1, 128), want.float(), rtol=FP8_STEP, atol=2**-9)
     exact = (codes.double() * scales.double().repeat_interleave(128, 1)) @ (weight.double() * spread.double()).t()
     assert error(gemm_fp8.fp8_block_matmul(x, weight, scale, None), exact) < 2 * ROUNDING[like.dtype]
+
+
+def check_fused_quantisation(like: Tensor, rows: int, width: int, static: bool) -> None:
+    """The norm and the activation give the same codes as their own kernels followed by that of the quantisation."""
+    scale = torch.tensor([0.02], device=like.device) if static else None
+    x, residual, weight = randn(rows, 2 * width, like=like)[:, :width], randn(rows, width, like=like), randn(width, like=like)
+    for plus_one in (False, True):
+        summed = residual.clone()
+        codes, scales = quantize.add_rms_norm_fp8(x, summed, weight, 1e-5, plus_one, scale)
+        apart = residual.clone()
+        want, want_scales = quantize.fp8_quantize(pointwise.add_rms_norm(x, apart, weight, 1e-5, plus_one), scale)
+        assert torch.equal(summed, apart)
+        assert torch.equal(codes.float(), want.float())
+        assert torch.equal(scales, want_scales)
+    x = randn(rows, 2 * width, like=like)
+    for activation in ("silu", "gelu_tanh"):
+        codes, scales = quantize.gated_act_fp8(x, activation, scale)
+        want, want_scales = quantize.fp8_quantize(pointwise.gated_act(x, activation), scale)
+        assert torch.equal(codes.float(), want.float())
+        assert torch.equal(scales, want_scales)

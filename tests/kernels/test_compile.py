@@ -16,7 +16,7 @@ def compile_all() -> None:
     from triton.compiler import ASTSource
     from triton.compiler import compile as build
 
-    from kernels import attention, dequantize, gemm_fp8, gemm_skinny, gemm_w4, kv_cache, pointwise, sample, step
+    from kernels import attention, dequantize, gemm_fp8, gemm_skinny, gemm_w4, kv_cache, pointwise, quantize, sample, step
 
     elements = {"x", "residual", "weight", "bias", "qkv", "q_weight", "k_weight", "q_out", "q", "k_cache", "v_cache", "logits",
                 "scales"}
@@ -24,9 +24,11 @@ def compile_all() -> None:
                 "_skinny_kernel", "_dequantise_kernel", "_decode_kernel", "_prefill_kernel"}
     scalars = {"V", "W", "n", "M", "N", "K", "share", "ahead", "stride_n", "stride_g", "units", "splits", "window"}
 
-    def kind(kernel: str, name: str, fp8: bool) -> str:
+    def kind(module: str, kernel: str, name: str, fp8: bool) -> str:
         if name in (("x", "weight") if kernel == "_product_kernel" else ("k_cache", "v_cache")) and fp8:
             return "*fp8e4nv"
+        if module == "kernels.quantize" and name in ("out", "scales", "static"):
+            return "*fp8e4nv" if name == "out" else "*fp32"
         if name in elements or (name == "out" and kernel in rounding):      # out as the model
             return "*bf16"
         if name in ("codes", "zeros"):
@@ -66,6 +68,9 @@ def compile_all() -> None:
                                          "ASM": True}),
         (gemm_fp8, "_product_kernel", {**codes, "BLOCKS": False, "BLOCK_M": 16, "BLOCK_N": 64}),
         (gemm_fp8, "_product_kernel", {**codes, "BLOCKS": True, "BLOCK_M": 128, "BLOCK_N": 128}),
+        (quantize, "_quantise_kernel", {**row, "STATIC": False}),
+        (quantize, "_add_rms_norm_kernel", {**row, "PLUS_ONE": False, "STATIC": True}),
+        (quantize, "_gated_act_kernel", {**row, "GELU": False, "STATIC": False}),
         (attention, "_decode_kernel", {**paged, "BLOCK_M": 16, "SPLIT": True, "SHARED": False, "OVERLAP": True}),
         (attention, "_prefill_kernel", {**paged, "BLOCK_M": 128, "TILE": 128}),
         (kv_cache, "_copy_pages_kernel", {"SIZE": 16384, "BLOCK": 4096}),
@@ -80,7 +85,8 @@ def compile_all() -> None:
         function = getattr(module, kernel)
         fp8 = constants.get("FP8", False)
         constants = {name: value for name, value in constants.items() if name in function.arg_names}
-        signature = {name: "constexpr" if name in constants else kind(kernel, name, fp8) for name in function.arg_names}
+        signature = {name: "constexpr" if name in constants else kind(module.__name__, kernel, name, fp8)
+                     for name in function.arg_names}
         aligned = {} if module not in (attention, gemm_fp8, gemm_w4) else {
             (i,): [["tt.divisibility", 16]] for i, name in enumerate(function.arg_names)
             if signature[name] not in ("constexpr", "fp32") and name not in ("M", "splits", "stride_n", "stride_g")}

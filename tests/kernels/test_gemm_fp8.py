@@ -8,7 +8,7 @@ os.environ["TRITON_INTERPRET"] = "1"
 
 import pytest
 import torch
-from quantised_products import check_fp8, check_fp8_blocks, mend_interpreted_casts
+from quantised_products import check_fp8, check_fp8_blocks, check_fused_quantisation, mend_interpreted_casts
 
 from kernels.split_k import Tile
 
@@ -43,3 +43,9 @@ def test_float32():
 @pytest.mark.parametrize("rows, outputs, inputs", [(1, 128, 256), (70, 256, 384)])
 def test_blocks(rows, outputs, inputs):
     check_fp8_blocks(HALF, rows, outputs, inputs)
+
+
+@pytest.mark.parametrize("static", [False, True])
+@pytest.mark.parametrize("rows, width", [(1, 64), (5, 200)])
+def test_fused_quantisation(static, rows, width):
+    check_fused_quantisation(HALF, rows, width, static)
