@@ -10,6 +10,7 @@ from torch import Tensor
 from kernels import ref
 
 attention: ModuleType = ref
+dequantize: ModuleType = ref
 gemm_fp8: ModuleType = ref
 gemm_w4: ModuleType = ref
 kv_cache: ModuleType = ref
@@ -18,7 +19,7 @@ pointwise: ModuleType = ref
 sampling: ModuleType = ref
 step: ModuleType = ref
 if torch.cuda.is_available():
-    from kernels import attention, gemm_fp8, gemm_w4, kv_cache, pointwise, step
+    from kernels import attention, dequantize, gemm_fp8, gemm_w4, kv_cache, pointwise, step
     from kernels import linear as dense
     from kernels import sample as sampling
 
@@ -73,6 +74,10 @@ def w4_pack(codes: Tensor) -> Tensor:
 
 def w8_pack(codes: Tensor) -> Tensor:
     return (gemm_w4 if codes.is_cuda else ref).w8_pack(codes)
+
+
+def dequantize_symmetric(codes: Tensor, scales: Tensor, group: int) -> Tensor:
+    return (dequantize if codes.is_cuda else ref).dequantize_symmetric(codes, scales, group)
 
 
 def w4_matmul(x: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor | None, group: int, bias: Tensor | None = None,

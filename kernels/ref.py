@@ -159,6 +159,11 @@ def dequantize_int(codes: Tensor, scales: Tensor, zeros: Tensor | None, group: i
     return ((grouped - (middle if zeros is None else zeros[..., None])) * scales[..., None]).flatten(1)
 
 
+def dequantize_symmetric(codes: Tensor, scales: Tensor, group: int) -> Tensor:
+    """8-bit codes uint8 [N, K], 128 the middle, as weights [N, K] in the dtype of scales [N, K / group]."""
+    return dequantize_int(codes, scales, None, group, 128)
+
+
 def w4_matmul(x: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor | None, group: int, bias: Tensor | None = None,
               perm: Tensor | None = None) -> Tensor:
     """x [M, K] times 4-bit weights, packed by w4_pack -> [M, N]; bias [N] in x's dtype."""

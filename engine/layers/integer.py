@@ -33,8 +33,10 @@ class IntegerMethod(LinearMethod):
         perm = None if g_idx is None else _column_order(layer, g_idx, scales.shape[1])
         if perm is not None:
             codes = codes.index_select(1, perm)
-        weight = (ops.w4_pack if self.bits == 4 else ops.w8_pack)(codes)
-        return {"codes": weight, "scales": _by_groups(scales), "zeros": zeros, "perm": perm, "bias": stored.get("bias")}
+        return {"codes": self.pack(codes), "scales": _by_groups(scales), "zeros": zeros, "perm": perm, "bias": stored.get("bias")}
+
+    def pack(self, codes: Tensor) -> Tensor:
+        return ops.w4_pack(codes) if self.bits == 4 else ops.w8_pack(codes)
 
     def apply(self, layer: Linear, x: Tensor) -> Tensor:
         matmul = ops.w4_matmul if self.bits == 4 else ops.w8_matmul
