@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from engine import sampler
+from engine.automata import Automata
 from engine.cuda_graphs import CudaGraphs, coarse_sizes, graph_sizes
 from engine.layers.attention import LayerCache, StepInputs
 from engine.models.decoder import Decoder
@@ -32,8 +33,8 @@ class Step:
 
 
 class Runner:
-    def __init__(self, model: Decoder, table: RowTable, caches: list[LayerCache], use_graphs: bool) -> None:
-        self.model, self.table, self.caches = model, table, caches
+    def __init__(self, model: Decoder, table: RowTable, caches: list[LayerCache], automata: Automata, use_graphs: bool) -> None:
+        self.model, self.table, self.caches, self._automata = model, table, caches, automata
         self.device = table.device
         self.steps = self.graph_steps = 0
         rows, vocab = table.max_rows, model.spec.vocab_size
@@ -139,10 +140,13 @@ class Runner:
             device_mask = torch.from_numpy(mask).to(self.device, non_blocking=True)
             masked = torch.from_numpy(plan.guided).to(self.device, non_blocking=True)
         if n:
+            automata = self._automata if plan.by_automata else None
             tokens, step.logprobs = sampler.sample(step.logits, self.table, step.rows, step.positions, plan.special, device_mask,
-                                                   masked)
+                                                   masked, automata)
             out = torch.empty_like(tokens)
             ops.commit(self.table.tokens, step.rows, step.positions, tokens, out)
+            if automata is not None:
+                automata.advance(self.table.grammar, step.rows, tokens)
             step.tokens = self._host_tokens[turn][:n]
             step.tokens.copy_(out, non_blocking=True)
         else:

@@ -10,12 +10,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from llguidance import LLExecutor, LLMatcher, LLParserLimits, LLTokenizer
 
+from engine.guided.automaton import MAX_STATES, TokenAutomaton, TokenTrie, token_automaton
+from engine.guided.byte_dfa import ByteDfa, TooLarge
 from engine.guided.closing import Closer, byte_tokenizer
 from engine.guided.distinct import Scanner, TokensByPrefix, Unique
 from engine.guided.front import parse_schema
 from engine.guided.grammar import SchemaError
 from engine.guided.hints import example, schema_hints
-from engine.guided.lower import lower
+from engine.guided.lower import Lowered, lower
+from engine.guided.regular import NotRegular, choice_dfa, schema_dfa
 from engine.guided.validate import Validator
 from engine.guided.vocabulary import GrammarVocabulary
 
@@ -119,11 +122,13 @@ class LLGrammar:
     minimal: a short valid output, int32 tokens; min_tokens is its length.
     notes: (JSON pointer, what the grammar leaves out of what the schema allows).
     distinct: arrays whose items must differ, see Scanner; None: no array is, and no object has keys of its own choice.
+    automaton: the same grammar as a table, where it is regular and small enough; else rows need guides.
     """
 
     def __init__(self, backend: LLGuidanceBackend, source: str, check: Callable[[str], Any], hints: Sequence[bytes] = (),
-                 is_json: bool = True, distinct: Unique | None = None, notes: Sequence[tuple[str, str]] = ()) -> None:
-        self.notes = notes
+                 is_json: bool = True, distinct: Unique | None = None, notes: Sequence[tuple[str, str]] = (),
+                 automaton: TokenAutomaton | None = None) -> None:
+        self.notes, self.automaton = notes, automaton
         self._backend, self._distinct = backend, distinct
         self._matcher = _matcher(backend.vocabulary.tokenizer, source, backend.limits)
         self.check = check
@@ -184,6 +189,10 @@ class LLGuidanceBackend:
     def _by_prefix(self) -> TokensByPrefix:
         return TokensByPrefix(self.vocabulary.token_bytes)
 
+    @cached_property
+    def _trie(self) -> TokenTrie:
+        return TokenTrie(self.vocabulary.token_bytes[: self.vocab_size])
+
     def compile_schema(self, schema: str | dict[str, Any] | bool) -> LLGrammar:
         original = parse_schema(schema) if isinstance(schema, str) else schema
         lowered = lower(original, self._close_objects)
@@ -193,7 +202,8 @@ class LLGuidanceBackend:
             raise SchemaError("", " ".join(str(error).split())) from None
         source = LLMatcher.grammar_from_json_schema(json.dumps(lowered.schema), overrides=WHITESPACE[self.whitespace])
         hints = schema_hints(lowered.schema)
-        return LLGrammar(self, source, validator.check, hints, distinct=lowered.distinct, notes=lowered.notes)
+        return LLGrammar(self, source, validator.check, hints, distinct=lowered.distinct, notes=lowered.notes,
+                         automaton=self._automaton(lambda: self._regular(lowered)))
 
     def compile_regex(self, pattern: str) -> LLGrammar:
         source = LLMatcher.grammar_from_regex(pattern)
@@ -218,7 +228,21 @@ class LLGuidanceBackend:
             return text
 
         lark = "start: " + " | ".join(json.dumps(c, ensure_ascii=False) for c in options)
-        return LLGrammar(self, LLMatcher.grammar_from_lark(lark), check, is_json=False)
+        return LLGrammar(self, LLMatcher.grammar_from_lark(lark), check, is_json=False,
+                         automaton=self._automaton(lambda: choice_dfa(list(options), MAX_STATES)))
+
+    def _regular(self, lowered: Lowered) -> ByteDfa:
+        style = WHITESPACE[self.whitespace]
+        if lowered.distinct is not None or style.get("whitespace_flexible"):
+            raise NotRegular
+        return schema_dfa(lowered.schema, style["item_separator"], style["key_separator"], MAX_STATES)
+
+    def _automaton(self, build: Callable[[], ByteDfa]) -> TokenAutomaton | None:
+        """None where guides are to serve: the language is not regular, or its tables would be too large."""
+        try:
+            return token_automaton(build(), self._trie, self.vocabulary.tokenize, self._end, self.vocab_size)
+        except (NotRegular, TooLarge):
+            return None
 
     def fill(self, guides: Sequence[LLGuide], mask: np.ndarray) -> None:
         words = (self.vocab_size + 31) // 32

@@ -21,8 +21,10 @@ from models import TURN_END as END
 from models import tiny_tokenizer
 
 from engine import admission, prefix_groups
+from engine.automata import Automata
 from engine.block_pool import BlockPool, Node
 from engine.config import EngineConfig
+from engine.guided.automaton import TokenAutomaton
 from engine.prefix_groups import PrefixGroups
 from engine.request import Completion, FinishReason, Request, SamplingParams, TokenLogprobs
 from engine.row_table import RowTable
@@ -52,6 +54,7 @@ class Script:
     garbage: int                     # ... so that this is sampled
     min_tokens: int
     minimal: np.ndarray
+    automaton: TokenAutomaton | None = None
 
     def start(self) -> ScriptGuide:
         return ScriptGuide(self)
@@ -288,7 +291,8 @@ class Trace:
         config = EngineConfig(depth=setting.depth, window=setting.window, prefix_sharing=setting.sharing)
         self.budget = setting.max_rows + setting.spare_tokens
         groups = PrefixGroups(setting.max_rows, PAGE, token_bytes=1 << 40) if setting.sharing else None
-        self.scheduler = Scheduler(config, self.table, self.pool, self.budget, (END,), TOKENIZER, groups)
+        self.scheduler = Scheduler(config, self.table, self.pool, self.budget, (END,), Automata(END + 1, torch.device("cpu")),
+                                   TOKENIZER, groups)
         self.device = FakeDevice(self.table, pages)
         self.jobs = make_jobs(setting.jobs, setting.max_len, self.rng)
         self.done: dict[int, Completion] = {}

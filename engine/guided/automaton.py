@@ -1,0 +1,267 @@
+"""Token automata: a grammar that is a regular language as tables over the whole vocabulary, which a device steps by itself.
+
+A byte automaton is walked along the tokens, kept as a trie, from all its states at once. Tokens that lead alike from every state are
+one class: labelling schemas have some thousand states and classes where there are a hundred thousand tokens, so that the tables are
+small. Where the grammar forces text, the automaton lets through the first token alone of how the model would write that text; so a
+forced run of tokens is the same whether it is sampled one by one or appended at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from engine.guided.byte_dfa import ByteDfa, TooLarge
+
+MAX_STATES = 8192            # of a byte automaton
+MAX_PAIRS = 64_000_000       # (state, token) that are allowed: what compiling costs
+MAX_BYTES = 256 << 20        # of one automaton's tables
+_AT_ONCE = 1 << 22           # states x tokens walked at a time: bounds the memory
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TokenAutomaton:
+    """S states, the first is where outputs begin; C classes of tokens; V columns of the logits.
+
+    classes: int16 [V], of each token. next: int16 [S, C], the next state, -1 where the class is not allowed. An end token leads to
+    where it came from, if the output may end there.
+    masks: int32 [M, ceil(V / 32)], sets of allowed tokens, low bits first; mask_of: int32 [S], which of them.
+    final: bool [S], the output may end. finished: bool [S], it must.
+    A state with chain_size[s] > 0 is forced: chain[chain_start[s] :][: chain_size[s]] follows, and leads to chain_end[s].
+    """
+
+    classes: np.ndarray
+    next: np.ndarray
+    masks: np.ndarray
+    mask_of: np.ndarray
+    final: np.ndarray
+    finished: np.ndarray
+    chain: np.ndarray
+    chain_start: np.ndarray
+    chain_size: np.ndarray
+    chain_end: np.ndarray
+
+    @property
+    def nbytes(self) -> int:
+        """On the device, where steps are int32."""
+        return self.classes.nbytes + 2 * self.next.nbytes + self.masks.nbytes
+
+    def step(self, state: int, token: int) -> int:
+        return int(self.next[state, self.classes[token]])
+
+
+@dataclass(frozen=True, slots=True)
+class _Level:
+    """Nodes of the trie at one depth. children: count[i] nodes of the next level from first[i] on; text: which ends here, or -1."""
+
+    byte: np.ndarray
+    first: np.ndarray
+    count: np.ndarray
+    text: np.ndarray
+
+
+class TokenTrie:
+    """The texts of a vocabulary. text_of: int32 [V], -1 for tokens without text; single: the bytes that are tokens of their own."""
+
+    def __init__(self, token_bytes: Sequence[bytes]) -> None:
+        texts = sorted({text for text in token_bytes if text})
+        number = {text: i for i, text in enumerate(texts)}
+        self.size = len(texts)
+        self.text_of = np.array([number.get(text, -1) for text in token_bytes], dtype=np.int32)
+        self.lengths = np.array([len(text) for text in texts], dtype=np.int32)
+        self.single = {text[0] for text in texts if len(text) == 1}
+        self.levels = list(self._build(texts))
+
+    def _build(self, texts: list[bytes]) -> Iterator[_Level]:
+        deepest = int(self.lengths.max())
+        letters = np.frombuffer(b"".join(text.ljust(deepest, b"\0") for text in texts), dtype=np.uint8).reshape(-1, deepest)
+        inside = np.arange(deepest) < self.lengths[:, None]
+        differs = np.ones(letters.shape, dtype=bool)
+        differs[1:] = (letters[1:] != letters[:-1]) | ~inside[:-1]
+        opens = np.logical_or.accumulate(differs, axis=1) & inside       # a text begins a node where it leaves the one before
+        rows = np.arange(len(texts))
+        for depth in range(deepest):
+            here = rows[opens[:, depth]]
+            text = np.where(self.lengths[here] == depth + 1, here, -1).astype(np.int32)
+            if depth + 1 < deepest:
+                below = np.concatenate([[0], np.cumsum(opens[:, depth + 1])])
+                ends = np.append(here[1:], len(texts))
+                first, count = below[here], below[ends] - below[here]
+            else:
+                first = count = np.zeros(here.size, dtype=np.int64)
+            yield _Level(letters[here, depth].astype(np.int32), first.astype(np.int32), count.astype(np.int32), text)
+
+    def walk(self, delta: np.ndarray, first: int, last: int) -> Iterator[tuple[int, np.ndarray, np.ndarray, np.ndarray]]:
+        """(bytes, text, from, to) int32 of every text that leads from a state first <= s < last to another; shorter ones first."""
+        flat = delta.ravel()
+        reached = delta[first:last, self.levels[0].byte]
+        begin, node = (a.astype(np.int32) for a in np.nonzero(reached >= 0))
+        state = reached[begin, node]
+        begin += first
+        for depth, level in enumerate(self.levels):
+            text = level.text[node]
+            if (hit := text >= 0).any():
+                yield depth + 1, text[hit], begin[hit], state[hit]
+            count = level.count[node]
+            if not (total := int(count.sum())):
+                return
+            child = np.repeat(level.first[node] - (np.cumsum(count) - count), count).astype(np.int32)
+            child += np.arange(total, dtype=np.int32)
+            state = flat[np.repeat(state * 256, count) + self.levels[depth + 1].byte[child]]
+            kept = state >= 0
+            begin, node, state = np.repeat(begin, count)[kept], child[kept], state[kept]
+
+
+def token_automaton(dfa: ByteDfa, trie: TokenTrie, tokenize: Callable[[bytes], list[int]], end_tokens: Sequence[int],
+                    vocab_size: int) -> TokenAutomaton | None:
+    """None where the vocabulary cannot write any text of the language. Raises TooLarge.
+
+    tokenize: text -> tokens, as the model would write it. vocab_size: columns of the logits, at least the trie's tokens.
+    """
+    class_of, step, longest = _classes(dfa, trie)
+    if not {int(byte) for byte in np.flatnonzero((dfa.delta >= 0).any(0))} <= trie.single:
+        step = _alive(step, dfa.final)
+        if not dfa.final[0] and not (step[0] >= 0).any():
+            return None
+    classes = np.zeros(vocab_size, dtype=np.int32)               # class 0 is never allowed
+    texts = trie.text_of[:vocab_size]
+    classes[: texts.size] = np.where(texts >= 0, class_of[texts], 0)
+    forced, reached = _forced(dfa, step, classes, longest, tokenize)
+
+    # A forced token is told from those that lead alike, which its state does not allow.
+    single = {token: step.shape[1] + i for i, token in enumerate(dict.fromkeys(forced.values()))}
+    step = np.concatenate([step, *(step[:, classes[token], None] for token in single)], axis=1)
+    for token, own in single.items():
+        classes[token] = own
+    for state, token in forced.items():
+        after = step[state, classes[token]]
+        step[state] = -1
+        step[state, classes[token]] = after
+    number = np.full(dfa.final.size, -1, dtype=np.int32)
+    number[reached] = np.arange(reached.size)
+    step, final = step[reached], dfa.final[reached]
+    step = np.where(step >= 0, number[step], -1)
+    ends = np.where(final, np.arange(final.size), -1)
+    step = np.concatenate([step, ends[:, None]], axis=1)
+    classes[[t for t in end_tokens if t < vocab_size]] = step.shape[1] - 1
+    step, classes = _merged(step, classes)
+    masks, mask_of = _masks(step >= 0, classes)
+    finished = final & ~(dfa.delta >= 0).any(1)[reached]
+    chains = _chains({int(number[s]): token for s, token in forced.items()}, step, classes)
+    if max(step.shape) > np.iinfo(np.int16).max or 2 * step.size + masks.nbytes > MAX_BYTES:
+        raise TooLarge
+    return TokenAutomaton(classes.astype(np.int16), step.astype(np.int16), masks, mask_of, final, finished, *chains)
+
+
+def _classes(dfa: ByteDfa, trie: TokenTrie) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Of each text its class; the step table int32 [S, C], class 0 allowed nowhere; the length of the longest text from each state."""
+    states = dfa.final.size
+    chunk = max(1, _AT_ONCE // trie.size)
+    longest = np.zeros(states, dtype=np.int32)
+    walked: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+    hashed = np.zeros(trie.size, dtype=np.uint64)
+    rng = np.random.default_rng(0)
+    left, right = rng.integers(1, 2**63, size=(2, states), dtype=np.uint64)
+    pairs = 0
+    for at in range(0, states, chunk):
+        for size, text, begin, state in trie.walk(dfa.delta, at, at + chunk):
+            longest[begin] = size
+            np.add.at(hashed, text, left[begin] * (right[state] | np.uint64(1)) ^ right[begin])
+            walked.append((text, begin, state))
+            pairs += text.size
+            if pairs > MAX_PAIRS:
+                raise TooLarge
+    _, class_of = np.unique(np.append(np.uint64(0), hashed), return_inverse=True)
+    class_of = class_of[1:]
+    step = np.full((states, int(class_of.max()) + 1), -1, dtype=np.int32)
+    for text, begin, state in walked:
+        step[begin, class_of[text]] = state
+    for text, begin, state in walked:
+        assert (step[begin, class_of[text]] == state).all(), "two tokens that lead to different states hash alike"
+    return class_of, step, longest
+
+
+def _alive(step: np.ndarray, final: np.ndarray) -> np.ndarray:
+    """Without steps to states from which tokens lead to no end."""
+    alive = final.copy()
+    while True:
+        grown = alive | (alive[step] & (step >= 0)).any(1)
+        if (grown == alive).all():
+            return np.where((step >= 0) & alive[step], step, -1)
+        alive = grown
+
+
+def _forced(dfa: ByteDfa, step: np.ndarray, classes: np.ndarray, longest: np.ndarray,
+            tokenize: Callable[[bytes], list[int]]) -> tuple[dict[int, int], np.ndarray]:
+    """The states where one token must follow, and which; and all that are reached then, int64.
+
+    A state is forced where one text must follow that no token goes beyond: one that does might be how the model would write on.
+    """
+    choices = (dfa.delta >= 0).sum(1)
+    only = np.where((choices == 1) & ~dfa.final, (dfa.delta >= 0).argmax(1), -1)
+    forced: dict[int, int] = {}
+    reached = np.zeros(dfa.final.size, dtype=bool)
+    frontier = np.zeros(1, dtype=np.int64)
+    while frontier.size:
+        reached[frontier] = True
+        for state in frontier[only[frontier] >= 0].tolist():
+            text, at = bytearray(), state
+            while only[at] >= 0:
+                text.append(int(only[at]))
+                at = int(dfa.delta[at, only[at]])
+            if longest[state] <= len(text):
+                forced[state] = tokenize(bytes(text))[0]
+        targets = np.zeros(dfa.final.size, dtype=bool)
+        free = np.array([s for s in frontier.tolist() if s not in forced], dtype=np.int64)
+        after = step[free]
+        targets[after[after >= 0]] = True
+        targets[[step[s, classes[forced[s]]] for s in frontier.tolist() if s in forced]] = True
+        frontier = np.flatnonzero(targets & ~reached)
+    return forced, np.flatnonzero(reached)
+
+
+def _merged(step: np.ndarray, classes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Classes that have become alike are made one."""
+    weights = np.random.default_rng(1).integers(1, 2**63, size=step.shape[0], dtype=np.uint64)
+    hashed = np.zeros(step.shape[1], dtype=np.uint64)
+    for row, weight in zip(step, weights, strict=True):
+        hashed += (row + 1).astype(np.uint64) * weight
+    _, kept, merged = np.unique(hashed, return_index=True, return_inverse=True)
+    assert (step == step[:, kept[merged]]).all(), "two classes that differ hash alike"
+    return step[:, kept], merged[classes]
+
+
+def _masks(allowed: np.ndarray, classes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """allowed: bool [S, C] -> the different masks, int32 [M, ceil(V / 32)], and which is each state's, int32 [S]."""
+    packed = np.packbits(allowed, axis=1)
+    _, kept, mask_of = np.unique(packed, axis=0, return_index=True, return_inverse=True)
+    words = -(-classes.size // 32)
+    masks = np.zeros((kept.size, 4 * words), dtype=np.uint8)
+    if masks.nbytes > MAX_BYTES:
+        raise TooLarge
+    for mask, state in zip(masks, kept.tolist(), strict=True):
+        bits = np.packbits(allowed[state][classes], bitorder="little")
+        mask[: bits.size] = bits
+    return masks.view("<i4"), mask_of.ravel().astype(np.int32)
+
+
+def _chains(forced: dict[int, int], step: np.ndarray,
+            classes: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """chain, chain_start, chain_size and chain_end of TokenAutomaton. Chains share their ends: each stands once, behind its first."""
+    states = step.shape[0]
+    start, size, end = np.zeros(states, dtype=np.int32), np.zeros(states, dtype=np.int32), np.arange(states, dtype=np.int32)
+    chain: list[int] = []
+    for first in forced:
+        state, begin, passed = first, len(chain), []
+        while state in forced and not size[state]:
+            passed.append(state)
+            chain.append(forced[state])
+            state = int(step[state, classes[forced[state]]])
+        if size[state]:                                          # what follows is known already
+            chain += chain[start[state] : start[state] + size[state]]
+        last = end[state]
+        for i, s in enumerate(passed):
+            start[s], size[s], end[s] = begin + i, len(chain) - begin - i, last
+    return np.array(chain, dtype=np.int32), start, size, end
