@@ -17,8 +17,8 @@ from engine.guided.automaton import TokenAutomaton
 from kernels import ops, ref
 
 MAX_BYTES = 256 << 20    # of all tables on the device; grammars beyond are left to their guides
-# Forced tokens from which a row takes them in one chunk rather than one by one. On a GPU a chunk makes the whole step a mixed one,
-# which is launched without a graph; on a CPU it costs nothing.
+# So many forced tokens or more a row takes in one chunk, not one by one. On a GPU a chunk makes the whole step a mixed one, which
+# is launched without a graph; on a CPU it costs nothing.
 JUMP = {"cuda": 8, "cpu": 2}
 
 

@@ -3,8 +3,8 @@
 There are no prefill and decode phases. A row has `known` tokens, of which `computed` have their keys and values; a step runs
 some of the difference (its queries), and if it runs all of it, samples the next token. One query is a decode; a chunk of a prompt
 or of forced tokens is several. `known` counts tokens that the device has sampled and the host has not read yet, so that step
-N + 1 can be planned before step N's tokens are back; `seen` counts those the host has. Rows under a grammar that the device cannot
-step by itself (engine/automata.py) are planned only when the host has seen everything.
+N + 1 can be planned before step N's tokens are back; `seen` counts those the host has. Rows under a grammar that the device
+cannot step by itself (engine/automata.py) are planned only when the host has seen everything.
 """
 
 from __future__ import annotations
@@ -81,7 +81,8 @@ class StepPlan:
 
 class Scheduler:
     def __init__(self, config: EngineConfig, table: RowTable, pool: BlockPool, max_step_tokens: int, end_ids: tuple[int, ...],
-                 automata: Automata, tokenizer: PreTrainedTokenizerFast | None = None, groups: PrefixGroups | None = None) -> None:
+                 automata: Automata, tokenizer: PreTrainedTokenizerFast | None = None,
+                 groups: PrefixGroups | None = None) -> None:
         self._table, self._pool, self._max_step_tokens, self.end_ids = table, pool, max_step_tokens, end_ids
         self._automata = automata
         self.window = Window(pool, config.window, config.prefix_sharing)

@@ -54,5 +54,5 @@ def mask_by_state(logits: Tensor, states: Tensor, rows: Tensor, table: Tensor, m
 
 def advance(states: Tensor, rows: Tensor, sampled: Tensor, table: Tensor, next: Tensor, classes: Tensor) -> None:
     """See ref.advance."""
-    n = rows.shape[0]
-    _advance_kernel[triton.cdiv(n, 128),](states, rows, sampled, table, next, classes, classes.shape[1], n, BLOCK=128, num_warps=4)
+    n, width = rows.shape[0], classes.shape[1]
+    _advance_kernel[triton.cdiv(n, 128),](states, rows, sampled, table, next, classes, width, n, BLOCK=128, num_warps=4)

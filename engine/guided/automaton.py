@@ -1,8 +1,8 @@
 """Token automata: a grammar that is a regular language as tables over the whole vocabulary, which a device steps by itself.
 
-A byte automaton is walked along the tokens, kept as a trie, from all its states at once. Tokens that lead alike from every state are
-one class: labelling schemas have some thousand states and classes where there are a hundred thousand tokens, so that the tables are
-small. Where the grammar forces text, the automaton lets through the first token alone of how the model would write that text; so a
+A byte automaton is walked along the tokens, kept as a trie, from all its states at once. Tokens that lead alike from every
+state are one class: a labelling schema has a thousand states and some hundred classes of tokens, so its tables are small.
+Where the grammar forces text, the automaton lets through the first token alone of how the model would write that text; so a
 forced run of tokens is the same whether it is sampled one by one or appended at once.
 """
 
@@ -25,8 +25,8 @@ _AT_ONCE = 1 << 22           # states x tokens walked at a time: bounds the memo
 class TokenAutomaton:
     """S states, the first is where outputs begin; C classes of tokens; V columns of the logits.
 
-    classes: int16 [V], of each token. next: int16 [S, C], the next state, -1 where the class is not allowed. An end token leads to
-    where it came from, if the output may end there.
+    classes: int16 [V], of each token. next: int16 [S, C], the next state, -1 where the class is not allowed. An end token leads
+    to where it came from, if the output may end there.
     masks: int32 [M, ceil(V / 32)], sets of allowed tokens, low bits first; mask_of: int32 [S], which of them.
     final: bool [S], the output may end. finished: bool [S], it must.
     A state with chain_size[s] > 0 is forced: chain[chain_start[s] :][: chain_size[s]] follows, and leads to chain_end[s].
@@ -54,7 +54,7 @@ class TokenAutomaton:
 
 @dataclass(frozen=True, slots=True)
 class _Level:
-    """Nodes of the trie at one depth. children: count[i] nodes of the next level from first[i] on; text: which ends here, or -1."""
+    """Nodes of the trie at one depth. Children: count[i] nodes of the next level, from first[i]. text: what ends here, or -1."""
 
     byte: np.ndarray
     first: np.ndarray
@@ -63,7 +63,8 @@ class _Level:
 
 
 class TokenTrie:
-    """The texts of a vocabulary. text_of: int32 [V], -1 for tokens without text; single: the bytes that are tokens of their own."""
+    """The texts of a vocabulary. text_of: int32 [V], -1 for tokens without text; single: the bytes that are tokens by themselves.
+    """
 
     def __init__(self, token_bytes: Sequence[bytes]) -> None:
         texts = sorted({text for text in token_bytes if text})
@@ -94,7 +95,7 @@ class TokenTrie:
             yield _Level(letters[here, depth].astype(np.int32), first.astype(np.int32), count.astype(np.int32), text)
 
     def walk(self, delta: np.ndarray, first: int, last: int) -> Iterator[tuple[int, np.ndarray, np.ndarray, np.ndarray]]:
-        """(bytes, text, from, to) int32 of every text that leads from a state first <= s < last to another; shorter ones first."""
+        """(bytes, text, from, to) int32 of every text that leads from a state first <= s < last to another, short ones first."""
         flat = delta.ravel()
         reached = delta[first:last, self.levels[0].byte]
         begin, node = (a.astype(np.int32) for a in np.nonzero(reached >= 0))
@@ -156,7 +157,7 @@ def token_automaton(dfa: ByteDfa, trie: TokenTrie, tokenize: Callable[[bytes], l
 
 
 def _classes(dfa: ByteDfa, trie: TokenTrie) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Of each text its class; the step table int32 [S, C], class 0 allowed nowhere; the length of the longest text from each state."""
+    """Of each text its class; the step table int32 [S, C], class 0 allowed nowhere; of each state its longest text's length."""
     states = dfa.final.size
     chunk = max(1, _AT_ONCE // trie.size)
     longest = np.zeros(states, dtype=np.int32)
@@ -249,7 +250,7 @@ def _masks(allowed: np.ndarray, classes: np.ndarray) -> tuple[np.ndarray, np.nda
 
 def _chains(forced: dict[int, int], step: np.ndarray,
             classes: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """chain, chain_start, chain_size and chain_end of TokenAutomaton. Chains share their ends: each stands once, behind its first."""
+    """chain, chain_start, chain_size and chain_end of TokenAutomaton."""
     states = step.shape[0]
     start, size, end = np.zeros(states, dtype=np.int32), np.zeros(states, dtype=np.int32), np.arange(states, dtype=np.int32)
     chain: list[int] = []

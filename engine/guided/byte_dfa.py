@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
@@ -108,7 +109,7 @@ class Nfa:
         arcs = [arc for s in sorted(members) for arc in self._arcs[s]]
         cuts = sorted({lo for lo, _, _ in arcs} | {hi + 1 for _, hi, _ in arcs})
         moves = []
-        for lo, after in zip(cuts, cuts[1:], strict=False):
+        for lo, after in pairwise(cuts):
             if targets := [t for first, last, t in arcs if first <= lo <= last]:
                 moves.append((lo, after - 1, targets))
         return moves

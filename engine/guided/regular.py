@@ -1,7 +1,7 @@
 """Which lowered schemas are regular languages, and their automata over bytes: the same texts that llguidance would let through.
 
-Objects with listed properties, arrays, enums, integers, strings by their length: all that has no recursion and no free keys. What is
-not covered (patterns, formats, numbers with a fraction, multiples) raises NotRegular, and stays with llguidance.
+Objects with listed properties, arrays, enums, integers, strings by their length: all that has no recursion and no free keys. What
+is not covered (patterns, formats, numbers with a fraction, multiples) raises NotRegular, and stays with llguidance.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ def compile_all() -> None:
     from triton.compiler import ASTSource
     from triton.compiler import compile as build
 
-    from kernels import kv_cache, pointwise, sample, step
+    from kernels import automaton, kv_cache, pointwise, sample, step
 
     elements = {"x", "residual", "weight", "qkv", "q_weight", "k_weight", "q_out", "k_cache", "v_cache", "logits"}
     scalars = {"V", "W", "n"}
@@ -27,6 +27,8 @@ def compile_all() -> None:
             return "fp32"
         if name == "cos_sin":
             return "*fp32"
+        if name == "classes":
+            return "*i16"
         return "i32" if name in scalars or name.endswith("stride") else "*i32"
 
     row = {"WIDTH": 576, "BLOCK": 1024}
@@ -46,6 +48,8 @@ def compile_all() -> None:
         (step, "_commit_kernel", {"BLOCK": 128}),
         (sample, "_sample_kernel", {"ZEROS": 16, "BLOCK": 4096}),
         (sample, "_mask_kernel", {"BYTES": 256}),
+        (automaton, "_mask_kernel", {"BYTES": 256}),
+        (automaton, "_advance_kernel", {"BLOCK": 128}),
     ):
         function = getattr(module, kernel)
         signature = {name: "constexpr" if name in constants else kind(kernel, name) for name in function.arg_names}
