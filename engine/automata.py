@@ -49,7 +49,7 @@ class Automata:
         self.jump = JUMP[device.type]
 
         def column(dtype: type, *shape: int) -> _Column:
-            values = np.zeros(shape, dtype=dtype)
+            values: np.ndarray = np.zeros(shape, dtype=dtype)
             return _Column(values, torch.from_numpy(values).to(device))
 
         self._table = column(np.int32, 1, ref.STATE_COLUMNS)
@@ -96,6 +96,12 @@ class Automata:
         return self._next.host[line[:, ref.STATE_NEXT] + kind]
 
     # --- on the device ---
+
+    def warm_up(self, states: Tensor, dtype: torch.dtype) -> None:
+        """Compile the kernels for logits of this type, so that no step of the job waits for them."""
+        rows = torch.zeros(1, dtype=torch.int32, device=states.device)
+        self.mask(torch.zeros(1, self._classes.host.shape[1], dtype=dtype, device=states.device), states, rows)
+        self.advance(states, rows, rows)
 
     def mask(self, logits: Tensor, states: Tensor, rows: Tensor) -> None:
         """Forbid in logits [S, V] what the states of these table rows forbid; `states` of all rows of the table."""

@@ -69,6 +69,7 @@ class Engine:
         self._inflight: deque[Step] = deque()
         progress("capturing CUDA graphs" if on_gpu and config.cuda_graphs else "ready")
         self._runner.warm_up()
+        automata.warm_up(table.grammar, dtype)
         gc.collect()
         gc.freeze()          # the heap so far lives as long as the engine: later collections need not walk it
 

@@ -401,16 +401,10 @@ class Scheduler:
     def _end(self, row: int) -> None:
         """An end token was sampled. Where the output may not end, the grammar engine gave up on the row and left nothing else."""
         self._take_back(row)
-        if self._may_end(row):
+        if self.live[row].waiting.request.grammar is None:
             self._finish(row, FinishReason.STOP)
         else:
-            self._run_out(row)
-
-    def _may_end(self, row: int) -> bool:
-        guide = self.live[row].guide
-        if guide is not None:
-            return guide.error is None and guide.accepting
-        return self.state[row] == 0 or bool(self._automata.final[self.state[row]])
+            self._settle(row)
 
     def _take_back(self, row: int) -> None:
         """The token sampled last is not part of the output."""
@@ -487,27 +481,41 @@ class Scheduler:
                 self.forced[row] += forced.size
                 self._forced += forced.size
                 self._generated += forced.size
-        if guide.error is not None or (self.seen[row] >= self.limit[row] and not guide.finished):
-            self._run_out(row)
-        elif guide.finished:
-            self._finish(row, FinishReason.STOP)
+        if guide.error is not None or guide.finished or self.seen[row] >= self.limit[row]:
+            self._settle(row)
 
     def _run_out(self, row: int) -> None:
-        """No budget left: a guided row whose output may not end here is trimmed and closed."""
-        grammar = self.live[row].waiting.request.grammar
-        if grammar is None or self._may_end(row):
-            self._finish(row, FinishReason.LENGTH if grammar is None else FinishReason.STOP)
+        """No budget left, or nothing that may follow."""
+        if self.live[row].waiting.request.grammar is None:
+            self._finish(row, FinishReason.LENGTH)
+        else:
+            self._settle(row)
+
+    def _settle(self, row: int) -> None:
+        """End a row under a grammar: as it stands if that is valid, else trimmed and closed.
+
+        What a guide lets through may not pass the final check yet (numbers beyond a double); what an automaton does, passes.
+        """
+        state, live = int(self.state[row]), self.live[row]
+        if state and self._automata.final[state]:
+            self._finish(row, FinishReason.STOP)
             return
+        grammar, guide = live.waiting.request.grammar, live.guide
+        assert grammar is not None
         produced = self.tokens[row, self.prompt_len[row] : self.seen[row]]
         budget = int(self.limit[row] - self.prompt_len[row])
         if grammar.min_tokens > budget:
-            self._finish(row, FinishReason.ERROR, error=f"the schema needs {grammar.min_tokens} tokens and there is room for "
-                         f"{budget}: raise max_tokens, or shorten the prompt")
+            if guide is not None and guide.error is None and guide.accepting:
+                self._finish(row, FinishReason.STOP)
+            else:
+                self._finish(row, FinishReason.ERROR, error=f"the schema needs {grammar.min_tokens} tokens and there is room for "
+                             f"{budget}: raise max_tokens, or shorten the prompt")
             return
         closed = grammar.close(produced.tolist(), budget)
+        reason = FinishReason.STOP if np.array_equal(closed, produced) else FinishReason.LENGTH_CLOSED
         self.tokens[row, self.prompt_len[row] : self.prompt_len[row] + closed.size] = closed
         self.seen[row] = self.prompt_len[row] + closed.size
-        self._finish(row, FinishReason.LENGTH_CLOSED)
+        self._finish(row, reason)
 
     def _finish(self, row: int, reason: FinishReason, text: str | None = None, error: str | None = None) -> None:
         live, output = self.live[row], self.tokens[row, self.prompt_len[row] : self.seen[row]].copy()

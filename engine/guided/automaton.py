@@ -122,7 +122,8 @@ def token_automaton(dfa: ByteDfa, trie: TokenTrie, tokenize: Callable[[bytes], l
     tokenize: text -> tokens, as the model would write it. vocab_size: columns of the logits, at least the trie's tokens.
     """
     class_of, step, longest = _classes(dfa, trie)
-    if not {int(byte) for byte in np.flatnonzero((dfa.delta >= 0).any(0))} <= trie.single:
+    used = np.flatnonzero(np.any(dfa.delta >= 0, axis=0))
+    if not set(used.tolist()) <= trie.single:
         step = _alive(step, dfa.final)
         if not dfa.final[0] and not (step[0] >= 0).any():
             return None
@@ -149,7 +150,7 @@ def token_automaton(dfa: ByteDfa, trie: TokenTrie, tokenize: Callable[[bytes], l
     classes[[t for t in end_tokens if t < vocab_size]] = step.shape[1] - 1
     step, classes = _merged(step, classes)
     masks, mask_of = _masks(step >= 0, classes)
-    finished = final & ~(dfa.delta >= 0).any(1)[reached]
+    finished = final & np.all(dfa.delta[reached] < 0, axis=1)
     chains = _chains({int(number[s]): token for s, token in forced.items()}, step, classes)
     if max(step.shape) > np.iinfo(np.int16).max or 2 * step.size + masks.nbytes > MAX_BYTES:
         raise TooLarge
@@ -225,10 +226,10 @@ def _forced(dfa: ByteDfa, step: np.ndarray, classes: np.ndarray, longest: np.nda
 
 def _merged(step: np.ndarray, classes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Classes that have become alike are made one."""
-    weights = np.random.default_rng(1).integers(1, 2**63, size=step.shape[0], dtype=np.uint64)
+    weights = np.random.default_rng(1).integers(1, 2**63, size=(step.shape[0], 1), dtype=np.uint64)[:, 0]
     hashed = np.zeros(step.shape[1], dtype=np.uint64)
-    for row, weight in zip(step, weights, strict=True):
-        hashed += (row + 1).astype(np.uint64) * weight
+    for state in range(step.shape[0]):
+        hashed += (step[state] + 1).astype(np.uint64) * weights[state]
     _, kept, merged = np.unique(hashed, return_index=True, return_inverse=True)
     assert (step == step[:, kept[merged]]).all(), "two classes that differ hash alike"
     return step[:, kept], merged[classes]

@@ -233,9 +233,10 @@ class LLGuidanceBackend:
 
     def _regular(self, lowered: Lowered) -> ByteDfa:
         style = WHITESPACE[self.whitespace]
-        if lowered.distinct is not None or style.get("whitespace_flexible"):
+        comma, colon = style.get("item_separator"), style.get("key_separator")
+        if lowered.distinct is not None or comma is None or colon is None:      # no separators: white space as the model likes
             raise NotRegular
-        return schema_dfa(lowered.schema, style["item_separator"], style["key_separator"], MAX_STATES)
+        return schema_dfa(lowered.schema, comma, colon, MAX_STATES)
 
     def _automaton(self, build: Callable[[], ByteDfa]) -> TokenAutomaton | None:
         """None where guides are to serve: the language is not regular, or its tables would be too large."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from engine.guided.byte_dfa import ByteDfa, Nfa
@@ -49,8 +50,8 @@ class _Writer:
         self._definitions = root.get("$defs", {}) if isinstance(root, dict) else {}
         self._open: list[str] = []
         self._kinds: dict[str, Callable[[dict[str, Any], int], int]] = {
-            "null": lambda schema, start: self.nfa.text(start, b"null"), "boolean": self._boolean, "integer": self._integer,
-            "string": self._string, "array": self._array, "object": self._object}
+            "null": self._null, "boolean": self._boolean, "integer": self._integer, "string": self._string, "array": self._array,
+            "object": self._object}
 
     def value(self, schema: Any, start: int) -> int:
         if not isinstance(schema, dict):
@@ -59,14 +60,14 @@ class _Writer:
         if words == {"$ref"}:
             return self._reference(schema["$ref"], start)
         if words == {"anyOf"}:
-            return self._either([lambda s, one=one: self.value(one, s) for one in schema["anyOf"]], start)
+            return self._either([partial(self.value, one) for one in schema["anyOf"]], start)
         if words == {"enum"}:
-            return self._either([lambda s, v=v: self.nfa.text(s, _literal(v)) for v in schema["enum"]], start)
+            return self._either([partial(self._text, _literal(value)) for value in schema["enum"]], start)
         kinds = schema.get("type")
         kinds = [kinds] if isinstance(kinds, str) else kinds or []
         if not kinds or not all(kind in _WORDS for kind in kinds) or words - {"type"} - set().union(*(_WORDS[k] for k in kinds)):
             raise NotRegular
-        return self._either([lambda s, kind=kind: self._kinds[kind](schema, s) for kind in kinds], start)
+        return self._either([partial(self._kinds[kind], schema) for kind in kinds], start)
 
     def _either(self, options: Sequence[Callable[[int], int]], start: int) -> int:
         if len(options) == 1:
@@ -88,8 +89,14 @@ class _Writer:
         self._open.pop()
         return end
 
+    def _text(self, text: bytes, start: int) -> int:
+        return self.nfa.text(start, text)
+
+    def _null(self, schema: dict[str, Any], start: int) -> int:
+        return self.nfa.text(start, b"null")
+
     def _boolean(self, schema: dict[str, Any], start: int) -> int:
-        return self._either([lambda s: self.nfa.text(s, b"true"), lambda s: self.nfa.text(s, b"false")], start)
+        return self._either([partial(self._text, b"true"), partial(self._text, b"false")], start)
 
     # --- integers ---
 
