@@ -13,12 +13,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from engine.guided.byte_dfa import ByteDfa, TooLarge
+from engine.guided.byte_dfa import ByteDfa, TooLarge, reaching
 
 MAX_STATES = 8192            # of a byte automaton
 MAX_PAIRS = 64_000_000       # (state, token) that are allowed: what compiling costs
 MAX_BYTES = 256 << 20        # of one automaton's tables
-_AT_ONCE = 1 << 22           # states x tokens walked at a time: bounds the memory
+_AT_ONCE = 1 << 22           # states x texts walked at a time: bounds the memory
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -63,29 +63,27 @@ class _Level:
 
 
 class TokenTrie:
-    """The texts of a vocabulary. text_of: int32 [V], -1 for tokens without text; single: the bytes that are tokens by themselves.
-    """
+    """Texts as a trie. text_of: int32 [V], which text is each token's, -1 for tokens without."""
 
     def __init__(self, token_bytes: Sequence[bytes]) -> None:
         texts = sorted({text for text in token_bytes if text})
         number = {text: i for i, text in enumerate(texts)}
         self.size = len(texts)
         self.text_of = np.array([number.get(text, -1) for text in token_bytes], dtype=np.int32)
-        self.lengths = np.array([len(text) for text in texts], dtype=np.int32)
-        self.single = {text[0] for text in texts if len(text) == 1}
-        self.levels = list(self._build(texts))
+        self._lengths = np.array([len(text) for text in texts], dtype=np.int32)
+        self._levels = list(self._build(texts))
 
     def _build(self, texts: list[bytes]) -> Iterator[_Level]:
-        deepest = int(self.lengths.max())
+        deepest = int(self._lengths.max())
         letters = np.frombuffer(b"".join(text.ljust(deepest, b"\0") for text in texts), dtype=np.uint8).reshape(-1, deepest)
-        inside = np.arange(deepest) < self.lengths[:, None]
+        inside = np.arange(deepest) < self._lengths[:, None]
         differs = np.ones(letters.shape, dtype=bool)
         differs[1:] = (letters[1:] != letters[:-1]) | ~inside[:-1]
         opens = np.logical_or.accumulate(differs, axis=1) & inside       # a text begins a node where it leaves the one before
         rows = np.arange(len(texts))
         for depth in range(deepest):
             here = rows[opens[:, depth]]
-            text = np.where(self.lengths[here] == depth + 1, here, -1).astype(np.int32)
+            text = np.where(self._lengths[here] == depth + 1, here, -1).astype(np.int32)
             if depth + 1 < deepest:
                 below = np.concatenate([[0], np.cumsum(opens[:, depth + 1])])
                 ends = np.append(here[1:], len(texts))
@@ -94,14 +92,14 @@ class TokenTrie:
                 first = count = np.zeros(here.size, dtype=np.int64)
             yield _Level(letters[here, depth].astype(np.int32), first.astype(np.int32), count.astype(np.int32), text)
 
-    def walk(self, delta: np.ndarray, first: int, last: int) -> Iterator[tuple[int, np.ndarray, np.ndarray, np.ndarray]]:
-        """(bytes, text, from, to) int32 of every text that leads from a state first <= s < last to another, short ones first."""
+    def walk(self, delta: np.ndarray, starts: np.ndarray) -> Iterator[tuple[int, np.ndarray, np.ndarray, np.ndarray]]:
+        """(bytes, text, from, to) int32 of every text that leads from one of the states `starts` to another, short ones first."""
         flat = delta.ravel()
-        reached = delta[first:last, self.levels[0].byte]
-        begin, node = (a.astype(np.int32) for a in np.nonzero(reached >= 0))
+        reached = delta[starts[:, None], self._levels[0].byte]
+        begin, node = np.nonzero(reached >= 0)
         state = reached[begin, node]
-        begin += first
-        for depth, level in enumerate(self.levels):
+        begin, node = starts[begin], node.astype(np.int32)
+        for depth, level in enumerate(self._levels):
             text = level.text[node]
             if (hit := text >= 0).any():
                 yield depth + 1, text[hit], begin[hit], state[hit]
@@ -110,37 +108,78 @@ class TokenTrie:
                 return
             child = np.repeat(level.first[node] - (np.cumsum(count) - count), count).astype(np.int32)
             child += np.arange(total, dtype=np.int32)
-            state = flat[np.repeat(state * 256, count) + self.levels[depth + 1].byte[child]]
+            state = flat[np.repeat(state * 256, count) + self._levels[depth + 1].byte[child]]
             kept = state >= 0
             begin, node, state = np.repeat(begin, count)[kept], child[kept], state[kept]
 
 
-def token_automaton(dfa: ByteDfa, trie: TokenTrie, tokenize: Callable[[bytes], list[int]], end_tokens: Sequence[int],
+# A byte for each class of bytes that JSON strings treat alike. Letters that may follow a backslash are a class of their own.
+_LETTER, _BACKSLASH, _QUOTE = 0x62, 0x5C, 0x22
+_ALIKE = np.zeros(256, dtype=np.uint8)
+for _first, _last in ((0x20, 0x7E), (0x80, 0x8F), (0x90, 0x9F), (0xA0, 0xBF), (0xC2, 0xDF), (0xE0, 0xE0), (0xE1, 0xEF),
+                      (0xED, 0xED), (0xF0, 0xF0), (0xF1, 0xF3), (0xF4, 0xF4), (_BACKSLASH, _BACKSLASH), (_QUOTE, _QUOTE)):
+    _ALIKE[_first : _last + 1] = _first
+_ALIKE[list(b"bfnrt")] = _LETTER
+
+
+class Vocabulary:
+    """The texts of a tokenizer's tokens, made once: what is walked for each grammar.
+
+    exact: as they are. alike: as a JSON string sees them, where nearly all letters are one: some hundred texts.
+    """
+
+    def __init__(self, token_bytes: Sequence[bytes]) -> None:
+        self.exact, self.alike = TokenTrie(token_bytes), TokenTrie(_alike(token_bytes))
+        self.single = {text[0] for text in token_bytes if len(text) == 1}
+
+
+def _alike(texts: Sequence[bytes]) -> list[bytes]:
+    """Classes of bytes up to the first quote, which may end the string. A letter may be an escape first, or after a backslash."""
+    data = np.frombuffer(b"".join(texts), dtype=np.uint8)
+    ends = np.cumsum([len(text) for text in texts])
+    kinds = _ALIKE[data]
+    escapes = np.zeros(data.size, dtype=bool)
+    escapes[1:] = kinds[:-1] == _BACKSLASH
+    escapes[np.append(0, ends[:-1])[np.diff(ends, prepend=0) > 0]] = True
+    kinds[(kinds == _LETTER) & ~escapes] = 0x20
+    whole = kinds.tobytes()
+    out = []
+    for text, end in zip(texts, ends.tolist(), strict=True):
+        inside = len(text.partition(b'"')[0])
+        first = end - len(text)
+        out.append(whole[first : first + inside] + text[inside:])
+    return out
+
+
+def _string_states(delta: np.ndarray) -> np.ndarray:
+    """bool [S]: states from which a text leads where its _alike does: they and what follows, up to a quote, take bytes so."""
+    kinds = [np.flatnonzero(kind == _ALIKE) for kind in np.unique(_ALIKE) if kind != _QUOTE]
+    takes = np.logical_and.reduce([(delta[:, kind] == delta[:, kind[:1]]).all(1) for kind in kinds])
+    letters_too = takes & (delta[:, 0x20] == delta[:, _LETTER])
+    after = delta[:, [kind[0] for kind in kinds if kind[0] != _BACKSLASH]]
+    escaped = delta[:, _BACKSLASH]
+    while True:
+        goes_on = ((after < 0) | letters_too[after]).all(1) & ((escaped < 0) | takes[escaped])
+        if (goes_on | ~takes).all():
+            return takes
+        takes, letters_too = takes & goes_on, letters_too & goes_on
+
+
+def token_automaton(dfa: ByteDfa, vocabulary: Vocabulary, tokenize: Callable[[bytes], list[int]], end_tokens: Sequence[int],
                     vocab_size: int) -> TokenAutomaton | None:
     """None where the vocabulary cannot write any text of the language. Raises TooLarge.
 
-    tokenize: text -> tokens, as the model would write it. vocab_size: columns of the logits, at least the trie's tokens.
+    tokenize: text -> tokens, as the model would write it. vocab_size: columns of the logits, at least the vocabulary's tokens.
     """
-    class_of, step, longest = _classes(dfa, trie)
-    used = np.flatnonzero(np.any(dfa.delta >= 0, axis=0))
-    if not set(used.tolist()) <= trie.single:
-        step = _alive(step, dfa.final)
-        if not dfa.final[0] and not (step[0] >= 0).any():
+    step, classes, longest = _steps(dfa, vocabulary)
+    classes = np.pad(classes, (0, vocab_size - classes.size))    # class 0 is never allowed
+    if not set(np.flatnonzero(np.any(dfa.delta >= 0, axis=0)).tolist()) <= vocabulary.single:
+        alive = reaching(step, dfa.final)                        # else tokens of one byte lead on from everywhere
+        step = np.where((step >= 0) & alive[step], step, -1)
+        if not alive[0]:
             return None
-    classes = np.zeros(vocab_size, dtype=np.int32)               # class 0 is never allowed
-    texts = trie.text_of[:vocab_size]
-    classes[: texts.size] = np.where(texts >= 0, class_of[texts], 0)
     forced, reached = _forced(dfa, step, classes, longest, tokenize)
-
-    # A forced token is told from those that lead alike, which its state does not allow.
-    single = {token: step.shape[1] + i for i, token in enumerate(dict.fromkeys(forced.values()))}
-    step = np.concatenate([step, *(step[:, classes[token], None] for token in single)], axis=1)
-    for token, own in single.items():
-        classes[token] = own
-    for state, token in forced.items():
-        after = step[state, classes[token]]
-        step[state] = -1
-        step[state, classes[token]] = after
+    step, classes = _with_forced(step, classes, forced)
     number = np.full(dfa.final.size, -1, dtype=np.int32)
     number[reached] = np.arange(reached.size)
     step, final = step[reached], dfa.final[reached]
@@ -150,49 +189,60 @@ def token_automaton(dfa: ByteDfa, trie: TokenTrie, tokenize: Callable[[bytes], l
     classes[[t for t in end_tokens if t < vocab_size]] = step.shape[1] - 1
     step, classes = _merged(step, classes)
     masks, mask_of = _masks(step >= 0, classes)
+    if max(step.shape) > np.iinfo(np.int16).max or 4 * step.size + masks.nbytes > MAX_BYTES:
+        raise TooLarge
     finished = final & np.all(dfa.delta[reached] < 0, axis=1)
     chains = _chains({int(number[s]): token for s, token in forced.items()}, step, classes)
-    if max(step.shape) > np.iinfo(np.int16).max or 2 * step.size + masks.nbytes > MAX_BYTES:
-        raise TooLarge
     return TokenAutomaton(classes.astype(np.int16), step.astype(np.int16), masks, mask_of, final, finished, *chains)
 
 
-def _classes(dfa: ByteDfa, trie: TokenTrie) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Of each text its class; the step table int32 [S, C], class 0 allowed nowhere; of each state its longest text's length."""
+def _steps(dfa: ByteDfa, vocabulary: Vocabulary) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The step table int32 [S, C], class 0 allowed nowhere; of each token its class; of each state its longest text's length."""
     states = dfa.final.size
-    chunk = max(1, _AT_ONCE // trie.size)
-    longest = np.zeros(states, dtype=np.int32)
-    walked: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
-    hashed = np.zeros(trie.size, dtype=np.uint64)
-    rng = np.random.default_rng(0)
-    left, right = rng.integers(1, 2**63, size=(2, states), dtype=np.uint64)
-    pairs = 0
-    for at in range(0, states, chunk):
-        for size, text, begin, state in trie.walk(dfa.delta, at, at + chunk):
-            longest[begin] = size
-            np.add.at(hashed, text, left[begin] * (right[state] | np.uint64(1)) ^ right[begin])
-            walked.append((text, begin, state))
-            pairs += text.size
-            if pairs > MAX_PAIRS:
-                raise TooLarge
-    _, class_of = np.unique(np.append(np.uint64(0), hashed), return_inverse=True)
-    class_of = class_of[1:]
-    step = np.full((states, int(class_of.max()) + 1), -1, dtype=np.int32)
-    for text, begin, state in walked:
-        step[begin, class_of[text]] = state
-    for text, begin, state in walked:
-        assert (step[begin, class_of[text]] == state).all(), "two tokens that lead to different states hash alike"
-    return class_of, step, longest
+    left, right = np.random.default_rng(0).integers(1, 2**63, size=(2, states), dtype=np.uint64)
+    longest, budget = np.zeros(states, dtype=np.int32), MAX_PAIRS
+    in_string = _string_states(dfa.delta)
+    hashed: np.ndarray = np.zeros(vocabulary.exact.text_of.size, dtype=np.uint64)
+    walks: list[tuple[TokenTrie, list[tuple[np.ndarray, ...]]]] = []
+    for trie, starts in ((vocabulary.exact, np.flatnonzero(~in_string)), (vocabulary.alike, np.flatnonzero(in_string))):
+        sums: np.ndarray = np.zeros(trie.size + 1, dtype=np.uint64)      # the last: of tokens without text
+        found: list[tuple[np.ndarray, ...]] = []
+        for some in np.array_split(starts, -(-starts.size * trie.size // _AT_ONCE) or 1):
+            for size, text, begin, state in trie.walk(dfa.delta, some):
+                longest[begin] = size
+                np.add.at(sums, text, left[begin] * (right[state] | np.uint64(1)) ^ right[begin])
+                found.append((text, begin, state))
+                budget -= text.size
+                if budget < 0:
+                    raise TooLarge
+        hashed += sums[trie.text_of]
+        walks.append((trie, found))
+    # Tokens that lead alike from every state have the same sum, and others have not, but for one chance in 2^34.
+    _, one, classes = np.unique(np.append(np.uint64(0), hashed), return_index=True, return_inverse=True)
+    step = np.full((states, one.size), -1, dtype=np.int32)
+    for trie, found in walks:
+        # Of each text the classes of the tokens that have it, one token standing for each class.
+        text = np.append(-1, trie.text_of)[one]
+        order = np.argsort(text, kind="stable")
+        count = np.bincount(text[text >= 0], minlength=trie.size)
+        first = np.cumsum(count) - count + int((text < 0).sum())
+        for texts, begin, state in found:
+            times = count[texts]
+            i = np.arange(int(times.sum())) - np.repeat(np.cumsum(times) - times, times)
+            step[np.repeat(begin, times), order[np.repeat(first[texts], times) + i]] = np.repeat(state, times)
+    return step, classes[1:].astype(np.int32), longest
 
 
-def _alive(step: np.ndarray, final: np.ndarray) -> np.ndarray:
-    """Without steps to states from which tokens lead to no end."""
-    alive = final.copy()
-    while True:
-        grown = alive | (alive[step] & (step >= 0)).any(1)
-        if (grown == alive).all():
-            return np.where((step >= 0) & alive[step], step, -1)
-        alive = grown
+def _with_forced(step: np.ndarray, classes: np.ndarray, forced: dict[int, int]) -> tuple[np.ndarray, np.ndarray]:
+    """Only the forced token is allowed in each forced state: it is told from those that lead alike by a class of its own."""
+    own = {token: step.shape[1] + i for i, token in enumerate(dict.fromkeys(forced.values()))}
+    step, classes = np.concatenate([step, step[:, classes[list(own)]]], axis=1), classes.copy()
+    classes[list(own)] = list(own.values())
+    for state, token in forced.items():
+        after = step[state, own[token]]
+        step[state] = -1
+        step[state, own[token]] = after
+    return step, classes
 
 
 def _forced(dfa: ByteDfa, step: np.ndarray, classes: np.ndarray, longest: np.ndarray,

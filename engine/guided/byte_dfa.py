@@ -106,7 +106,9 @@ class Nfa:
 
     def _moves(self, members: frozenset[int]) -> list[tuple[int, int, list[int]]]:
         """Disjoint ranges of bytes, and the states each leads to."""
-        arcs = [arc for s in sorted(members) for arc in self._arcs[s]]
+        arcs = sorted(arc for s in members for arc in self._arcs[s])
+        if all(one[1] < two[0] for one, two in pairwise(arcs)):
+            return [(lo, hi, [target]) for lo, hi, target in arcs]
         cuts = sorted({lo for lo, _, _ in arcs} | {hi + 1 for _, hi, _ in arcs})
         moves = []
         for lo, after in pairwise(cuts):
@@ -115,14 +117,22 @@ class Nfa:
         return moves
 
 
+def reaching(step: np.ndarray, goal: np.ndarray) -> np.ndarray:
+    """bool [S]: from which states a goal is reached. step: int [S, K] next states, -1 for none; goal: bool [S]."""
+    changes = np.ones(step.shape, dtype=bool)
+    changes[:, 1:] = step[:, 1:] != step[:, :-1]                 # neighbouring bytes mostly lead alike
+    source, column = np.nonzero(changes & (step >= 0))
+    target, reached = step[source, column], goal.copy()
+    while True:
+        found = source[reached[target] & ~reached[source]]
+        if not found.size:
+            return reached
+        reached[found] = True
+
+
 def _trimmed(delta: np.ndarray, final: np.ndarray) -> ByteDfa:
     """Without states from which no final one is reached."""
-    alive = final.copy()
-    while True:
-        grown = alive | (alive[delta] & (delta >= 0)).any(1)
-        if (grown == alive).all():
-            break
-        alive = grown
+    alive = reaching(delta, final)
     number = np.where(alive, np.cumsum(alive) - 1, -1).astype(np.int32)
     delta = np.where(delta >= 0, number[delta], -1)
     return ByteDfa(delta[alive].astype(np.int32), final[alive])

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from llguidance import LLExecutor, LLMatcher, LLParserLimits, LLTokenizer
 
-from engine.guided.automaton import MAX_STATES, TokenAutomaton, TokenTrie, token_automaton
+from engine.guided.automaton import MAX_STATES, TokenAutomaton, Vocabulary, token_automaton
 from engine.guided.byte_dfa import ByteDfa, TooLarge
 from engine.guided.closing import Closer, byte_tokenizer
 from engine.guided.distinct import Scanner, TokensByPrefix, Unique
@@ -34,6 +34,10 @@ WHITESPACE: dict[str, JsonCompileOptions] = {
     "compact": {"whitespace_flexible": False, "item_separator": ",", "key_separator": ":", "json_allowed_escapes": _ESCAPES},
     "flexible": {"whitespace_flexible": True, "json_allowed_escapes": _ESCAPES},
 }
+
+# Grammars that are made an automaton, the first ones: that doubles the time to compile, takes megabytes, and pays where many rows
+# have the same grammar.
+MAX_AUTOMATA = 256
 
 
 def default_limits() -> LLParserLimits:
@@ -182,6 +186,7 @@ class LLGuidanceBackend:
         self.vocabulary = GrammarVocabulary(tokenizer, vocab_size, eos_token_ids)
         self._end = [t for t in eos_token_ids if t < vocab_size]
         self._executor = LLExecutor(threads)
+        self._tries = iter(range(MAX_AUTOMATA))
         # The mask llguidance writes: as wide as the larger of its vocabulary and the logits.
         self._words = (self.vocabulary.size + 31) // 32
 
@@ -190,8 +195,8 @@ class LLGuidanceBackend:
         return TokensByPrefix(self.vocabulary.token_bytes)
 
     @cached_property
-    def _trie(self) -> TokenTrie:
-        return TokenTrie(self.vocabulary.token_bytes[: self.vocab_size])
+    def _texts(self) -> Vocabulary:
+        return Vocabulary(self.vocabulary.token_bytes[: self.vocab_size])
 
     def compile_schema(self, schema: str | dict[str, Any] | bool) -> LLGrammar:
         original = parse_schema(schema) if isinstance(schema, str) else schema
@@ -239,9 +244,12 @@ class LLGuidanceBackend:
         return schema_dfa(lowered.schema, comma, colon, MAX_STATES)
 
     def _automaton(self, build: Callable[[], ByteDfa]) -> TokenAutomaton | None:
-        """None where guides are to serve: the language is not regular, or its tables would be too large."""
+        """None where guides are to serve: the language is not regular, its tables are too large, or many have some already."""
         try:
-            return token_automaton(build(), self._trie, self.vocabulary.tokenize, self._end, self.vocab_size)
+            dfa = build()
+            if next(self._tries, None) is None:
+                return None
+            return token_automaton(dfa, self._texts, self.vocabulary.tokenize, self._end, self.vocab_size)
         except (NotRegular, TooLarge):
             return None
 

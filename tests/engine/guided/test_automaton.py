@@ -11,7 +11,7 @@ import pytest
 from guided_cases import PADDED, byte_level_tokenizer
 from llguidance import LLMatcher
 
-from engine.guided.automaton import TokenAutomaton, TokenTrie, token_automaton
+from engine.guided.automaton import TokenAutomaton, Vocabulary, token_automaton
 from engine.guided.byte_dfa import TooLarge
 from engine.guided.closing import byte_tokenizer
 from engine.guided.llg import WHITESPACE, LLGrammar, LLGuidanceBackend
@@ -176,7 +176,7 @@ def small_automaton(choices: list[str], pieces: list[bytes]) -> TokenAutomaton |
             text = text[len(piece) :]
         return out
 
-    return token_automaton(choice_dfa(choices, 100), TokenTrie([b"", *pieces]), tokenize, [0], 40)
+    return token_automaton(choice_dfa(choices, 100), Vocabulary([b"", *pieces]), tokenize, [0], 40)
 
 
 def test_tokens_that_lead_nowhere_are_left_out() -> None:
