@@ -16,7 +16,7 @@ def compile_all() -> None:
     from triton.compiler import ASTSource
     from triton.compiler import compile as build
 
-    from kernels import dequantize, gemm_skinny, kv_cache, pointwise, sample, step
+    from kernels import automaton, dequantize, gemm_skinny, kv_cache, pointwise, sample, step
 
     elements = {"x", "residual", "weight", "bias", "qkv", "q_weight", "k_weight", "q_out", "k_cache", "v_cache", "logits",
                 "scales"}
@@ -34,6 +34,8 @@ def compile_all() -> None:
             return "fp32"
         if name in ("cos_sin", "partial", "kv_scales"):
             return "*fp32"
+        if name == "classes":
+            return "*i16"
         return "i32" if name in scalars or name.endswith("stride") else "*i32"
 
     row = {"WIDTH": 576, "BLOCK": 1024, "OVERLAP": True}
@@ -60,6 +62,8 @@ def compile_all() -> None:
         (dequantize, "_dequantize_kernel", {"WIDTH": 8960, "GROUP": 16, "MIDDLE": 128, "BLOCK": 2048}),
         (sample, "_sample_kernel", {"ZEROS": 16, "BLOCK": 4096}),
         (sample, "_mask_kernel", {"BYTES": 256}),
+        (automaton, "_mask_kernel", {"BYTES": 256}),
+        (automaton, "_advance_kernel", {"BLOCK": 128}),
     ):
         function = getattr(module, kernel)
         fp8 = constants.get("FP8", False)
