@@ -283,6 +283,37 @@ def check_mask(kernels: ModuleType, like: Tensor, n: int, width: int, words: int
     assert torch.equal(logits.cpu(), want)
 
 
+def check_automaton(kernels: ModuleType, like: Tensor, n: int, width: int) -> None:
+    """Rows in random states of two random automata, or in none: their masks, then their steps, against plain loops."""
+    words, rows_of_table = -(-width // 32), n + 5
+    masks = torch.randint(-(2**31), 2**31, (7, words)).int()
+    classes = torch.randint(0, 6, (3, width)).short()
+    sizes = {1: 4, 2: 6}                                        # classes of each automaton
+    table, steps = torch.zeros(1, ref.STATE_COLUMNS, dtype=torch.int32), torch.zeros(3, dtype=torch.int32)
+    for kind in (1, 2, 1):
+        classes[kind] %= sizes[kind]
+        line = torch.tensor([[int(torch.randint(0, 7, ())), steps.numel(), kind, 0]], dtype=torch.int32)
+        table, steps = torch.cat([table, line]), torch.cat([steps, torch.randint(-1, 4, (sizes[kind],)).int()])
+    states = torch.randint(0, 4, (rows_of_table,)).int()
+    rows = torch.randperm(rows_of_table)[:n].int()
+    sampled = torch.randint(0, width, (n,)).int()
+    logits = randn(n, width + 16, like=like)[:, :width]
+    want, after = logits.cpu().clone(), states.clone()
+    for i, row in enumerate(rows.tolist()):
+        if not (state := int(states[row])):
+            continue
+        mask, first, kind, _ = table[state].tolist()
+        allowed = (masks[mask][:, None] >> torch.arange(32)).flatten()[:width] & 1
+        want[i] = want[i].masked_fill(allowed == 0, ref.NEG_INF)
+        after[row] = max(0, int(steps[first + int(classes[kind, int(sampled[i])])]))
+    device = like.device
+    states, rows, table = states.to(device), rows.to(device), table.to(device)
+    kernels.mask_by_state(logits, states, rows, table, masks.to(device))
+    assert torch.equal(logits.cpu(), want)
+    kernels.advance(states, rows, sampled.to(device), table, steps.to(device), classes.to(device))
+    assert torch.equal(states.cpu(), after)
+
+
 @triton.jit
 def _noise_kernel(out, keys, second_keys, V, BLOCK: tl.constexpr):
     i = tl.program_id(0)

@@ -51,7 +51,7 @@ class Block(nn.Module):
 
 
 class Decoder(nn.Module):
-    """`quantization`: what becomes of the linear layers' weights, see linear_methods. `fp8_kv`: keys and values are FP8."""
+    """`quantization`: what becomes of linear layers' weights, see linear_methods. `fp8_kv`: keys and values are kept as e4m3."""
 
     def __init__(self, spec: ModelSpec, dtype: torch.dtype, max_positions: int, device: torch.device,
                  quantization: str = "stored", fp8_kv: bool = False) -> None:

@@ -16,7 +16,19 @@ def compile_all() -> None:
     from triton.compiler import ASTSource
     from triton.compiler import compile as build
 
-    from kernels import attention, dequantize, gemm_fp8, gemm_skinny, gemm_w4, kv_cache, pointwise, quantize, sample, step
+    from kernels import (
+        attention,
+        automaton,
+        dequantize,
+        gemm_fp8,
+        gemm_skinny,
+        gemm_w4,
+        kv_cache,
+        pointwise,
+        quantize,
+        sample,
+        step,
+    )
 
     elements = {"x", "residual", "weight", "bias", "qkv", "q_weight", "k_weight", "q_out", "q", "k_cache", "v_cache", "logits",
                 "scales"}
@@ -39,6 +51,8 @@ def compile_all() -> None:
             return "fp32"
         if name in ("cos_sin", "kv_scales", "partial", "prefix", "x_scales", "weight_scales"):
             return "*fp32"
+        if name == "classes":
+            return "*i16"
         return "i32" if name in scalars or name.endswith("stride") else "*i32"
 
     row = {"WIDTH": 576, "BLOCK": 1024, "OVERLAP": True}
@@ -81,6 +95,8 @@ def compile_all() -> None:
         (dequantize, "_dequantize_kernel", {"WIDTH": 8960, "GROUP": 16, "MIDDLE": 128, "BLOCK": 2048}),
         (sample, "_sample_kernel", {"ZEROS": 16, "BLOCK": 4096}),
         (sample, "_mask_kernel", {"BYTES": 256}),
+        (automaton, "_mask_kernel", {"BYTES": 256}),
+        (automaton, "_advance_kernel", {"BLOCK": 128}),
     ):
         function = getattr(module, kernel)
         fp8 = constants.get("FP8", False)
