@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from engine.automata import Automata
 from engine.block_pool import BlockPool
 from engine.config import EngineConfig
 from engine.guided.grammar import GrammarBackend
@@ -62,11 +63,13 @@ class Engine:
         windowed = any(layer.window for layer in spec.layers)            # a window hides the prefix: there is nothing to share
         token_bytes = 2 * spec.num_kv_heads * spec.head_dim * model.kv_dtype.itemsize
         groups = PrefixGroups(max_rows, config.page_size, token_bytes) if config.prefix_sharing and not windowed else None
-        self._scheduler = Scheduler(config, table, self._pool, max_step_tokens, spec.eos_token_ids, tokenizer, groups)
-        self._runner = Runner(model, table, caches, config.cuda_graphs, sharing=groups is not None)
+        automata = Automata(spec.vocab_size, self.device)
+        self._scheduler = Scheduler(config, table, self._pool, max_step_tokens, spec.eos_token_ids, automata, tokenizer, groups)
+        self._runner = Runner(model, table, caches, automata, config.cuda_graphs, sharing=groups is not None)
         self._inflight: deque[Step] = deque()
         progress("capturing CUDA graphs" if on_gpu and config.cuda_graphs else "ready")
         self._runner.warm_up()
+        automata.warm_up(table.grammar, dtype)
         gc.collect()
         gc.freeze()          # the heap so far lives as long as the engine: later collections need not walk it
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from kernels import ref
 
 attention: ModuleType = ref
+automaton: ModuleType = ref
 dequantize: ModuleType = ref
 gemm_fp8: ModuleType = ref
 gemm_w4: ModuleType = ref
@@ -19,7 +20,7 @@ pointwise: ModuleType = ref
 sampling: ModuleType = ref
 step: ModuleType = ref
 if torch.cuda.is_available():
-    from kernels import attention, dequantize, gemm_fp8, gemm_w4, kv_cache, pointwise, step
+    from kernels import attention, automaton, dequantize, gemm_fp8, gemm_w4, kv_cache, pointwise, step
     from kernels import linear as dense
     from kernels import sample as sampling
 
@@ -57,14 +58,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, out: Tensor | 
     return (dense if x.is_cuda else ref).linear(x, weight, bias, out)
 
 
-def norm_linear(x: Tensor, residual: Tensor, norm: Tensor, eps: float, plus_one: bool, weight: Tensor,
-                bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    return (dense if x.is_cuda else ref).norm_linear(x, residual, norm, eps, plus_one, weight, bias)
-
-
-def norm_gated_linear(x: Tensor, residual: Tensor, norm: Tensor, eps: float, plus_one: bool, weight: Tensor, bias: Tensor | None,
-                      activation: str) -> tuple[Tensor, Tensor]:
-    return (dense if x.is_cuda else ref).norm_gated_linear(x, residual, norm, eps, plus_one, weight, bias, activation)
+def gated_linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
+    return (dense if x.is_cuda else ref).gated_linear(x, weight, bias, activation)
 
 
 def rope_and_cache(qkv: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, eps: float, plus_one: bool, cos_sin: Tensor,
@@ -134,6 +129,14 @@ def mask_logits(logits: Tensor, mask: Tensor, index: Tensor) -> None:
 
 def sample(logits: Tensor, params: Tensor, rows: Tensor, positions: Tensor) -> Tensor:
     return (sampling if logits.is_cuda else ref).sample(logits, params, rows, positions)
+
+
+def mask_by_state(logits: Tensor, states: Tensor, rows: Tensor, table: Tensor, masks: Tensor) -> None:
+    (automaton if logits.is_cuda else ref).mask_by_state(logits, states, rows, table, masks)
+
+
+def advance(states: Tensor, rows: Tensor, sampled: Tensor, table: Tensor, next: Tensor, classes: Tensor) -> None:
+    (automaton if states.is_cuda else ref).advance(states, rows, sampled, table, next, classes)
 
 
 def apply_penalties(logits: Tensor, index: Tensor, tokens: Tensor, rows: Tensor, prompt_len: Tensor, length: Tensor,

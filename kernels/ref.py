@@ -79,17 +79,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None) -
     return F.linear(x, weight, bias) if out is None else torch.mm(x, weight.t(), out=out)
 
 
-def norm_linear(x: Tensor, residual: Tensor, norm: Tensor, eps: float, plus_one: bool, weight: Tensor,
-                bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    """add_rms_norm, then linear -> (product, x + residual). The sum may stand in `residual`, which is not to be used again."""
-    return linear(add_rms_norm(x, residual, norm, eps, plus_one), weight, bias, None), residual
-
-
-def norm_gated_linear(x: Tensor, residual: Tensor, norm: Tensor, eps: float, plus_one: bool, weight: Tensor, bias: Tensor | None,
-                      activation: str) -> tuple[Tensor, Tensor]:
-    """norm_linear with the weight [gate | up], [2 I, K], then gated_act -> ([T, I], x + residual)."""
-    y, residual = norm_linear(x, residual, norm, eps, plus_one, weight, bias)
-    return gated_act(y, activation), residual
+def gated_linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
+    """linear with the weight [gate | up], [2 I, K], then gated_act -> [T, I]."""
+    return gated_act(linear(x, weight, bias, None), activation)
 
 
 def rope_and_cache(qkv: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, eps: float, plus_one: bool, cos_sin: Tensor,
@@ -323,6 +315,34 @@ def mask_logits(logits: Tensor, mask: Tensor, index: Tensor) -> None:
     allowed = F.pad(allowed, (0, max(0, width - allowed.shape[1])))[:, :width]
     rows = index.long()
     logits[rows] = torch.where(allowed, logits[rows], NEG_INF)
+
+
+# Columns of an automaton state's line [N, 4] int32: which mask, where its steps begin, which row of classes.
+STATE_MASK, STATE_NEXT, STATE_CLASSES = range(3)
+STATE_COLUMNS = 4
+
+
+def mask_by_state(logits: Tensor, states: Tensor, rows: Tensor, table: Tensor, masks: Tensor) -> None:
+    """logits[i, v] = -inf in place where the state of row rows[i] forbids token v; state 0 forbids nothing.
+
+    states: [R], of each table row. table: [N, STATE_COLUMNS]. masks: [M, ceil(V / 32)], bits of allowed tokens, little-endian.
+    """
+    state = states[rows.long()].long()
+    index = state.nonzero().flatten()
+    if index.numel():
+        mask_logits(logits, masks[table[state[index], STATE_MASK].long()], index)
+
+
+def advance(states: Tensor, rows: Tensor, sampled: Tensor, table: Tensor, next: Tensor, classes: Tensor) -> None:
+    """Move states[rows[i]] on by the token sampled[i], in place; 0 stays, and what is not allowed leads to 0.
+
+    next: flat [...], of each state and class the next state, or -1; classes: int16 [G, V], of each token. Rows must not repeat.
+    """
+    state = states[rows.long()].long()
+    line = table[state]
+    kind = classes[line[:, STATE_CLASSES].long(), sampled.long()]
+    after = next[(line[:, STATE_NEXT] + kind).long()].clamp(min=0)
+    states[rows.long()] = torch.where(state > 0, after, 0)
 
 
 def apply_penalties(logits: Tensor, index: Tensor, tokens: Tensor, rows: Tensor, prompt_len: Tensor, length: Tensor,

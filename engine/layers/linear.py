@@ -14,7 +14,6 @@ from engine.models.errors import ModelError
 from kernels import ops
 
 if TYPE_CHECKING:
-    from engine.layers.norm import RMSNorm
     from engine.weights import Checkpoint
 
 
@@ -45,15 +44,9 @@ class LinearMethod(Protocol):
     def apply(self, layer: Linear, x: Tensor) -> Tensor:
         """x [T, in_features] -> [T, out_features]."""
 
-    def apply_after_norm(self, layer: Linear, x: Tensor, residual: Tensor, norm: RMSNorm) -> tuple[Tensor, Tensor]:
-        """-> (the product with the norm of x + residual, x + residual); the given residual is not to be used again."""
-        return self.apply(layer, norm.add(x, residual)), residual
-
-    def apply_gated_after_norm(self, layer: Linear, x: Tensor, residual: Tensor, norm: RMSNorm,
-                               activation: str) -> tuple[Tensor, Tensor]:
-        """As apply_after_norm, of a layer [gate | up], with ops.gated_act of the product."""
-        y, residual = self.apply_after_norm(layer, x, residual, norm)
-        return ops.gated_act(y, activation), residual
+    def apply_gated(self, layer: Linear, x: Tensor, activation: str) -> Tensor:
+        """ops.gated_act of the product of a layer [gate | up]: x [T, in_features] -> [T, out_features / 2]."""
+        return ops.gated_act(self.apply(layer, x), activation)
 
 
 MethodOf = Callable[[str], LinearMethod]    # of a layer by its name in the checkpoint
@@ -72,12 +65,8 @@ class DenseMethod(LinearMethod):
     def apply(self, layer: Linear, x: Tensor) -> Tensor:
         return ops.linear(x, layer.weight, layer.bias)
 
-    def apply_after_norm(self, layer: Linear, x: Tensor, residual: Tensor, norm: RMSNorm) -> tuple[Tensor, Tensor]:
-        return ops.norm_linear(x, residual, norm.weight, norm.eps, norm.plus_one, layer.weight, layer.bias)
-
-    def apply_gated_after_norm(self, layer: Linear, x: Tensor, residual: Tensor, norm: RMSNorm,
-                               activation: str) -> tuple[Tensor, Tensor]:
-        return ops.norm_gated_linear(x, residual, norm.weight, norm.eps, norm.plus_one, layer.weight, layer.bias, activation)
+    def apply_gated(self, layer: Linear, x: Tensor, activation: str) -> Tensor:
+        return ops.gated_linear(x, layer.weight, layer.bias, activation)
 
 
 def bias_spec(out_features: int, bias: bool, dtype: torch.dtype) -> dict[str, ParamSpec]:
@@ -123,13 +112,9 @@ class Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.method.apply(self, x)
 
-    def after_norm(self, x: Tensor, residual: Tensor, norm: RMSNorm) -> tuple[Tensor, Tensor]:
-        """See LinearMethod.apply_after_norm."""
-        return self.method.apply_after_norm(self, x, residual, norm)
-
-    def gated_after_norm(self, x: Tensor, residual: Tensor, norm: RMSNorm, activation: str) -> tuple[Tensor, Tensor]:
-        """See LinearMethod.apply_gated_after_norm."""
-        return self.method.apply_gated_after_norm(self, x, residual, norm, activation)
+    def gated(self, x: Tensor, activation: str) -> Tensor:
+        """See LinearMethod.apply_gated."""
+        return self.method.apply_gated(self, x, activation)
 
 
 class Joined(nn.Module):
@@ -142,13 +127,9 @@ class Joined(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return torch.cat([part(x) for part in self.parts], dim=-1)
 
-    def after_norm(self, x: Tensor, residual: Tensor, norm: RMSNorm) -> tuple[Tensor, Tensor]:
-        """See LinearMethod.apply_after_norm."""
-        return self(norm.add(x, residual)), residual
-
-    def gated_after_norm(self, x: Tensor, residual: Tensor, norm: RMSNorm, activation: str) -> tuple[Tensor, Tensor]:
-        """See LinearMethod.apply_gated_after_norm."""
-        return ops.gated_act(self(norm.add(x, residual)), activation), residual
+    def gated(self, x: Tensor, activation: str) -> Tensor:
+        """See LinearMethod.apply_gated."""
+        return ops.gated_act(self(x), activation)
 
 
 def make_linear(in_features: int, sources: Sequence[tuple[str, int]], *, bias: bool, dtype: torch.dtype,

@@ -1,4 +1,4 @@
-"""The gated MLP behind its norm: down(act(gate) * up), gate and up in one product."""
+"""The gated MLP: down(act(gate) * up), gate and up in one product."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import torch
 from torch import Tensor, nn
 
 from engine.layers.linear import MethodOf, make_linear
-from engine.layers.norm import RMSNorm
 from engine.models.spec import ModelSpec
 
 
@@ -20,7 +19,5 @@ class MLP(nn.Module):
         self.down = make_linear(width, [(f"{prefix}.down_proj", spec.hidden_size)], bias=spec.mlp_bias, dtype=dtype,
                                 method_of=method_of)
 
-    def forward(self, x: Tensor, residual: Tensor, norm: RMSNorm) -> tuple[Tensor, Tensor]:
-        """Of the norm of x + residual -> (output, x + residual); the given residual is not to be used again."""
-        h, residual = self.gate_up.gated_after_norm(x, residual, norm, self.activation)
-        return self.down(h), residual
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(self.gate_up.gated(x, self.activation))
