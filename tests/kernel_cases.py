@@ -15,7 +15,6 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels import ref, sample
-from kernels.gemm_skinny import Norm
 
 # Two roundings to the type, and for float32 the approximate exponential.
 RELATIVE = {torch.float32: 3e-6, torch.float16: 1.1e-3, torch.bfloat16: 9e-3}
@@ -62,16 +61,12 @@ def check_gated_act(kernels: ModuleType, like: Tensor, tokens: int, width: int, 
 
 
 def check_linear(run: Callable[..., Tensor], like: Tensor, m: int, features: int, depth: int, activation: str = "",
-                 norm: bool = False, bias: bool = False, plus_one: bool = False) -> None:
-    """`run` takes what kernels.gemm_skinny.product takes, but for the tile; x and the residual stand in wider rows."""
-    x, residual = (randn(m, depth + 16, like=like)[:, :depth] for _ in range(2))
-    weight, scale = randn(features, depth, like=like) / depth**0.5, randn(depth, like=like)
+                 bias: bool = False) -> None:
+    """`run` takes what kernels.gemm_skinny.product takes, but for the tile; x stands in wider rows."""
+    x = randn(m, depth + 16, like=like)[:, :depth]
+    weight = randn(features, depth, like=like) / depth**0.5
     shift = randn(features, like=like) if bias else None
-    summed = torch.full((m, depth), float("nan"), dtype=like.dtype, device=like.device)
-    h = x
-    if norm:
-        h = ref.rms_norm(x + residual, scale, 1e-5, plus_one)
-    want = h.double() @ weight.double().T
+    want = x.double() @ weight.double().T
     if shift is not None:
         want += shift.double()
     size = float(want.abs().max())
@@ -79,15 +74,10 @@ def check_linear(run: Callable[..., Tensor], like: Tensor, m: int, features: int
         gate, up = want.to(like.dtype).double().chunk(2, -1)
         act = F.silu(gate) if activation == "silu" else F.gelu(gate, approximate="tanh")
         want, size = act * up, size * float(up.abs().max())
-    fold = Norm(residual, scale, 1e-5, plus_one, summed) if norm else None
-    out = torch.full_like(want, float("nan"), dtype=like.dtype)
-    got = run(x, weight, shift, activation, fold, out)
-    assert got is out
-    if norm:
-        assert torch.equal(summed, x + residual)
-    torch.testing.assert_close(got.double(), want, rtol=RELATIVE[like.dtype], atol=RELATIVE[like.dtype] * size)
-    again = torch.full_like(out, float("nan"))
-    run(x, weight, shift, activation, fold, again)
+    out, again = (torch.full_like(want, float("nan"), dtype=like.dtype) for _ in range(2))
+    assert run(x, weight, shift, activation, out) is out
+    torch.testing.assert_close(out.double(), want, rtol=RELATIVE[like.dtype], atol=RELATIVE[like.dtype] * size)
+    run(x, weight, shift, activation, again)
     assert torch.equal(out, again)
 
 
