@@ -1,7 +1,8 @@
 """Which lowered schemas are regular languages, and their automata over bytes: the same texts that llguidance would let through.
 
-Objects with listed properties, arrays, enums, integers, strings by their length: all that has no recursion and no free keys. What
-is not covered (patterns, formats, numbers with a fraction, multiples) raises NotRegular, and stays with llguidance.
+Objects with listed properties, arrays, enums, integers, numbers in a range, strings by their length: all that has no recursion
+and no free keys. What is not covered (patterns, formats, multiples, numbers without a range) raises NotRegular, and stays with
+llguidance.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ ESCAPES = b'"\\bfnrt'
 _ASCII = ((0x20, 0x21), (0x23, 0x5B), (0x5D, 0x7E))      # what a string may hold as it is: no quote, backslash or control
 _WORDS: dict[str, set[str]] = {
     "null": set(), "boolean": set(), "integer": {"minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"},
+    "number": {"minimum", "maximum", "exclusiveMaximum"},
     "string": {"minLength", "maxLength"}, "array": {"prefixItems", "items", "minItems", "maxItems"},
     "object": {"properties", "required", "additionalProperties"},
 }
@@ -50,8 +52,8 @@ class _Writer:
         self._definitions = root.get("$defs", {}) if isinstance(root, dict) else {}
         self._open: list[str] = []
         self._kinds: dict[str, Callable[[dict[str, Any], int], int]] = {
-            "null": self._null, "boolean": self._boolean, "integer": self._integer, "string": self._string, "array": self._array,
-            "object": self._object}
+            "null": self._null, "boolean": self._boolean, "integer": self._integer, "number": self._number,
+            "string": self._string, "array": self._array, "object": self._object}
 
     def value(self, schema: Any, start: int) -> int:
         if not isinstance(schema, dict):
@@ -154,6 +156,31 @@ class _Writer:
         if a <= b:
             self._same_length(self.nfa.byte(start, zero + a, zero + b), zeros, nines, end)
 
+    def _number(self, schema: dict[str, Any], start: int) -> int:
+        """With or without a fraction, between whole numbers from 0 on. Without exponents, as llguidance has it beside bounds."""
+        low = _whole(schema.get("minimum"))
+        below = _whole(schema["exclusiveMaximum"]) if "exclusiveMaximum" in schema else None
+        high = _whole(schema["maximum"]) if "maximum" in schema else below
+        if low < 0 or high is None or (below is not None and below != high):
+            raise NotRegular
+        nfa, end = self.nfa, self.nfa.state()
+        if low < high:
+            whole = nfa.state()
+            self._naturals(start, low, high - 1, whole)
+            nfa.join(whole, end)
+            fraction = nfa.byte(nfa.text(whole, b"."), 0x30, 0x39)
+            nfa.byte(fraction, 0x30, 0x39, fraction)
+            nfa.join(fraction, end)
+        if below is None:
+            whole = nfa.text(start, str(high).encode())
+            nfa.join(whole, end)
+            if low == high:
+                return end
+            zeros = nfa.text(whole, b".0")
+            nfa.byte(zeros, 0x30, 0x30, zeros)
+            nfa.join(zeros, end)
+        return end
+
     # --- strings ---
 
     def _string(self, schema: dict[str, Any], start: int) -> int:
@@ -243,6 +270,12 @@ def _bound(schema: dict[str, Any], inclusive: str, exclusive: str, step: int) ->
                 raise NotRegular
             bounds.append(value + shift)
     return (max(bounds) if step > 0 else min(bounds)) if bounds else None
+
+
+def _whole(bound: Any) -> int:
+    if not isinstance(bound, int | float) or bound != int(bound):
+        raise NotRegular
+    return int(bound)
 
 
 def _literal(value: Any) -> bytes:

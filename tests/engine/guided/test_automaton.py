@@ -37,6 +37,8 @@ REGULAR: list[Any] = [
     *(integer(*bounds) for bounds in [(), (0, 100), (-5, 1), (-100, -7), (13,), (None, -13), (None, 55), (-77,), (5, 12345), (0,),
                                       (1, 5), (None, 0), (-3, 0), (-1234, 999), (10, 10), (-2**53, 2**53)]),
     INTEGER | {"exclusiveMinimum": -10, "exclusiveMaximum": 1000},
+    *({"type": "number", "minimum": low, "maximum": high} for low, high in [(0, 1), (0, 10.0), (1, 5), (7, 7), (99, 1234)]),
+    {"type": ["number", "null"], "minimum": 0, "exclusiveMaximum": 20}, {"type": "number", "minimum": 0, "exclusiveMaximum": 1},
     STRING, STRING | {"maxLength": 3}, STRING | {"minLength": 4}, {"type": "boolean"}, {"type": "null"},
     {"type": ["string", "null"], "minLength": 2, "maxLength": 4}, {"type": ["integer", "boolean"], "minimum": 3},
     {"enum": ["é", "\n\"", "😀a", "a/b", "\u2028", "a\\b", 1, -20, None, True]}, {"const": "only"},
@@ -54,7 +56,8 @@ REGULAR: list[Any] = [
     {"$ref": "#/$defs/p", "$defs": {"p": record("a b", a={"$ref": "#/$defs/q"}, b={"$ref": "#/$defs/q"}), "q": integer(1, 20)}},
 ]
 IRREGULAR: list[Any] = [
-    {"type": "number"}, STRING | {"pattern": "^a+$"}, STRING | {"format": "date"}, {"type": "object"}, True,
+    {"type": "number"}, {"type": "number", "minimum": 0.5, "maximum": 2}, {"type": "number", "minimum": -1, "maximum": 1},
+    STRING | {"pattern": "^a+$"}, STRING | {"format": "date"}, {"type": "object"}, True,
     INTEGER | {"multipleOf": 3}, {"enum": [1.5]}, {"enum": [[1]]},
     {"type": "array", "items": STRING, "uniqueItems": True}, STRING | {"maxLength": 5000},
     {"$ref": "#/$defs/t", "$defs": {"t": record("", child={"$ref": "#/$defs/t"})}},
