@@ -464,7 +464,7 @@ class Scheduler:
         after = self._automata.step(before, tokens)
         for row in rows[after < 0].tolist():             # no number was left above -inf: the model's logits are broken
             self._take_back(row)
-            self._run_out(row)
+            self._settle(row)
         rows, before, after = rows[after >= 0], before[after >= 0], after[after >= 0]
         without_choice = self._automata.chain_size[before] > 0
         self.forced[rows] += without_choice
@@ -496,11 +496,8 @@ class Scheduler:
             self._forced += int(count.sum())
             self._generated += int(count.sum())
         complete = automata.finished[self.state[rows]]
-        for row in rows[complete].tolist():
-            self._finish(row, FinishReason.STOP)
-        rows = rows[~complete]
-        for row in rows[self.seen[rows] >= self.limit[rows]].tolist():
-            self._run_out(row)
+        for row in rows[complete | (self.seen[rows] >= self.limit[rows])].tolist():
+            self._settle(row)
 
     def _watch(self, row: int) -> None:
         """A row that the host must look at after each token: a grammar or stop strings."""
@@ -540,18 +537,18 @@ class Scheduler:
     def _settle(self, row: int) -> None:
         """End a row under a grammar: as it stands if that is valid, else trimmed and closed.
 
-        What a guide lets through may not pass the final check yet (numbers beyond a double); what an automaton does, passes.
+        What the grammar lets through may not pass the final check yet (numbers beyond a double); of most automata it is known to.
         """
-        state, live = int(self.state[row]), self.live[row]
-        if state and self._automata.final[state]:
+        state, grammar, guide = int(self.state[row]), self.live[row].waiting.request.grammar, self.live[row].guide
+        assert grammar is not None
+        may_end = bool(self._automata.final[state]) if guide is None else guide.error is None and guide.accepting
+        if state and may_end and self._automata.sound[state]:
             self._finish(row, FinishReason.STOP)
             return
-        grammar, guide = live.waiting.request.grammar, live.guide
-        assert grammar is not None
         produced = self.tokens[row, self.prompt_len[row] : self.seen[row]]
         budget = int(self.limit[row] - self.prompt_len[row])
         if grammar.min_tokens > budget:
-            if guide is not None and guide.error is None and guide.accepting:
+            if may_end:
                 self._finish(row, FinishReason.STOP)
             else:
                 self._finish(row, FinishReason.ERROR, error=f"the schema needs {grammar.min_tokens} tokens and there is room for "
