@@ -141,8 +141,11 @@ class Scheduler:
         n = self._fitting(ready)
         if n < min(few, len(ready)) and self.live:
             return
-        for waiting in self.window.take(max(n, 0 if self.live else 1)):      # alone, a request is always let in
-            self._admit(waiting)
+        # Alone, a request is always let in. A row that a guide ends at once may be given out again.
+        rows = np.unique([self._admit(waiting) for waiting in self.window.take(max(n, 0 if self.live else 1))])
+        held = rows[self.active[rows] & (self.state[rows] > 0)]
+        if held.size:
+            self._append_forced(held, least=1)
 
     def _fitting(self, ready: list[Waiting]) -> int:
         """How many of `ready` the forecast lets in. Pages shared through the tree are counted once, a row's own by the row."""
@@ -162,7 +165,7 @@ class Scheduler:
     def _limit(self, request: Request) -> int:
         return min(request.prompt.size + request.params.max_tokens, self._table.max_len)
 
-    def _admit(self, waiting: Waiting) -> None:
+    def _admit(self, waiting: Waiting) -> int:
         row, request, params = self._free_rows.popleft(), waiting.request, waiting.request.params
         n = waiting.tokens.size
         self.active[row], self.arrived[row], self.stale[row] = True, False, True
@@ -195,8 +198,7 @@ class Scheduler:
         self.live[row] = Live(waiting, guide, stop, logprobs)
         if guide is not None:
             self._follow(row, guide)
-        elif self.state[row]:
-            self._append_forced(np.array([row]), least=1)
+        return row
 
     def _start(self, waiting: Waiting) -> tuple[int, Guide | None]:
         """The state of the row's automaton, 0: none, and its guide where it has a grammar and no automaton."""
