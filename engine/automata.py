@@ -43,7 +43,7 @@ class _Column:
 
 
 class Automata:
-    """final, finished, chain, chain_start, chain_size and chain_end: as in TokenAutomaton, over all states."""
+    """final, finished, sound, chain, chain_start, chain_size and chain_end: as in TokenAutomaton, over all states."""
 
     def __init__(self, vocab_size: int, device: torch.device) -> None:
         self.jump = JUMP[device.type]
@@ -55,7 +55,7 @@ class Automata:
         self._table = column(np.int32, 1, ref.STATE_COLUMNS)
         self._next, self._classes = column(np.int32, 1), column(np.int16, 1, vocab_size)
         self._masks = column(np.int32, 1, -(-vocab_size // 32))
-        self.final = self.finished = np.zeros(1, dtype=bool)
+        self.final = self.finished = self.sound = np.zeros(1, dtype=bool)
         self.chain, self.chain_start, self.chain_size, self.chain_end = (np.zeros(n, dtype=np.int32) for n in (0, 1, 1, 1))
         self._placed: dict[TokenAutomaton, int] = {}
         self._bytes = 0
@@ -81,6 +81,7 @@ class Automata:
         self._table.append(table)
         self.final = np.concatenate([self.final, automaton.final])
         self.finished = np.concatenate([self.finished, automaton.finished])
+        self.sound = np.concatenate([self.sound, np.full(states, automaton.sound)])
         self.chain_start = np.concatenate([self.chain_start, automaton.chain_start + len(self.chain)])
         self.chain_size = np.concatenate([self.chain_size, automaton.chain_size])
         self.chain_end = np.concatenate([self.chain_end, automaton.chain_end + base])

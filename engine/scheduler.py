@@ -141,8 +141,11 @@ class Scheduler:
         n = self._fitting(ready)
         if n < min(few, len(ready)) and self.live:
             return
-        for waiting in self.window.take(max(n, 0 if self.live else 1)):      # alone, a request is always let in
-            self._admit(waiting)
+        # Alone, a request is always let in. A row that a guide ends at once may be given out again.
+        rows = np.unique([self._admit(waiting) for waiting in self.window.take(max(n, 0 if self.live else 1))])
+        held = rows[self.active[rows] & (self.state[rows] > 0)]
+        if held.size:
+            self._append_forced(held, least=1)
 
     def _fitting(self, ready: list[Waiting]) -> int:
         """How many of `ready` the forecast lets in. Pages shared through the tree are counted once, a row's own by the row."""
@@ -162,7 +165,7 @@ class Scheduler:
     def _limit(self, request: Request) -> int:
         return min(request.prompt.size + request.params.max_tokens, self._table.max_len)
 
-    def _admit(self, waiting: Waiting) -> None:
+    def _admit(self, waiting: Waiting) -> int:
         row, request, params = self._free_rows.popleft(), waiting.request, waiting.request.params
         n = waiting.tokens.size
         self.active[row], self.arrived[row], self.stale[row] = True, False, True
@@ -195,8 +198,7 @@ class Scheduler:
         self.live[row] = Live(waiting, guide, stop, logprobs)
         if guide is not None:
             self._follow(row, guide)
-        elif self.state[row]:
-            self._append_forced(np.array([row]), least=1)
+        return row
 
     def _start(self, waiting: Waiting) -> tuple[int, Guide | None]:
         """The state of the row's automaton, 0: none, and its guide where it has a grammar and no automaton."""
@@ -464,7 +466,7 @@ class Scheduler:
         after = self._automata.step(before, tokens)
         for row in rows[after < 0].tolist():             # no number was left above -inf: the model's logits are broken
             self._take_back(row)
-            self._run_out(row)
+            self._settle(row)
         rows, before, after = rows[after >= 0], before[after >= 0], after[after >= 0]
         without_choice = self._automata.chain_size[before] > 0
         self.forced[rows] += without_choice
@@ -496,11 +498,8 @@ class Scheduler:
             self._forced += int(count.sum())
             self._generated += int(count.sum())
         complete = automata.finished[self.state[rows]]
-        for row in rows[complete].tolist():
-            self._finish(row, FinishReason.STOP)
-        rows = rows[~complete]
-        for row in rows[self.seen[rows] >= self.limit[rows]].tolist():
-            self._run_out(row)
+        for row in rows[complete | (self.seen[rows] >= self.limit[rows])].tolist():
+            self._settle(row)
 
     def _watch(self, row: int) -> None:
         """A row that the host must look at after each token: a grammar or stop strings."""
@@ -540,18 +539,18 @@ class Scheduler:
     def _settle(self, row: int) -> None:
         """End a row under a grammar: as it stands if that is valid, else trimmed and closed.
 
-        What a guide lets through may not pass the final check yet (numbers beyond a double); what an automaton does, passes.
+        What the grammar lets through may not pass the final check yet (numbers beyond a double); of most automata it is known to.
         """
-        state, live = int(self.state[row]), self.live[row]
-        if state and self._automata.final[state]:
+        state, grammar, guide = int(self.state[row]), self.live[row].waiting.request.grammar, self.live[row].guide
+        assert grammar is not None
+        may_end = bool(self._automata.final[state]) if guide is None else guide.error is None and guide.accepting
+        if state and may_end and self._automata.sound[state]:
             self._finish(row, FinishReason.STOP)
             return
-        grammar, guide = live.waiting.request.grammar, live.guide
-        assert grammar is not None
         produced = self.tokens[row, self.prompt_len[row] : self.seen[row]]
         budget = int(self.limit[row] - self.prompt_len[row])
         if grammar.min_tokens > budget:
-            if guide is not None and guide.error is None and guide.accepting:
+            if may_end:
                 self._finish(row, FinishReason.STOP)
             else:
                 self._finish(row, FinishReason.ERROR, error=f"the schema needs {grammar.min_tokens} tokens and there is room for "

@@ -29,6 +29,7 @@ class TokenAutomaton:
     to where it came from, if the output may end there.
     masks: int32 [M, ceil(V / 32)], sets of allowed tokens, low bits first; mask_of: int32 [S], which of them.
     final: bool [S], the output may end. finished: bool [S], it must.
+    sound: what it lets through passes the grammar's check (all but numbers beyond a double).
     A state with chain_size[s] > 0 is forced: chain[chain_start[s] :][: chain_size[s]] follows, and leads to chain_end[s].
     """
 
@@ -38,6 +39,7 @@ class TokenAutomaton:
     mask_of: np.ndarray
     final: np.ndarray
     finished: np.ndarray
+    sound: bool
     chain: np.ndarray
     chain_start: np.ndarray
     chain_size: np.ndarray
@@ -193,7 +195,8 @@ def token_automaton(dfa: ByteDfa, vocabulary: Vocabulary, tokenize: Callable[[by
         raise TooLarge
     finished = final & np.all(dfa.delta[reached] < 0, axis=1)
     chains = _chains({int(number[s]): token for s, token in forced.items()}, step, classes)
-    return TokenAutomaton(classes.astype(np.int16), step.astype(np.int16), masks, mask_of, final, finished, *chains)
+    return TokenAutomaton(classes.astype(np.int16), step.astype(np.int16), masks, mask_of, final, finished, dfa.sound,
+                          *chains)
 
 
 def _steps(dfa: ByteDfa, vocabulary: Vocabulary) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -25,10 +25,12 @@ class ByteDfa:
     """State 0 is the start. Every state can reach a final one.
 
     delta: int32 [S, 256], the next state, -1 where the byte may not follow. final: bool [S], where the text may end.
+    sound: all its texts pass the final check of the grammar it was made of.
     """
 
     delta: np.ndarray
     final: np.ndarray
+    sound: bool
 
 
 class Nfa:
@@ -75,7 +77,7 @@ class Nfa:
             else:
                 self.byte(self.byte(start, first, last), *second, left[len(rest)])
 
-    def dfa(self, end: int) -> ByteDfa:
+    def dfa(self, end: int, sound: bool = True) -> ByteDfa:
         """Of the texts from state 0 to `end`. Raises TooLarge."""
         closures = [self._closure(s) for s in range(len(self._arcs))]
         first = closures[0]
@@ -93,7 +95,7 @@ class Nfa:
                 row[lo : hi + 1] = number[key]
             rows.append(row)
             final.append(end in members)
-        return _trimmed(np.stack(rows), np.array(final))
+        return _trimmed(ByteDfa(np.stack(rows), np.array(final), sound))
 
     def _closure(self, state: int) -> frozenset[int]:
         seen, stack = {state}, [state]
@@ -130,9 +132,9 @@ def reaching(step: np.ndarray, goal: np.ndarray) -> np.ndarray:
         reached[found] = True
 
 
-def _trimmed(delta: np.ndarray, final: np.ndarray) -> ByteDfa:
+def _trimmed(dfa: ByteDfa) -> ByteDfa:
     """Without states from which no final one is reached."""
-    alive = reaching(delta, final)
+    delta, alive = dfa.delta, reaching(dfa.delta, dfa.final)
     number = np.where(alive, np.cumsum(alive) - 1, -1).astype(np.int32)
     delta = np.where(delta >= 0, number[delta], -1)
-    return ByteDfa(delta[alive].astype(np.int32), final[alive])
+    return ByteDfa(delta[alive].astype(np.int32), dfa.final[alive], dfa.sound)

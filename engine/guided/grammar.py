@@ -48,7 +48,7 @@ class Grammar(Protocol):
 
     min_tokens: int      # an upper bound on the fewest tokens a valid output needs
     minimal: np.ndarray  # such an output: int32 [min_tokens]
-    automaton: TokenAutomaton | None     # lets through the same as the guides; everything it lets through passes `check`
+    automaton: TokenAutomaton | None     # lets through what the guides do
 
     def check(self, text: str) -> Any:
         """The value of a finished output: parsed JSON, or the text itself for regex and choice. ValueError if it is not valid."""

@@ -1,13 +1,13 @@
 """Which lowered schemas are regular languages, and their automata over bytes: the same texts that llguidance would let through.
 
-Objects with listed properties, arrays, enums, integers, strings by their length: all that has no recursion and no free keys. What
-is not covered (patterns, formats, numbers with a fraction, multiples) raises NotRegular, and stays with llguidance.
+Objects with listed properties, arrays, enums, numbers, strings by their length: all that has no recursion and no free keys. What
+is not covered (patterns, formats, multiples, bounds that are no whole numbers) raises NotRegular, and stays with llguidance.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -17,6 +17,7 @@ ESCAPES = b'"\\bfnrt'
 _ASCII = ((0x20, 0x21), (0x23, 0x5B), (0x5D, 0x7E))      # what a string may hold as it is: no quote, backslash or control
 _WORDS: dict[str, set[str]] = {
     "null": set(), "boolean": set(), "integer": {"minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"},
+    "number": {"minimum", "maximum", "exclusiveMaximum"},
     "string": {"minLength", "maxLength"}, "array": {"prefixItems", "items", "minItems", "maxItems"},
     "object": {"properties", "required", "additionalProperties"},
 }
@@ -28,9 +29,10 @@ class NotRegular(Exception):
 
 def schema_dfa(schema: Any, item_separator: str, key_separator: str, max_states: int) -> ByteDfa:
     """schema: lowered. Raises NotRegular, or TooLarge for one that would need more than `max_states`."""
-    writer = _Writer(schema, item_separator.encode(), key_separator.encode(), max_states)
+    writer = _Writer(schema, item_separator, key_separator, max_states)
     start = writer.nfa.state()
-    return writer.nfa.dfa(writer.value(schema, start))
+    end = writer.value(schema, start)
+    return writer.nfa.dfa(end, writer.sound)
 
 
 def choice_dfa(choices: Sequence[str], max_states: int) -> ByteDfa:
@@ -42,16 +44,17 @@ def choice_dfa(choices: Sequence[str], max_states: int) -> ByteDfa:
 
 
 class _Writer:
-    """Methods add a value to the automaton from a state on, and return the state behind it."""
+    """Methods add a value to the automaton from a state on, and return the state behind it. sound: see ByteDfa."""
 
-    def __init__(self, root: Any, item_separator: bytes, key_separator: bytes, max_states: int) -> None:
-        self.nfa = Nfa(max_states)
-        self._comma, self._colon = item_separator, key_separator
+    def __init__(self, root: Any, item_separator: str, key_separator: str, max_states: int) -> None:
+        self.nfa, self.sound = Nfa(max_states), True
+        self._separators = item_separator, key_separator
+        self._comma, self._colon = item_separator.encode(), key_separator.encode()
         self._definitions = root.get("$defs", {}) if isinstance(root, dict) else {}
         self._open: list[str] = []
         self._kinds: dict[str, Callable[[dict[str, Any], int], int]] = {
-            "null": self._null, "boolean": self._boolean, "integer": self._integer, "string": self._string, "array": self._array,
-            "object": self._object}
+            "null": self._null, "boolean": self._boolean, "integer": self._integer, "number": self._number,
+            "string": self._string, "array": self._array, "object": self._object}
 
     def value(self, schema: Any, start: int) -> int:
         if not isinstance(schema, dict):
@@ -62,7 +65,7 @@ class _Writer:
         if words == {"anyOf"}:
             return self._either([partial(self.value, one) for one in schema["anyOf"]], start)
         if words == {"enum"}:
-            return self._either([partial(self._text, _literal(value)) for value in schema["enum"]], start)
+            return self._either([partial(self._text, self._literal(value)) for value in schema["enum"]], start)
         kinds = schema.get("type")
         kinds = [kinds] if isinstance(kinds, str) else kinds or []
         if not kinds or not all(kind in _WORDS for kind in kinds) or words - {"type"} - set().union(*(_WORDS[k] for k in kinds)):
@@ -92,6 +95,11 @@ class _Writer:
     def _text(self, text: bytes, start: int) -> int:
         return self.nfa.text(start, text)
 
+    def _literal(self, value: Any) -> bytes:
+        if any(number == int(number) or "e" in repr(number) for number in _floats(value)):
+            raise NotRegular                                     # there are several ways to write it
+        return json.dumps(value, ensure_ascii=False, separators=self._separators).encode()
+
     def _null(self, schema: dict[str, Any], start: int) -> int:
         return self.nfa.text(start, b"null")
 
@@ -116,6 +124,7 @@ class _Writer:
     def _naturals(self, start: int, low: int, high: int | None, end: int) -> None:
         """Whole numbers from `low` to `high`, without leading zeros."""
         if high is None:
+            self.sound = False                                   # it may be beyond a double
             digits = len(str(low))
             self._naturals(start, low, 10**digits - 1, end)
             more = self.nfa.byte(start, 0x31, 0x39)
@@ -153,6 +162,52 @@ class _Writer:
             b -= 1
         if a <= b:
             self._same_length(self.nfa.byte(start, zero + a, zero + b), zeros, nines, end)
+
+    def _number(self, schema: dict[str, Any], start: int) -> int:
+        """Any number, or one between whole numbers from 0 on. Beside bounds llguidance takes no exponents."""
+        if not schema.keys() & _WORDS["number"]:
+            return self._any_number(start)
+        low = _whole(schema.get("minimum"))
+        below = _whole(schema["exclusiveMaximum"]) if "exclusiveMaximum" in schema else None
+        high = _whole(schema["maximum"]) if "maximum" in schema else below
+        if low < 0 or (below is not None and below != high):
+            raise NotRegular
+        nfa, end = self.nfa, self.nfa.state()
+        if high is None or low < high:
+            whole = nfa.state()
+            self._naturals(start, low, None if high is None else high - 1, whole)
+            nfa.join(whole, end)
+            nfa.join(self._digits(nfa.text(whole, b".")), end)
+        if high is not None and below is None:
+            whole = nfa.text(start, str(high).encode())
+            nfa.join(whole, end)
+            if low < high:
+                zeros = nfa.text(whole, b".0")
+                nfa.byte(zeros, 0x30, 0x30, zeros)
+                nfa.join(zeros, end)
+        return end
+
+    def _any_number(self, start: int) -> int:
+        nfa, end, natural, whole, fraction = self.nfa, *(self.nfa.state() for _ in range(4))
+        nfa.join(start, natural)
+        nfa.join(nfa.text(start, b"-"), natural)
+        self._naturals(natural, 0, None, whole)
+        nfa.join(whole, fraction)
+        nfa.join(self._digits(nfa.text(whole, b".")), fraction)
+        nfa.join(fraction, end)
+        for letter in b"eE":
+            exponent = nfa.byte(fraction, letter, letter)
+            signed = nfa.state()
+            nfa.join(exponent, signed)
+            for sign in b"+-":
+                nfa.byte(exponent, sign, sign, signed)
+            nfa.join(self._digits(signed), end)
+        return end
+
+    def _digits(self, start: int) -> int:
+        """One or more."""
+        end = self.nfa.byte(start, 0x30, 0x39)
+        return self.nfa.byte(end, 0x30, 0x39, end)
 
     # --- strings ---
 
@@ -245,7 +300,17 @@ def _bound(schema: dict[str, Any], inclusive: str, exclusive: str, step: int) ->
     return (max(bounds) if step > 0 else min(bounds)) if bounds else None
 
 
-def _literal(value: Any) -> bytes:
-    if isinstance(value, float | dict | list):
-        raise NotRegular                                         # more than one way to write it
-    return json.dumps(value, ensure_ascii=False).encode()
+def _floats(value: Any) -> Iterator[float]:
+    if isinstance(value, float):
+        yield value
+    elif isinstance(value, list | dict):
+        for child in value.values() if isinstance(value, dict) else value:
+            yield from _floats(child)
+
+
+def _whole(bound: Any) -> int:
+    if not isinstance(bound, int | float) or bound != int(bound):
+        raise NotRegular
+    return int(bound)
+
+

@@ -189,10 +189,9 @@ def guided_job(name: int, prompt: np.ndarray, params: SamplingParams, max_len: i
 
 
 def by_automaton(script: Script) -> None:
-    """The same as states 0 .. n of an automaton, with a class for each token. It never fails, and what it lets through is valid.
-    """
+    """The same as states 0 .. n of an automaton, with a class for each token; that never fails."""
     n, width = script.tokens.size, END + 1
-    script.valid, script.error, script.fill_error = True, -1, -1
+    script.error, script.fill_error = -1, -1
     for i in script.accepting - {n}:
         script.forced[i] = False                         # an output that may end here need not go on
     step = np.full((n + 1, width), -1, dtype=np.int16)
@@ -207,7 +206,7 @@ def by_automaton(script: Script) -> None:
     masks[:, : bits.shape[1]] = bits
     at = np.arange(n + 1, dtype=np.int32)
     script.automaton = TokenAutomaton(np.arange(width, dtype=np.int16), step, masks.view(np.int32), at, final, at == n,
-                                      script.tokens, at, size, at + size)
+                                      script.valid, script.tokens, at, size, at + size)
 
 
 def make_jobs(count: int, max_len: int, rng: random.Random) -> list[Job]:
