@@ -88,11 +88,19 @@ def w8_pack(codes: Tensor) -> Tensor:
 
 
 @triton.jit
+def _runs(block, units, first, UNITS: tl.constexpr):
+    """Where the words of rows from `first` on lie together: two runs a unit, w16 apart; past the last unit, that one again."""
+    run = tl.arange(0, 2 * UNITS)
+    unit = tl.minimum(first // 128 + run // 2, units - 1)
+    return (block * units + unit) * 4096 + run % 2 * 2048 + first % 128 * 16
+
+
+@triton.jit
 def _prefetch_words(packed, block, units, first, ROWS_: tl.constexpr):
     """Ask the L2 for what _load_words reads, in lines of 64 words."""
     UNITS: tl.constexpr = (ROWS_ + 127) // 128
-    at = tl.arange(0, 2 * UNITS)[:, None] * 2048 + tl.arange(0, ROWS_ // UNITS // 4)[None, :] * 64
-    prefetch(packed + block * (units * 4096) + first // 128 * 4096 + first % 128 * 16 + at)
+    runs = _runs(block, units, first, UNITS)
+    prefetch(packed + runs[:, None] + tl.arange(0, ROWS_ // UNITS // 4)[None, :] * 64)
 
 
 @triton.jit
@@ -100,9 +108,8 @@ def _load_words(packed, block, units, first, ROWS_: tl.constexpr):
     """int16 [ROWS_, 32]: the words of rows first .. first + ROWS_ of a block; ROWS_ is 64 or a multiple of 128."""
     UNITS: tl.constexpr = (ROWS_ + 127) // 128
     EACH: tl.constexpr = ROWS_ // UNITS
-    at = tl.arange(0, 2 * UNITS)[:, None] * 2048 + tl.arange(0, 16 * EACH)[None, :]
-    at += first // 128 * 4096 + first % 128 * 16
-    words = tl.load(packed + block * (units * 4096) + at, eviction_policy="evict_first")
+    runs = _runs(block, units, first, UNITS)
+    words = tl.load(packed + runs[:, None] + tl.arange(0, 16 * EACH)[None, :], eviction_policy="evict_first")
     words = tl.reshape(words, [UNITS, 2, EACH // 16, 8, 4, 2, 2, 2])
     return tl.reshape(tl.permute(words, [0, 2, 6, 3, 1, 5, 4, 7]), [ROWS_, 32])
 

@@ -220,13 +220,13 @@ def prefill(tile: Tile, model: Model, shape: PrefillShape, pool: Pool, timed: bo
     inputs = (q, pool.k, pool.v, pool.tables(ints([context] * n)), ints(range(n)), ints([shape.prefix] * n))
     options = {"num_warps": tile.warps, "num_stages": tile.stages} | ({"maxnreg": tile.registers} if tile.registers else {})
     with mock.patch.object(attention, "_prefill_tile", return_value=(tile.rows, tile.keys, options)):
-        call = functools.partial(attention.prefill_attention, *inputs, ints(cu_q), tiles, scale, 0, 0.0, pool.scales)
+        call = functools.partial(attention.prefill_attention, *inputs, ints(cu_q), tiles, scale, 0, 0.0, kv_scales=pool.scales)
         got = call()
         if not timed:
             return 0.0
         last = [x[-1:] for x in inputs[4:]]
         want = ref.prefill_attention(q[-shape.queries :], *inputs[1:4], *last, ints([0, shape.queries]), tiles, scale, 0, 0.0,
-                                     pool.scales)
+                                     kv_scales=pool.scales)
         check(f"{model.name} {shape.name} {tile.name}", got[-shape.queries :], want)
         return flops / seconds([call] * 4) / 1e12
 
