@@ -45,7 +45,8 @@ def main() -> None:
     started = time.perf_counter()
     engine, guided, tokenizer = load_engine(a.model, a.dummy, a.engine)
     print(json.dumps({"tag": a.tag, "init_s": round(time.perf_counter() - started, 1),
-                      "weights_gib": round(engine.weight_bytes / 2**30, 2), "free_gib": free_gib(), "stats": str(engine.stats())}), flush=True)
+                      "weights_gib": round(engine.weight_bytes / 2**30, 2), "free_gib": free_gib(),
+                      "stats": str(engine.stats())}), flush=True)
     vocab = min(32000, len(tokenizer))
     for name in ["warm", *a.w]:
         if name == "CB":
