@@ -102,6 +102,10 @@ class Engine:
         """Requests submitted and not yet returned."""
         return self._scheduler.pending
 
+    def overdue(self, seconds: float) -> list[Hashable]:
+        """Requests that have been running for more than so many seconds; a walk over the rows, to be asked now and then."""
+        return self._scheduler.overdue(seconds)
+
     def abort(self, ids: Iterable[Hashable] | None = None) -> None:
         """End these requests (None: all); they come back from step() as ABORTED, with what they have produced."""
         self._scheduler.abort(ids)

@@ -9,6 +9,7 @@ the host has seen everything.
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Hashable, Iterable
 from dataclasses import dataclass
@@ -182,6 +183,7 @@ class Scheduler:
                 stop.find(token)
         logprobs = waiting.logprobs if waiting.logprobs is not None or params.logprobs is None else []
         self.live[row] = Live(waiting, guide, stop, logprobs)
+        waiting.began = waiting.began or time.monotonic()
         if guide is not None:
             self._follow(row, guide)
 
@@ -465,6 +467,11 @@ class Scheduler:
     def finished(self) -> list[Completion]:
         done, self._finished = self._finished, []
         return done
+
+    def overdue(self, seconds: float) -> list[Hashable]:
+        """Requests that were let in more than so many seconds ago and run still."""
+        latest = time.monotonic() - seconds
+        return [live.waiting.request.id for live in self.live.values() if live.waiting.began < latest]
 
     def abort(self, ids: Iterable[Hashable] | None) -> None:
         """End requests as ABORTED, with what they have produced; None: all."""

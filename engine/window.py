@@ -24,6 +24,7 @@ class Waiting:
     cached_tokens: int | None = None
     forced_tokens: int = 0
     logprobs: list[TokenLogprobs] | None = None
+    began: float = 0.0                                   # time.monotonic() when it was first let in
 
 
 class Window:

@@ -57,6 +57,7 @@ class Work:
     targets: list[Target]
     result: RowResult | None = None  # set once, under the shard's lock; rows that come later take a copy
     tries: int = 0
+    cut: tuple[Status, str] | None = None  # why the loop ended it: its status and error
 
     def request(self, number: int) -> Request:
         grammar = self.ask.guide.grammar if self.ask.guide else None
