@@ -1,8 +1,8 @@
 """A model and an engine that follow a script: the real pipeline without weights and torch.
 
 The output depends on the prompt, the seed and the schema alone. What a prompt may say: `FAIL` (the engine
-fails on it, each time), `FAILONCE`, `SLOW` (takes 200 turns), `LONG` (hits max_tokens), `HANG` (the engine no longer answers, not even
-to signals), `BREAK` (it gives up).
+fails on it, each time), `FAILONCE`, `SLOW` (takes 200 turns), `LONG` (hits max_tokens), `HANG` (the engine answers no more, not
+even to signals), `BREAK` (it gives up).
 """
 
 from __future__ import annotations

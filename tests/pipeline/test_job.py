@@ -399,7 +399,7 @@ def test_rows_that_outlast_the_grace_are_aborted_and_computed_again(tmp_path: Pa
     assert out.splitlines()[-1].split()[:2] == ["ok", "101"]
 
 
-def test_a_signal_while_the_model_loads_ends_the_run_before_it_runs(run: Run, table: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_signal_while_the_model_loads_ends_the_run(run: Run, table: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     from tests.pipeline.scripted_engine import ScriptedModel
 
     def load(self: Any, progress: Any) -> Any:
