@@ -19,8 +19,8 @@ _MARGIN = 30.0  # seconds kept, after the grace, for the journal and the shutdow
 
 
 class Stop:
-    """The handler only sets a flag: the loop drains at its next turn. A second signal ends the process at once, also where the main
-    thread is stuck in a call that does not return, and so runs no handler: a thread of our own listens too.
+    """The handler only sets a flag: the loop drains at its next turn. A second signal ends the process at once, also where the
+    main thread is stuck in a call that does not return, and so runs no handler: a thread of our own listens too.
 
     `install` again after a library was loaded that may have put its own handlers in place.
     """
