@@ -52,7 +52,7 @@ def _run(config: RunConfig, model: Model, stop: Stop, progress: Progress) -> int
     spec = task_spec(config)
     layout = OutputLayout.make(source.schema, flat_schema(config, spec))
     if config.dry_run:
-        return preview(config, source, plan, make_builder(config, form, spec, model), model.max_model_len())
+        return preview(config, source, plan, make_builder(config, form, spec, model), model)
 
     identity = model.fingerprint()
     fresh = open_store(config.output.dir).read(RUN) is None

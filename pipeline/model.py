@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from engine.request import Completion, EngineStats, Request
 from pipeline.config import RunConfig
+from pipeline.estimate import ModelSize
 from pipeline.exits import ConfigError
 from pipeline.input.formats import first_line
 from pipeline.input.prompts import Tokenizer
@@ -55,6 +56,8 @@ class Model(Protocol):
     def max_model_len(self) -> int:
         """Most tokens of a prompt and its output."""
 
+    def size(self) -> ModelSize: ...
+
     def load(self, progress: Callable[[str], None]) -> EngineLike: ...
 
 
@@ -88,6 +91,9 @@ class RealModel:
         from engine.engine import DEFAULT_CONTEXT
 
         return self._config.engine.max_model_len or min(self._checkpoint.spec.max_positions, DEFAULT_CONTEXT)
+
+    def size(self) -> ModelSize:
+        return ModelSize.of(self._checkpoint)
 
     def load(self, progress: Callable[[str], None]) -> EngineLike:
         from engine.engine import Engine

@@ -24,6 +24,7 @@ from engine.guided.front import GuideSpec
 from engine.guided.grammar import SchemaError
 from engine.request import Completion, EngineError, EngineStats, FinishReason, Request
 from pipeline.config import RunConfig
+from pipeline.estimate import ModelSize
 
 SPECIAL = ("<|im_start|>", "<|im_end|>")
 TEMPLATE = (
@@ -222,6 +223,9 @@ class ScriptedModel:
 
     def grammars(self) -> ScriptedGrammars:
         return ScriptedGrammars()
+
+    def size(self) -> ModelSize:
+        return ModelSize(10**8, 2 * 10**8, 10**4)
 
     def max_model_len(self) -> int:
         return self.config.engine.max_model_len or 4096

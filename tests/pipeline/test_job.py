@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -508,6 +509,7 @@ def test_dry_run_prints_the_plan_and_writes_nothing(run: Run, table: Any) -> Non
     assert "prompt_too_long" in ran.out
     assert "prompt_null" in ran.out
     assert "prompt tokens of the first 3 rows: 20 to 5,019" in ran.out
+    assert re.search(r"time:    about .* \(outputs of 1\) to .* \(of 256 tokens\) on the .* CPU cores of this machine", ran.out)
     assert not ran.folder.exists()
     assert not ran.engines
 
