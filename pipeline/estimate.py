@@ -1,6 +1,7 @@
 """How long a job will take, before it runs: what its tokens cost on the device, by its roofline (Williams et al., 2009).
 
-Seconds = tokens x 2 x parameters / speed of products + bytes of weights, keys and values / speed of memory + steps x overhead. Both speeds are measured on the spot, as torch reaches them; the shares of them that the engine reaches are those of
+Seconds = tokens x 2 x parameters / speed of products + bytes of weights, keys and values / speed of memory + steps x overhead.
+Both speeds are measured on the spot, as torch reaches them; the shares of them that the engine reaches are those of
 jobs/bench/RESULTS.md. What comes out is right to a third or so, given the lengths of the outputs, which are the larger unknown.
 """
 

@@ -86,9 +86,9 @@ def _time(config: RunConfig, model: Model, prompts: list[np.ndarray], rows: floa
             seconds(size, device, Workload(rows * samples, sum(map(len, prompts)) / n, fresh / n / samples, output))
             / config.cluster.workers for output in (need, most)
         )
+        span = f"{duration(max(least, 1))} (outputs of {need:,}) to {duration(max(longest, 1))} (of {most:,} tokens)"
         each = f", on each of {config.cluster.workers} workers" if config.cluster.workers > 1 else ""
-        print(f"time:    about {duration(max(least, 1))} (outputs of {need:,}) to {duration(max(longest, 1))} (of {most:,} tokens) "
-              f"on {device.name}{each}")
+        print(f"time:    about {span} on {device.name}{each}")
 
 
 def _count(number: int, word: str) -> str:

@@ -49,16 +49,19 @@ def test_killed_at_random_until_it_is_done(zygote: Zygote, tmp_path: Path) -> No
     """No unreadable part is ever seen, and what comes out is what an undisturbed run gives."""
     draw = random.Random(7)
     whole = make_job(zygote, tmp_path / "whole", rows=300)
-    assert whole.run() == 0, whole.said()
+    delay = {"SCRIPTED_DELAY": "0.03"}
+    start = time.monotonic()
+    assert whole.run(env=delay) == 0, whole.said()
+    seconds = time.monotonic() - start      # so that kills fall on all of a run, however slow the machine is
     kills = attempts = jobs = 0
     while kills < KILLS:
         job = make_job(zygote, tmp_path / f"job{jobs}", rows=300)
         jobs += 1
         code = None
         while code != 0:
-            run = job.start(env={"SCRIPTED_DELAY": "0.03"})
+            run = job.start(env=delay)
             attempts += 1
-            deadline = time.monotonic() + (draw.uniform(0.0, 1.2) if kills < KILLS else 1e9)
+            deadline = time.monotonic() + (draw.uniform(0.0, 1.2 * seconds) if kills < KILLS else 1e9)
             while time.monotonic() < deadline and Path(f"/proc/{run.pid}/exe").exists():
                 assert_readable(job)
                 time.sleep(0.02)
