@@ -9,7 +9,7 @@ unexport PYTHONDONTWRITEBYTECODE
 export OMP_WAIT_POLICY ?= PASSIVE
 ARGS ?=
 
-.PHONY: run test test-gpu lint soak
+.PHONY: run test test-gpu test-slurm lint soak
 
 # Label the bundled customer messages with the embedded SmolLM2. More keys: make run ARGS='input.limit=20'
 run: $(VENV)/.installed
@@ -22,6 +22,10 @@ test: $(VENV)/.installed-dev
 # What needs CUDA, with the interpreter at hand and the packages it has.
 test-gpu:
 	$(PYTHON) -m pytest tests/gpu $(ARGS)
+
+# jobs/slurm on a real Slurm on this machine: two minutes. Needs root; installs Debian's packages where they are missing.
+test-slurm: $(VENV)/.installed-dev
+	tests/slurm/run.sh $(BIN)/python
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
