@@ -32,12 +32,14 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/lint-imports --no-logo
 	$(BIN)/mypy
 
-# The property tests with many more examples, jobs killed a thousand times, ten thousand shards. How many: make soak EXAMPLES=20000
+# The property tests with many more examples, jobs killed a thousand times, ten thousand shards, a million rows. How many: make soak
+# EXAMPLES=20000
 EXAMPLES ?= 2000
 KILLS ?= 1000
 soak: $(VENV)/.installed-dev
 	CUDA_VISIBLE_DEVICES= GRISTMILL_EXAMPLES=$(EXAMPLES) $(BIN)/python -m pytest --timeout=0 -m hypothesis $(ARGS)
 	CUDA_VISIBLE_DEVICES= GRISTMILL_KILLS=$(KILLS) GRISTMILL_SHARDS=10000 $(BIN)/python -m pytest --timeout=0 tests/faults tests/pipeline/test_scale.py
+	CUDA_VISIBLE_DEVICES= GRISTMILL_ROWS=1000000 $(BIN)/python -m pytest --timeout=0 tests/pipeline/test_job.py -k memory
 
 $(VENV)/.installed: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or newer is needed: make PYTHON=/path/to/python")'

@@ -1,8 +1,8 @@
 """After a step that failed: every row goes back to the window and runs again, fewer at once, until that works.
 
-Out of memory: half as many rows and tokens a step from then on. Any other error: half as many rows until each row of the failing
-step has ended; so the steps halve down to the row that is at fault, which alone ends as ERROR. Steps that fail whichever row runs
-end the engine.
+Out of memory: half as many tokens a step from then on, and with few tokens half as many rows. Any other error: half as many rows
+until each row of the failing step has ended; so the steps halve down to the row that is at fault, which alone ends as ERROR. Steps
+that fail whichever row runs end the engine.
 """
 
 from __future__ import annotations
@@ -56,9 +56,12 @@ class Recovery:
             self._scheduler.row_limit = self._fits
 
     def _shrink(self, plan: StepPlan, reason: str) -> None:
+        """What a step needs grows with its tokens, those of rows that decode among them, and with the rows that it samples."""
         scheduler = self._scheduler
-        rows = max(1, min(plan.rows.size, scheduler.row_limit) // 2)
-        tokens = min(scheduler.max_step_tokens, max(MIN_STEP_TOKENS, 2 * rows, plan.num_tokens // 2))
+        tokens = min(scheduler.max_step_tokens, max(MIN_STEP_TOKENS, plan.num_tokens // 2))
+        rows = min(scheduler.row_limit, tokens)
+        if tokens == scheduler.max_step_tokens:
+            rows = max(1, min(rows, plan.rows.size) // 2)
         if (rows, tokens) == (scheduler.row_limit, scheduler.max_step_tokens):
             raise EngineError(f"out of memory in a step of {plan.rows.size} row and {plan.num_tokens} tokens: lower "
                               f"engine.gpu_memory, or free the device of what else runs there ({reason})")

@@ -21,6 +21,8 @@ from pipeline.input.plan import row_id
 from pipeline.run import HOME
 from tests.pipeline.conftest import Run
 
+ROWS = int(os.environ.get("GRISTMILL_ROWS", "100000"))
+
 
 def scripted(*words: str, **env: str) -> subprocess.Popen[str]:
     """The same as a process of its own."""
@@ -73,7 +75,10 @@ def test_the_statuses_are_the_last_thing_printed(run: Run, table: Any) -> None:
     assert lines[-2].split()[:3] == ["ok", "8", "80.00%"]
     assert lines[-1].split()[:3] == ["prompt_null", "2", "20.00%"]
     assert any(line.startswith("output: ") and str(ran.folder) in line for line in lines)
-    assert any(line.startswith("next: ") for line in lines)
+    (command,) = (line.removeprefix("next:") for line in lines if line.startswith("next:"))
+    command = command.replace("python", sys.executable, 1)
+    shown = subprocess.run(command, shell=True, capture_output=True, text=True, check=True).stdout
+    assert "[10 rows x 11 columns]" in shown
 
 
 def test_guided_rows_are_validated_and_counted(run: Run) -> None:
@@ -490,14 +495,19 @@ def test_damage_found_while_reading_is_one_line(run: Run, table: Any) -> None:
 
 
 def test_memory_does_not_grow_with_the_input(tmp_path: Path, table: Any) -> None:
+    """`GRISTMILL_ROWS` sets how many rows; a million start within 30 s and need less than 1.5 GB."""
     peaks = []
-    for rows in (20_000, 100_000):
+    for rows in (20_000, ROWS):
         data = table(prompt=[f"question {i}" for i in range(rows)], row_group_size=5000)
         job = scripted(f"data={data}", f"output.dir={tmp_path / str(rows)}", "engine.max_rows=1024")
-        _, err = job.communicate(timeout=200)
+        _, err = job.communicate(timeout=200 + rows / 500)
         assert job.returncode == 0, err
+        (seconds,) = re.findall(r"\[ *([\d.]+) s\] prefill and decode", err)
+        print(f"{rows:,} rows: started after {seconds} s")
+        assert float(seconds) < 30
         metrics = pq.read_table(tmp_path / str(rows) / "metrics.parquet")
         peaks.append(max(metrics.column("memory_gib").to_pylist()))
+    print(f"peak memory: {peaks} GiB")
     assert peaks[1] < peaks[0] + 0.15, peaks
     assert peaks[1] < 0.7
 
