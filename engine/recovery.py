@@ -1,8 +1,8 @@
 """After a step that failed: every row goes back to the window and runs again, fewer at once, until that works.
 
 Out of memory: half as many tokens a step from then on, and with few tokens half as many rows. Any other error: half as many rows
-until each row of the failing step has ended; so the steps halve down to the row that is at fault, which alone ends as ERROR. Steps
-that fail whichever row runs end the engine.
+until each row of the failing step has ended; so the steps halve down to the row that is at fault, which alone ends as ERROR.
+Steps that fail whichever row runs end the engine.
 """
 
 from __future__ import annotations
