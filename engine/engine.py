@@ -12,7 +12,8 @@ import torch
 from engine.block_pool import BlockPool
 from engine.config import EngineConfig
 from engine.guided.grammar import GrammarBackend
-from engine.memory import make_caches, size_pool
+from engine.layers.attention import KVCache
+from engine.memory import size_pool
 from engine.models.decoder import Decoder
 from engine.prefix_groups import PrefixGroups
 from engine.recovery import Recovery
@@ -57,7 +58,7 @@ class Engine:
         progress("sizing the KV pool")
         table = RowTable(max_rows, self.max_model_len, config.page_size, self.device)
         pages = size_pool(config, model, table, max_step_tokens)
-        caches = make_caches(model, pages, config.page_size, self.device)
+        caches = KVCache(spec, pages, config.page_size, dtype, self.device)
         self._pool = BlockPool(pages, config.page_size)
         self._table = table
         windowed = any(layer.window for layer in spec.layers)            # a window hides the prefix: there is nothing to share
@@ -65,7 +66,7 @@ class Engine:
         groups = PrefixGroups(max_rows, config.page_size, token_bytes) if config.prefix_sharing and not windowed else None
         self._scheduler = Scheduler(config, table, self._pool, max_step_tokens, spec.eos_token_ids, tokenizer, groups)
         self._recovery = Recovery(self._scheduler)
-        self._runner = Runner(model, table, caches, config.cuda_graphs)
+        self._runner = Runner(model, table, caches, config.cuda_graphs, sharing=groups is not None)
         self._inflight: deque[Step] = deque()
         progress("capturing CUDA graphs" if on_gpu and config.cuda_graphs else "ready")
         self._runner.warm_up()

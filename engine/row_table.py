@@ -62,9 +62,13 @@ class RowTable:
         self._len.append(lengths)
         self._data.append(data)
 
-    def stage_tokens(self, row: int, position: int, tokens: np.ndarray) -> None:
-        at = self.offset["tokens"] + row * (self.max_len + 1) + position
-        self._stage(np.array([at]), np.array([tokens.size]), tokens)
+    def stage_tokens(self, rows: np.ndarray, starts: np.ndarray, ends: np.ndarray, tokens: np.ndarray) -> None:
+        """tokens[row, starts[i] : ends[i]] of each of `rows`, out of `tokens` int32 [R, length] of all rows."""
+        lengths = ends - starts
+        before = np.repeat(np.cumsum(lengths) - lengths, lengths)
+        column = np.arange(before.size) - before + np.repeat(starts, lengths)
+        at = self.offset["tokens"] + rows.astype(np.int64) * (self.max_len + 1) + starts
+        self._stage(at, lengths, tokens[np.repeat(rows, lengths), column])
 
     def stage_pages(self, rows: np.ndarray, index: np.ndarray, pages: np.ndarray) -> None:
         """block_table[rows[i], index[i]] = pages[i]."""

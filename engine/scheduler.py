@@ -72,6 +72,7 @@ class StepPlan:
     special: list[Special]
     shared: np.ndarray | None          # int32 [num_decode] and [M, 2]: see PrefixGroups.arrange
     prefix_tiles: np.ndarray | None
+    copies: np.ndarray                 # int32 [C, 2] pages (from, to) to copy before anything is computed
 
     @property
     def num_tokens(self) -> int:
@@ -102,6 +103,8 @@ class Scheduler:
         self.order, self.shared_pages = (np.zeros(rows, dtype=np.int32) for _ in range(2))
         self.stop_ids = np.full((rows, MAX_STOP_IDS), -1, dtype=np.int32)
         self._groups = groups
+        self._copies: dict[int, tuple[int, int]] = {}       # for the next step: row -> pages (from, to)
+        self._offers: list[tuple[Node, int, int]] = []      # (node, row, tokens): tails that the step computes
         self.live: dict[int, Live] = {}
         self._free_rows = deque(range(rows))
         self._admitted = 0
@@ -191,6 +194,18 @@ class Scheduler:
 
     def schedule(self) -> StepPlan | None:
         """Plan a step over all that can run: decodes first, then chunks of the rest in order of admission, within the budget."""
+        plan = self._schedule()
+        if plan is not None:
+            for node, row, size in self._offers:         # what this step computes can be copied from the next one on
+                if self.active[row]:
+                    first = node.depth * self._table.page_size
+                    self._pool.offer_tail(node, self.tokens[row, first : first + size], int(self.pages[row, node.depth]))
+            for source, _ in self._copies.values():
+                self._pool.release(np.array([source], dtype=np.int32))
+            self._copies, self._offers = {}, []
+        return plan
+
+    def _schedule(self) -> StepPlan | None:
         ready = self.active & (self.known < self.limit) & ~(self.guided & (self.seen < self.known))
         rows = np.flatnonzero(ready).astype(np.int32)
         if rows.size == 0:
@@ -230,10 +245,13 @@ class Scheduler:
         shared = self._pool.arrive(live.waiting.path)
         n, cached = shared.size, shared.size * self._table.page_size
         self.arrived[row], live.published = True, n
-        self.pages[row, :n], self.num_pages[row], self.computed[row] = shared, n, cached
+        self.pages[row, :n], self.num_pages[row] = shared, n
         self._table.stage_params(row, live.waiting.request.params)
         if n:
             self._table.stage_pages(np.full(n, row), np.arange(n), shared)
+            if n == len(live.waiting.path):
+                cached += self._copy_tail(row, live.waiting.path[-1])
+        self.computed[row] = cached
         if not live.waiting.request.params.has_penalties:                    # they read the whole history
             self.staged[row] = cached
         if live.waiting.cached_tokens is None:
@@ -243,6 +261,28 @@ class Scheduler:
         if self._groups is not None:
             self._groups.join(live.waiting.path)
 
+    def _copy_tail(self, row: int, node: Node) -> int:
+        """Take over the tokens after the last full page that a row before has computed too; returns how many.
+
+        The page copied from is held until the step is planned, so that none is both read and written by the step's copies.
+        """
+        n = int(self.num_pages[row])
+        first = n * self._table.page_size
+        page, same = self._pool.tail(node, self.tokens[row, first : int(self.prompt_len[row]) - 1])  # one is left, for its logits
+        if not same:
+            return 0
+        source = np.array([page], dtype=np.int32)
+        self._pool.hold(source)
+        try:
+            copy = self._pool.alloc(1)
+        except OutOfPages:
+            self._pool.release(source)
+            return 0
+        self.pages[row, n], self.num_pages[row] = copy[0], n + 1
+        self._table.stage_pages(np.array([row]), np.array([n]), copy)
+        self._copies[row] = page, int(copy[0])
+        return same
+
     def _plan(self, decode: np.ndarray, rest: np.ndarray, chunks: np.ndarray) -> StepPlan:
         shared = prefix_tiles = None
         if self._groups is not None:
@@ -251,10 +291,10 @@ class Scheduler:
         counts = np.concatenate([np.ones_like(decode), chunks])
         starts = self.computed[rows]
         ends = starts + counts
-        for row in rows[self.staged[rows] < ends].tolist():     # prompts and forced tokens: not sampled on the device
-            upto = int(self.computed[row]) + int(counts[rows == row][0])
-            self._table.stage_tokens(row, int(self.staged[row]), self.tokens[row, self.staged[row] : upto])
-            self.staged[row] = upto
+        behind = self.staged[rows] < ends                       # prompts and forced tokens: not sampled on the device
+        if behind.any():
+            self._table.stage_tokens(rows[behind], self.staged[rows[behind]], ends[behind], self.tokens)
+            self.staged[rows[behind]] = ends[behind]
         self.computed[rows] = ends
         sampled = np.flatnonzero(ends == self.known[rows]).astype(np.int32)
         to_sample = rows[sampled]
@@ -264,7 +304,7 @@ class Scheduler:
         guides = [guide for row in to_sample[guided].tolist() if (guide := self.live[row].guide) is not None]
         special = [self._special(i, int(to_sample[i])) for i in np.flatnonzero(self.special[to_sample]).tolist()]
         return StepPlan(rows, starts, counts, decode.size, sampled, self.generation[to_sample], guides, guided, special,
-                        shared, prefix_tiles)
+                        shared, prefix_tiles, np.array(list(self._copies.values()), dtype=np.int32).reshape(-1, 2))
 
     def _paths(self) -> dict[int, list[Node]]:
         return {row: live.waiting.path for row, live in self.live.items() if self.arrived[row]}
@@ -323,6 +363,9 @@ class Scheduler:
         while live.published < len(live.waiting.path) and (live.published + 1) * page <= upto:
             self._pool.publish(live.waiting.path[live.published], int(self.pages[row, live.published]))
             live.published += 1
+        size = min(upto - live.published * page, page)
+        if live.waiting.path and live.published == len(live.waiting.path) and size > 0:
+            self._offers.append((live.waiting.path[-1], row, size))
 
     def _preempt(self, row: int) -> None:
         self.window.put_back(self._withdraw(row))
@@ -355,6 +398,8 @@ class Scheduler:
         self._depart(path, arrived)
         if arrived and self._groups is not None:
             self._groups.leave(row, path)
+        if row in self._copies:
+            self._pool.release(np.array([self._copies.pop(row)[0]], dtype=np.int32))
         self._pool.release(self.pages[row, : self.num_pages[row]])
         self.active[row] = False
         self.generation[row] += 1

@@ -153,7 +153,7 @@ def _decode_tile(cache: Tensor) -> tuple[int, dict[str, int]]:
 
 def decode_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, rows: Tensor, positions: Tensor,
                      scale: float, window: int, softcap: float, max_context: int, shared: Tensor | None = None,
-                     prefix_tiles: Tensor | None = None) -> Tensor:
+                     prefix_tiles: Tensor | None = None, out: Tensor | None = None) -> Tensor:
     """See ref.decode_attention. Safe in a CUDA graph: the grid follows from N and max_context, lengths are read on the device."""
     n, heads, dim = q.shape
     kv_heads, page = k_cache.shape[1], k_cache.shape[2]
@@ -162,7 +162,7 @@ def decode_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: T
     block_n, options = _decode_tile(k_cache)
     tiles = triton.cdiv(min(max_context, window) if window else max_context, block_n)
     splits = min(triton.next_power_of_2(triton.cdiv(DECODE_PROGRAMS, n * kv_heads)), MAX_SPLITS, tiles)
-    out = torch.empty((n, heads, dim), dtype=q.dtype, device=q.device)
+    out = torch.empty((n, heads, dim), dtype=q.dtype, device=q.device) if out is None else out
     partial = torch.empty(n * heads * splits * (dim + 2), dtype=torch.float32, device=q.device) if splits > 1 else out
     factor, inner = _log2_scales(scale, softcap)
     prefix, lengths = out, positions        # not read without SHARED
@@ -290,11 +290,12 @@ def _prefill_tile(cache: Tensor) -> tuple[int, int, dict[str, int]]:
 
 
 def prefill_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, rows: Tensor, starts: Tensor,
-                      cu_q: Tensor, tiles: Tensor, scale: float, window: int, softcap: float) -> Tensor:
+                      cu_q: Tensor, tiles: Tensor, scale: float, window: int, softcap: float,
+                      out: Tensor | None = None) -> Tensor:
     """See ref.prefill_attention. What lies past cu_q[-1] in the output is not written."""
     _, heads, dim = q.shape
     kv_heads, page = k_cache.shape[1], k_cache.shape[2]
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device) if out is None else out
     if not tiles.shape[0]:
         return out
     block_m, block_n, options = _prefill_tile(k_cache)

@@ -85,3 +85,21 @@ def rope_and_cache(qkv: Tensor, q_weight: Tensor | None, k_weight: Tensor | None
         HEADS_Q=heads_q, HEADS_K=heads_k, BLOCK_D=block_d, Q_NORM=q_weight is not None, K_NORM=k_weight is not None,
         PLUS_ONE=plus_one, num_warps=min(max(heads_q * block_d // 512, 1), 4))
     return q
+
+
+@triton.jit(do_not_specialize_on_alignment=["pages"])
+def _copy_pages_kernel(storage, pages, part_stride, SIZE: tl.constexpr, BLOCK: tl.constexpr):
+    pair = pages + tl.program_id(0) * 2
+    part = storage + tl.program_id(1) * part_stride
+    source, target = tl.load(pair).to(tl.int64), tl.load(pair + 1).to(tl.int64)
+    for first in range(0, SIZE, BLOCK):
+        i = first + tl.arange(0, BLOCK)
+        tl.store(part + target * SIZE + i, tl.load(part + source * SIZE + i, mask=i < SIZE), mask=i < SIZE)
+
+
+def copy_pages(storage: Tensor, pages: Tensor) -> None:
+    """See ref.copy_pages; storage is contiguous, a page a multiple of four bytes."""
+    words = storage.view(torch.int32)
+    parts, size = words.shape[0], words[0, 0].numel()
+    block = min(4096, triton.next_power_of_2(size))
+    _copy_pages_kernel[pages.shape[0], parts](words, pages, words.stride(0), SIZE=size, BLOCK=block, num_warps=4)

@@ -11,11 +11,13 @@ from kernels import ref
 
 attention: ModuleType = ref
 kv_cache: ModuleType = ref
+dense: ModuleType = ref
 pointwise: ModuleType = ref
 sampling: ModuleType = ref
 step: ModuleType = ref
 if torch.cuda.is_available():
     from kernels import attention, kv_cache, pointwise, step
+    from kernels import linear as dense
     from kernels import sample as sampling
 
 QUERY_TILE = ref.QUERY_TILE
@@ -47,23 +49,42 @@ def gated_act(x: Tensor, activation: str) -> Tensor:
     return (pointwise if x.is_cuda else ref).gated_act(x, activation)
 
 
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, out: Tensor | None = None) -> Tensor:
+    return (dense if x.is_cuda else ref).linear(x, weight, bias, out)
+
+
+def norm_linear(x: Tensor, residual: Tensor, norm: Tensor, eps: float, plus_one: bool, weight: Tensor,
+                bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    return (dense if x.is_cuda else ref).norm_linear(x, residual, norm, eps, plus_one, weight, bias)
+
+
+def norm_gated_linear(x: Tensor, residual: Tensor, norm: Tensor, eps: float, plus_one: bool, weight: Tensor, bias: Tensor | None,
+                      activation: str) -> tuple[Tensor, Tensor]:
+    return (dense if x.is_cuda else ref).norm_gated_linear(x, residual, norm, eps, plus_one, weight, bias, activation)
+
+
 def rope_and_cache(qkv: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, eps: float, plus_one: bool, cos_sin: Tensor,
                    positions: Tensor, slots: Tensor, k_cache: Tensor, v_cache: Tensor, num_heads: int) -> Tensor:
     return (kv_cache if qkv.is_cuda else ref).rope_and_cache(
         qkv, q_weight, k_weight, eps, plus_one, cos_sin, positions, slots, k_cache, v_cache, num_heads)
 
 
+def copy_pages(storage: Tensor, pages: Tensor) -> None:
+    (kv_cache if storage.is_cuda else ref).copy_pages(storage, pages)
+
+
 def decode_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, rows: Tensor, positions: Tensor,
                      scale: float, window: int, softcap: float, max_context: int, shared: Tensor | None = None,
-                     prefix_tiles: Tensor | None = None) -> Tensor:
+                     prefix_tiles: Tensor | None = None, out: Tensor | None = None) -> Tensor:
     return (attention if q.is_cuda else ref).decode_attention(
-        q, k_cache, v_cache, block_table, rows, positions, scale, window, softcap, max_context, shared, prefix_tiles)
+        q, k_cache, v_cache, block_table, rows, positions, scale, window, softcap, max_context, shared, prefix_tiles, out)
 
 
 def prefill_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, rows: Tensor, starts: Tensor,
-                      cu_q: Tensor, tiles: Tensor, scale: float, window: int, softcap: float) -> Tensor:
+                      cu_q: Tensor, tiles: Tensor, scale: float, window: int, softcap: float,
+                      out: Tensor | None = None) -> Tensor:
     return (attention if q.is_cuda else ref).prefill_attention(
-        q, k_cache, v_cache, block_table, rows, starts, cu_q, tiles, scale, window, softcap)
+        q, k_cache, v_cache, block_table, rows, starts, cu_q, tiles, scale, window, softcap, out)
 
 
 def mask_logits(logits: Tensor, mask: Tensor, index: Tensor) -> None:

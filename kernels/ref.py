@@ -74,6 +74,24 @@ def gated_act(x: Tensor, activation: str) -> Tensor:
     return (F.silu(gate) if activation == "silu" else F.gelu(gate, approximate="tanh")) * up
 
 
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None) -> Tensor:
+    """x [T, K] times weight [N, K] transposed, plus bias [N] -> [T, N]; into `out`, contiguous, if given (then without bias)."""
+    return F.linear(x, weight, bias) if out is None else torch.mm(x, weight.t(), out=out)
+
+
+def norm_linear(x: Tensor, residual: Tensor, norm: Tensor, eps: float, plus_one: bool, weight: Tensor,
+                bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """add_rms_norm, then linear -> (product, x + residual). The sum may stand in `residual`, which is not to be used again."""
+    return linear(add_rms_norm(x, residual, norm, eps, plus_one), weight, bias, None), residual
+
+
+def norm_gated_linear(x: Tensor, residual: Tensor, norm: Tensor, eps: float, plus_one: bool, weight: Tensor, bias: Tensor | None,
+                      activation: str) -> tuple[Tensor, Tensor]:
+    """norm_linear with the weight [gate | up], [2 I, K], then gated_act -> ([T, I], x + residual)."""
+    y, residual = norm_linear(x, residual, norm, eps, plus_one, weight, bias)
+    return gated_act(y, activation), residual
+
+
 def rope_and_cache(qkv: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, eps: float, plus_one: bool, cos_sin: Tensor,
                    positions: Tensor, slots: Tensor, k_cache: Tensor, v_cache: Tensor, num_heads: int) -> Tensor:
     """Optional RMSNorm of each head of q and k, rotary embedding, keys and values into the cache; returns q [T, H, D].
@@ -102,6 +120,15 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat([(a * cos - b * sin).to(x.dtype), (b * cos + a * sin).to(x.dtype), rest], dim=-1)
 
 
+def copy_pages(storage: Tensor, pages: Tensor) -> None:
+    """storage [A, pages, ...]: what is on page pages[i, 0] goes to page pages[i, 1], int32 [C, 2], in all A at once.
+
+    No page is copied to twice, and none that is copied from is copied to.
+    """
+    source, target = pages.long().unbind(1)
+    storage[:, target] = storage[:, source]
+
+
 # --- attention ------------------------------------------------------------------------------------------------------------------
 
 QUERY_TILE = 128    # queries of one tile of prefill_attention's work list
@@ -110,7 +137,7 @@ PREFIX_TILE = 32    # rows of one tile of decode_attention's shared prefixes
 
 def decode_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, rows: Tensor, positions: Tensor,
                      scale: float, window: int, softcap: float, max_context: int, shared: Tensor | None = None,
-                     prefix_tiles: Tensor | None = None) -> Tensor:
+                     prefix_tiles: Tensor | None = None, out: Tensor | None = None) -> Tensor:
     """One query a row: q [N, H, D] at positions [N] attends to positions 0 .. positions[i] of table row rows[i] -> [N, H, D].
 
     window > 0: only the last `window` positions, the query's own included. softcap > 0: scores become
@@ -118,6 +145,7 @@ def decode_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: T
     max_context: an upper bound of positions + 1, known on the host.
     shared [N], prefix_tiles [M, 2]: rows tiles[j, 0] .. + tiles[j, 1] (at most PREFIX_TILE) have the same first shared[i] keys
     and values, so a kernel may read them once; 0: none. No window then. They change how the result is computed, not what it is.
+    out: where to write the result; None: a new tensor.
     """
     n, heads, dim = q.shape
     kv_heads, page = k_cache.shape[1], k_cache.shape[2]
@@ -134,17 +162,20 @@ def decode_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: T
     if softcap:
         scores = softcap * torch.tanh(scores / softcap)
     scores = scores.float().masked_fill(~visible[:, None, None], NEG_INF)
-    return (torch.softmax(scores, -1).to(v.dtype) @ v).reshape(n, heads, dim).to(q.dtype)
+    out = torch.empty_like(q) if out is None else out
+    return out.copy_((torch.softmax(scores, -1).to(v.dtype) @ v).reshape(n, heads, dim))
 
 
 def prefill_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, rows: Tensor, starts: Tensor,
-                      cu_q: Tensor, tiles: Tensor, scale: float, window: int, softcap: float) -> Tensor:
+                      cu_q: Tensor, tiles: Tensor, scale: float, window: int, softcap: float,
+                      out: Tensor | None = None) -> Tensor:
     """Several queries a row: q [T, H, D]; row i's stand at cu_q[i] .. cu_q[i + 1] and start at position starts[i] of row rows[i].
 
     Each attends to all positions up to its own (keys and values of the step are in the cache already) -> [T, H, D].
     tiles [M, 2]: (i, first query) of every tile of QUERY_TILE queries, the kernel's work list; not needed here.
+    out: where to write the result; None: a new tensor.
     """
-    out = torch.empty_like(q)
+    out = torch.empty_like(q) if out is None else out
     heads, page = q.shape[1], k_cache.shape[2]
     groups = heads // k_cache.shape[1]
     for row, start, begin, end in zip(rows.tolist(), starts.tolist(), cu_q[:-1].tolist(), cu_q[1:].tolist(), strict=True):

@@ -15,8 +15,7 @@ from torch import Tensor
 from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.guided.grammar import GrammarBackend
-from engine.layers.attention import StepInputs
-from engine.memory import make_caches
+from engine.layers.attention import KVCache, StepInputs
 from engine.models.decoder import Decoder
 from engine.request import Completion, Request, SamplingParams
 from engine.weights import open_checkpoint
@@ -92,7 +91,7 @@ def full_logits(model: Decoder, tokens: Sequence[int], decode: int = 0) -> Tenso
     """
     device, page, total = model.embedding.weight.device, 16, len(tokens)
     pages = -(-total // page)
-    caches = make_caches(model, pages + 1, page, device)
+    caches = KVCache(model.spec, pages + 1, page, model.dtype, device).layers
 
     def ints(values: Sequence[Any]) -> Tensor:
         return torch.tensor(values, dtype=torch.int32, device=device)

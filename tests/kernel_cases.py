@@ -5,6 +5,7 @@ What is expected is computed in float64, or is exact; what must not be written h
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import ModuleType
 
 import torch
@@ -14,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels import ref, sample
+from kernels.gemm_skinny import Norm
 
 # Two roundings to the type, and for float32 the approximate exponential.
 RELATIVE = {torch.float32: 3e-6, torch.float16: 1.1e-3, torch.bfloat16: 9e-3}
@@ -54,6 +56,39 @@ def check_gated_act(kernels: ModuleType, like: Tensor, tokens: int, width: int, 
     gate, up = x.double().chunk(2, -1)
     act = F.silu(gate) if activation == "silu" else gate * torch.sigmoid(2 * (2 / torch.pi) ** 0.5 * (gate + 0.044715 * gate**3))
     torch.testing.assert_close(kernels.gated_act(x, activation).double(), act * up, rtol=RELATIVE[x.dtype], atol=3e-6)
+
+
+# --- dense layers ---------------------------------------------------------------------------------------------------------------
+
+
+def check_linear(run: Callable[..., Tensor], like: Tensor, m: int, features: int, depth: int, activation: str = "",
+                 norm: bool = False, bias: bool = False, plus_one: bool = False) -> None:
+    """`run` takes what kernels.gemm_skinny.product takes, but for the tile; x and the residual stand in wider rows."""
+    x, residual = (randn(m, depth + 16, like=like)[:, :depth] for _ in range(2))
+    weight, scale = randn(features, depth, like=like) / depth**0.5, randn(depth, like=like)
+    shift = randn(features, like=like) if bias else None
+    summed = torch.full((m, depth), float("nan"), dtype=like.dtype, device=like.device)
+    h = x
+    if norm:
+        h = ref.rms_norm(x + residual, scale, 1e-5, plus_one)
+    want = h.double() @ weight.double().T
+    if shift is not None:
+        want += shift.double()
+    size = float(want.abs().max())
+    if activation:
+        gate, up = want.to(like.dtype).double().chunk(2, -1)
+        act = F.silu(gate) if activation == "silu" else F.gelu(gate, approximate="tanh")
+        want, size = act * up, size * float(up.abs().max())
+    fold = Norm(residual, scale, 1e-5, plus_one, summed) if norm else None
+    out = torch.full_like(want, float("nan"), dtype=like.dtype)
+    got = run(x, weight, shift, activation, fold, out)
+    assert got is out
+    if norm:
+        assert torch.equal(summed, x + residual)
+    torch.testing.assert_close(got.double(), want, rtol=RELATIVE[like.dtype], atol=RELATIVE[like.dtype] * size)
+    again = torch.full_like(out, float("nan"))
+    run(x, weight, shift, activation, fold, again)
+    assert torch.equal(out, again)
 
 
 # --- rotary embedding and cache -------------------------------------------------------------------------------------------------
@@ -285,3 +320,14 @@ def chi_square_holds(counts: Tensor, probs: Tensor) -> bool:
     freedom = counts.numel() - 1
     statistic = float(((counts - expected) ** 2 / expected.clamp(min=1e-9)).sum())
     return statistic < freedom + 5 * (2 * freedom) ** 0.5
+
+
+def check_copy_pages(kernels: ModuleType, dtype: torch.dtype, device: str, shape: tuple[int, ...] = (6, 40, 3, 16, 80)) -> None:
+    """Pages copied in all parts at once, one of them to several places; nothing else changes."""
+    storage = torch.randn(shape, device=device).to(dtype)
+    pages = torch.tensor([(1, 30), (1, 31), (7, 2), (39, 3)], dtype=torch.int32, device=device)
+    want = storage.clone()
+    for source, target in pages.tolist():
+        want[:, target] = storage[:, source]
+    kernels.copy_pages(storage, pages)
+    assert torch.equal(storage, want)

@@ -40,6 +40,18 @@ class LayerCache:
     v: Tensor
 
 
+class KVCache:
+    """All layers' keys and values in one tensor, [2 layers, pages, kv heads, page size, head dim]: one launch copies a page.
+
+    Zeroed, since masked slots are multiplied too, and 0 x NaN is NaN.
+    """
+
+    def __init__(self, spec: ModelSpec, pages: int, page_size: int, dtype: torch.dtype, device: torch.device) -> None:
+        shape = (2 * spec.num_layers, pages, spec.num_kv_heads, page_size, spec.head_dim)
+        self.storage = torch.zeros(shape, dtype=dtype, device=device)
+        self.layers = [LayerCache(self.storage[2 * i], self.storage[2 * i + 1]) for i in range(spec.num_layers)]
+
+
 class Attention(nn.Module):
     def __init__(self, spec: ModelSpec, index: int, prefix: str, method: LinearMethod, dtype: torch.dtype) -> None:
         super().__init__()
@@ -55,21 +67,23 @@ class Attention(nn.Module):
         else:
             self.q_norm = self.k_norm = None
 
-    def forward(self, x: Tensor, step: StepInputs, cache: LayerCache, cos_sin: Tensor) -> Tensor:
+    def forward(self, x: Tensor, residual: Tensor, norm: RMSNorm, step: StepInputs, cache: LayerCache,
+                cos_sin: Tensor) -> tuple[Tensor, Tensor]:
+        """Of the norm of x + residual -> (output, x + residual); the given residual is not to be used again."""
         q_weight = self.q_norm.weight if self.q_norm is not None else None
         k_weight = self.k_norm.weight if self.k_norm is not None else None
-        q = ops.rope_and_cache(self.qkv(x), q_weight, k_weight, self.eps, self.plus_one, cos_sin, step.positions, step.slots,
+        qkv, residual = self.qkv.after_norm(x, residual, norm)
+        q = ops.rope_and_cache(qkv, q_weight, k_weight, self.eps, self.plus_one, cos_sin, step.positions, step.slots,
                                cache.k, cache.v, self.num_heads)
-        return self.out(self._attend(q, step, cache).flatten(1))
+        return self.out(self._attend(q, step, cache).flatten(1)), residual
 
     def _attend(self, q: Tensor, step: StepInputs, cache: LayerCache) -> Tensor:
-        n, outputs = step.num_decode, []
+        n, out = step.num_decode, torch.empty_like(q)
         if n:
-            outputs.append(ops.decode_attention(q[:n], cache.k, cache.v, step.block_table, step.decode_rows, step.positions[:n],
-                                                self.scale, self.window, self.softcap, step.max_context, step.shared,
-                                                step.prefix_tiles))
+            ops.decode_attention(q[:n], cache.k, cache.v, step.block_table, step.decode_rows, step.positions[:n], self.scale,
+                                 self.window, self.softcap, step.max_context, step.shared, step.prefix_tiles, out[:n])
         if (step.rest_rows is not None and step.rest_starts is not None and step.rest_cu_q is not None
                 and step.tiles is not None):
-            outputs.append(ops.prefill_attention(q[n:], cache.k, cache.v, step.block_table, step.rest_rows, step.rest_starts,
-                                                 step.rest_cu_q, step.tiles, self.scale, self.window, self.softcap))
-        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+            ops.prefill_attention(q[n:], cache.k, cache.v, step.block_table, step.rest_rows, step.rest_starts, step.rest_cu_q,
+                                  step.tiles, self.scale, self.window, self.softcap, out[n:])
+        return out

@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kernels import ops
+
 if TYPE_CHECKING:
+    from engine.layers.norm import RMSNorm
     from engine.weights import Checkpoint
 
 
@@ -36,9 +38,19 @@ class LinearMethod(Protocol):
     def apply(self, layer: Linear, x: Tensor) -> Tensor:
         """x [T, in_features] -> [T, out_features]."""
 
+    def apply_after_norm(self, layer: Linear, x: Tensor, residual: Tensor, norm: RMSNorm) -> tuple[Tensor, Tensor]:
+        """-> (the product with the norm of x + residual, x + residual); the given residual is not to be used again."""
+        return self.apply(layer, norm.add(x, residual)), residual
 
-class DenseMethod:
-    """Plain weights in the model's dtype; the product is cuBLAS's (or oneDNN's on CPU)."""
+    def apply_gated_after_norm(self, layer: Linear, x: Tensor, residual: Tensor, norm: RMSNorm,
+                               activation: str) -> tuple[Tensor, Tensor]:
+        """As apply_after_norm, of a layer [gate | up], with ops.gated_act of the product."""
+        y, residual = self.apply_after_norm(layer, x, residual, norm)
+        return ops.gated_act(y, activation), residual
+
+
+class DenseMethod(LinearMethod):
+    """Plain weights in the model's dtype."""
 
     def specs(self, in_features: int, out_features: int, bias: bool, dtype: torch.dtype) -> dict[str, ParamSpec]:
         specs = {"weight": ParamSpec((out_features, in_features), dtype, out_dim=0)}
@@ -50,7 +62,14 @@ class DenseMethod:
         layer.bias = getattr(layer, "bias", None)
 
     def apply(self, layer: Linear, x: Tensor) -> Tensor:
-        return F.linear(x, layer.weight, layer.bias)
+        return ops.linear(x, layer.weight, layer.bias)
+
+    def apply_after_norm(self, layer: Linear, x: Tensor, residual: Tensor, norm: RMSNorm) -> tuple[Tensor, Tensor]:
+        return ops.norm_linear(x, residual, norm.weight, norm.eps, norm.plus_one, layer.weight, layer.bias)
+
+    def apply_gated_after_norm(self, layer: Linear, x: Tensor, residual: Tensor, norm: RMSNorm,
+                               activation: str) -> tuple[Tensor, Tensor]:
+        return ops.norm_gated_linear(x, residual, norm.weight, norm.eps, norm.plus_one, layer.weight, layer.bias, activation)
 
 
 class Linear(nn.Module):
@@ -79,6 +98,14 @@ class Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.method.apply(self, x)
+
+    def after_norm(self, x: Tensor, residual: Tensor, norm: RMSNorm) -> tuple[Tensor, Tensor]:
+        """See LinearMethod.apply_after_norm."""
+        return self.method.apply_after_norm(self, x, residual, norm)
+
+    def gated_after_norm(self, x: Tensor, residual: Tensor, norm: RMSNorm, activation: str) -> tuple[Tensor, Tensor]:
+        """See LinearMethod.apply_gated_after_norm."""
+        return self.method.apply_gated_after_norm(self, x, residual, norm, activation)
 
 
 def copy_checked(target: Tensor, source: Tensor, name: str) -> None:

@@ -1,4 +1,4 @@
-"""The gated MLP: down(act(gate) * up), gate and up in one product."""
+"""The gated MLP behind its norm: down(act(gate) * up), gate and up in one product."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from engine.layers.linear import Linear, LinearMethod
+from engine.layers.norm import RMSNorm
 from engine.models.spec import ModelSpec
-from kernels import ops
 
 
 class MLP(nn.Module):
@@ -19,5 +19,7 @@ class MLP(nn.Module):
                               bias=spec.mlp_bias, dtype=dtype, method=method)
         self.down = Linear(width, [(f"{prefix}.down_proj", spec.hidden_size)], bias=spec.mlp_bias, dtype=dtype, method=method)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down(ops.gated_act(self.gate_up(x), self.activation))
+    def forward(self, x: Tensor, residual: Tensor, norm: RMSNorm) -> tuple[Tensor, Tensor]:
+        """Of the norm of x + residual -> (output, x + residual); the given residual is not to be used again."""
+        h, residual = self.gate_up.gated_after_norm(x, residual, norm, self.activation)
+        return self.down(h), residual

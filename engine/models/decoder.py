@@ -41,11 +41,11 @@ class Block(nn.Module):
             self.attention_out, self.mlp_out = nn.Identity(), nn.Identity()
             self.mlp_norm = norm("post_attention_layernorm")
 
-    def forward(self, x: Tensor, residual: Tensor, step: StepInputs, cache: LayerCache, cos_sin: Tensor) -> Tensor:
-        """x: what the block before left to be added to `residual`, which is updated in place; returns the same for the next."""
-        h = self.attention(self.input_norm.add(x, residual), step, cache, cos_sin)
-        h = self.mlp(self.mlp_norm.add(self.attention_out(h), residual))
-        return self.mlp_out(h)
+    def forward(self, x: Tensor, residual: Tensor, step: StepInputs, cache: LayerCache, cos_sin: Tensor) -> tuple[Tensor, Tensor]:
+        """x: what the block before left to be added to `residual`, which is not to be used again; returns both for the next."""
+        h, residual = self.attention(x, residual, self.input_norm, step, cache, cos_sin)
+        h, residual = self.mlp(self.attention_out(h), residual, self.mlp_norm)
+        return self.mlp_out(h), residual
 
 
 class Decoder(nn.Module):
@@ -74,7 +74,7 @@ class Decoder(nn.Module):
         residual = self.embedding(step.ids)
         x = torch.zeros_like(residual)
         for block, cache, cos_sin in zip(self.blocks, caches, self.cos_sin, strict=True):
-            x = block(x, residual, step, cache, cos_sin)
+            x, residual = block(x, residual, step, cache, cos_sin)
         return self.norm.add(x, residual)
 
     def logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:

@@ -40,7 +40,7 @@ def fail(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[int]]:
             if when(plan):
                 sizes.append(plan.rows.size)
                 if part == "launch_forward":     # garbage where the step would have written
-                    for cache in runner.caches:
+                    for cache in runner.caches.layers:
                         for row in plan.rows.tolist():
                             cache.k[runner.table.block_table[row].long()] = float("nan")
                 raise error()

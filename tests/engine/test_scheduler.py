@@ -219,6 +219,7 @@ class FakeDevice:
         table = self.table
         table.stage_step(plan.rows, plan.starts)
         table.flush(np.empty(0, dtype=np.int32))
+        ref.copy_pages(torch.from_numpy(self.kv.view(np.int64).reshape(1, -1, PAGE)), torch.from_numpy(plan.copies))
         n, total = plan.rows.size, plan.num_tokens
         cu_q = np.concatenate([[0], np.cumsum(plan.counts)]).astype(np.int32)
         ids, positions, slots = torch.empty(3, total, dtype=torch.int32).unbind()
@@ -295,7 +296,7 @@ class Trace:
         self.done: dict[int, Completion] = {}
         self.aborted: set[int] = set()
         self.inflight: deque[tuple[StepPlan, np.ndarray, dict[int, TokenLogprobs]]] = deque()
-        self.steps = self.steps_with_groups = 0
+        self.steps = self.steps_with_groups = self.steps_with_copies = 0
 
     def run(self) -> None:
         coming, turns = deque(self.jobs), 0
@@ -329,6 +330,7 @@ class Trace:
             self.inflight.append((plan, *self.launch(plan)))
             self.steps += 1
             self.steps_with_groups += plan.shared is not None
+            self.steps_with_copies += plan.copies.size > 0
         else:
             self.table.flush_staged()
             if self.inflight:
@@ -398,10 +400,10 @@ class Trace:
         stack: list[tuple[Node, bytes]] = [(node, b"") for node in self.pool._root.children.values()]
         while stack:
             node, before = stack.pop()
-            prefix = before + node.key
+            prefix = before + (node.key if node.tokens is None else node.tokens.tobytes())
             if node.page:
-                want = hashes(np.frombuffer(prefix, dtype=np.int32))[-PAGE:]
-                cached = self.device.kv[node.page * PAGE : (node.page + 1) * PAGE]
+                want = hashes(np.frombuffer(prefix, dtype=np.int32))[node.depth * PAGE - PAGE :]
+                cached = self.device.kv[node.page * PAGE :][: want.size]
                 np.testing.assert_array_equal(cached, want, "a cached page was written")
             stack.extend((child, prefix) for child in node.children.values())
 
@@ -471,6 +473,7 @@ def test_a_long_trace_preempts_shares_and_learns(depth: int) -> None:
     assert set(reasons) == set(FinishReason)
     assert stats.forced_tokens > 50
     assert trace.steps_with_groups > 50
+    assert trace.steps_with_copies > 20
 
 
 @given(st.lists(st.integers(0, 400), max_size=40))

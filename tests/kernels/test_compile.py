@@ -40,6 +40,7 @@ def compile_all() -> None:
          {**heads, "D": 128, "ROTARY": 128, "BLOCK_D": 128, "Q_NORM": False, "K_NORM": False, "PLUS_ONE": False}),
         (kv_cache, "_rope_and_cache_kernel",
          {**heads, "D": 80, "ROTARY": 32, "BLOCK_D": 128, "Q_NORM": True, "K_NORM": True, "PLUS_ONE": True}),
+        (kv_cache, "_copy_pages_kernel", {"SIZE": 16384, "BLOCK": 4096}),
         (step, "_apply_writes_kernel", {"BLOCK": 1024}),
         (step, "_expand_kernel", {"P": 32, "BLOCK": 1024}),
         (step, "_expand_decode_kernel", {"P": 32, "BLOCK": 128}),
