@@ -216,7 +216,8 @@ def test_rows_that_run_long_are_told_from_those_that_wait(llama: Path) -> None:
         for request in make_requests(random_prompts(4, seed=16), SamplingParams(max_tokens=30, ignore_eos=True)):
             engine.submit(request)
         engine.step()
-        assert len(ids := engine.overdue(0.0)) == 2
+        ids = engine.overdue(0.0)
+        assert len(ids) == 2
         assert engine.overdue(1000.0) == []
         engine.abort(ids)
         done = {c.id: c.finish_reason for c in engine.step()}
