@@ -182,13 +182,6 @@ class RunConfig(Strict):
     dry_run: bool = False
     retry_errors: list[Status] = []  # of a finished output: compute the rows with these statuses again
 
-    @model_validator(mode="after")
-    def _budgets_are_a_workers_own(self) -> RunConfig:
-        if self.limits.on_budget == "finish" and self.cluster.lease:
-            raise ValueError("limits.on_budget=finish gives up what is left, which cluster.lease=true leaves to other workers: "
-                             "set one of them back")
-        return self
-
     @property
     def effective_sampling(self) -> Sampling:
         return self.sampling.over(self.task.sampling)
@@ -218,6 +211,9 @@ def check(raw: Mapping[str, Any]) -> RunConfig:
         except ValueError as error:
             message = str(error)
             raise ConfigError(message if message.startswith(section) else f"{section}.{message}") from None
+    if config.limits.on_budget == "finish" and config.cluster.lease:
+        raise ConfigError("limits.on_budget=finish: a worker would give up what cluster.lease=true leaves to the others; set one of "
+                          "them back")
     return config
 
 
