@@ -212,8 +212,8 @@ def check(raw: Mapping[str, Any]) -> RunConfig:
             message = str(error)
             raise ConfigError(message if message.startswith(section) else f"{section}.{message}") from None
     if config.limits.on_budget == "finish" and config.cluster.lease:
-        raise ConfigError("limits.on_budget=finish: a worker would give up what cluster.lease=true leaves to the others; set one of "
-                          "them back")
+        raise ConfigError("limits.on_budget=finish: a worker would give up what cluster.lease=true leaves to the others; "
+                          "set one of them back")
     return config
 
 
