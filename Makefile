@@ -32,8 +32,8 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/lint-imports --no-logo
 	$(BIN)/mypy
 
-# The property tests with many more examples, jobs killed a thousand times, ten thousand shards, a million rows. How many: make soak
-# EXAMPLES=20000
+# The property tests with many more examples, jobs killed a thousand times, ten thousand shards, a million rows. As in
+# make soak EXAMPLES=20000 KILLS=100
 EXAMPLES ?= 2000
 KILLS ?= 1000
 soak: $(VENV)/.installed-dev

@@ -31,7 +31,7 @@ class Loop:
         self._numbers = itertools.count()
         self._looked = 0.0
         self._generated = 0
-        self._given_up: str | None = None  # the budget after which rows become `aborted`
+        self._given_up: str | None = None  # the error of rows that become `aborted`, from then on
 
     def run(self, limits: LimitKeys) -> str | None:
         """Until all is done (None) or a stop is asked for (why). Raises what the threads of feed and collector ran into."""
@@ -48,7 +48,8 @@ class Loop:
         reason = self._turns(lambda: self._stop.interrupted() or self._stop.spent(self._generated), limits, watchdog)
         if reason is not None:
             if limits.on_budget == "finish" and self._stop.interrupted() is None:
-                self._given_up = reason
+                self._given_up = f"not done by {reason}"
+                self._feed.give_up(self._given_up)
             self._drain(reason, limits, watchdog)
         if self._given_up is not None:
             reason = self._turns(self._stop.interrupted, limits, watchdog)
@@ -82,7 +83,7 @@ class Loop:
 
     def _submit(self, work: Work) -> None:
         if self._given_up is not None:
-            self._collect.refuse(work, Status.ABORTED, f"not done by {self._given_up}")
+            self._collect.refuse(work, Status.ABORTED, self._given_up)
             return
         limit, output = self._engine.max_model_len, work.ask.guide.grammar.min_tokens if work.ask.guide else 1
         if len(work.tokens) + output > limit:
@@ -117,7 +118,7 @@ class Loop:
             watchdog.turn()
         if self._given_up is not None:
             for work in self._running.values():
-                work.cut = Status.ABORTED, f"not done by {self._given_up}"
+                work.cut = Status.ABORTED, self._given_up
         self._engine.abort()
         while self._engine.pending:
             self._step()

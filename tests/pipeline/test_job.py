@@ -455,6 +455,26 @@ def test_a_budget_may_end_the_run_with_what_there_is(run: Run, table: Any) -> No
     assert refused.line.startswith("limits.on_budget=finish: ")
 
 
+def test_samples_that_a_budget_leaves_undone_are_counted(run: Run, table: Any) -> None:
+    """Rows of earlier attempts that have some of their own number of samples get the rest of those."""
+    data = table(prompt=[f"q{i} {'SLOW' * (i % 2)}" for i in range(400)], sampling=['{"n": 3}', None] * 200, row_group_size=100)
+    words = (f"data={data}", "plan.rows_per_shard=200", "limits.max_error_rate=1", "engine.window=16", "input.threads=1",
+             "limits.grace_seconds=0", "limits.max_tokens=500", "sampling.temperature=1", "sampling.n=2")
+    assert run(*words, delay=0.002).code == 75
+    ran = run(*words, "limits.on_budget=finish", delay=0.002)
+    assert ran.code == 0
+    counts = Counter(row["prompt"] for row in ran.rows())
+    assert list(counts) == [f"q{i} {'SLOW' * (i % 2)}" for i in range(400)]
+    assert set(counts.values()) == {2, 3}
+    by_row: dict[str, list[int]] = {}
+    for row in ran.rows():
+        by_row.setdefault(row["prompt"], []).append(row["sample"])
+    assert all(samples == list(range(len(samples))) for samples in by_row.values())
+    again = run(*words[:3], *words[-2:], "retry_errors=[aborted]")
+    assert again.code == 0
+    assert Counter(row["status"] for row in again.rows()) == {"ok": 1000}
+
+
 def test_an_engine_that_gives_up_is_one_line(run: Run, table: Any) -> None:
     ran = run(f"data={table(prompt=['a', 'BREAK'])}")
     assert ran.code == 1
