@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from engine import sampler
+from engine.automata import Automata
 from engine.cuda_graphs import CudaGraphs, graph_sizes
 from engine.layers.attention import KVCache, StepInputs
 from engine.models.decoder import Decoder
@@ -39,8 +40,9 @@ class Step:
 class Runner:
     """sharing: plans may say which decode rows share a prefix."""
 
-    def __init__(self, model: Decoder, table: RowTable, caches: KVCache, use_graphs: bool, sharing: bool) -> None:
-        self.model, self.table, self.caches = model, table, caches
+    def __init__(self, model: Decoder, table: RowTable, caches: KVCache, automata: Automata, use_graphs: bool,
+                 sharing: bool) -> None:
+        self.model, self.table, self.caches, self._automata = model, table, caches, automata
         self.device = table.device
         self.steps = self.graph_steps = 0
         rows, vocab = table.max_rows, model.spec.vocab_size
@@ -159,7 +161,8 @@ class Runner:
         """Sample the step's rows, commit the tokens to the row table and start their way to the host; returns at once."""
         plan, n = step.plan, step.plan.sampled.size
         step.tokens = self._host_tokens[self.steps % RING][:n]
-        if step.graphed and mask is None and not plan.special:
+        automata = self._automata if plan.by_automata else None
+        if step.graphed and mask is None and automata is None and not plan.special:
             graphs = self._graphs["sample"]
             step.tokens.copy_(graphs.replay(graphs.padded(n))[:n], non_blocking=True)
         elif n:
@@ -168,8 +171,10 @@ class Runner:
                 device_mask = torch.from_numpy(mask).to(self.device, non_blocking=True)
                 masked = torch.from_numpy(plan.guided).to(self.device, non_blocking=True)
             tokens, step.logprobs = sampler.sample(step.logits, self.table, step.rows, step.positions, plan.special, device_mask,
-                                                   masked)
+                                                   masked, automata)
             step.tokens.copy_(self._commit(tokens, step.rows, step.positions), non_blocking=True)
+            if automata is not None:
+                automata.advance(self.table.grammar, step.rows, tokens)
         if self._pinned:
             step.done = torch.cuda.Event()
             step.done.record()
@@ -178,7 +183,7 @@ class Runner:
         """The first n rows of the table, whose logits a graph has left in the buffer -> tokens [n]. Captured."""
         assert self._logits is not None, "captured with the graphs of the forward pass, which make the buffer"
         rows, positions = self.table.rows[:n], self.table.starts[:n]
-        tokens, _ = sampler.sample(self._logits[:n], self.table, rows, positions, [], None, None)
+        tokens, _ = sampler.sample(self._logits[:n], self.table, rows, positions, [], None, None, None)
         return self._commit(tokens, rows, positions)
 
     def _commit(self, tokens: Tensor, rows: Tensor, positions: Tensor) -> Tensor:

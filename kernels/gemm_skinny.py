@@ -4,9 +4,9 @@ The transposed product W x^T puts the weights' rows where the tensor cores want 
 programs are on the chip at once (a row of tiles, each cut along K where the tiles alone are too few), so that none waits for a
 second wave; the last program of a tile to finish adds its partial sums in their order, so that timing changes nothing.
 
-The neighbours fold in: the residual sum and RMSNorm before the product, the gated activation after it, each rounded where the
-kernels of its own round. Launches overlap (programmatic dependent launch, CUDA's guide, section 4.5): a program asks the L2 for
-its first weights before it waits for the kernel that makes its x.
+The gated activation folds in, rounded where its own kernel rounds. (So did the residual sum and RMSNorm before the product, but
+every program has to find the mean square anew, and that cost what the launch saved.) Launches overlap (programmatic dependent
+launch, CUDA's guide, section 4.5): a program asks the L2 for its first weights before it waits for the kernel that makes its x.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.overlap import after, options, overlaps
-from kernels.pointwise import gate, scale_norm
+from kernels.overlap import after, launch_options, overlaps
+from kernels.pointwise import gate
 
 MOST_ROWS = 128
 MOST_TILES = 1 << 14
-AHEAD_BYTES = 8 << 20     # of the weight, asked of the L2 before the wait
+AHEAD_BYTES = 2 << 20     # of the weight, asked of the L2 before the wait
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,17 +47,6 @@ class Tile:
         return 1 if self.vector else max(16, triton.next_power_of_2(m))
 
 
-@dataclass(frozen=True, slots=True)
-class Norm:
-    """x + residual -> summed, another tensor, contiguous; and RMSNorm of it, which is multiplied: what is folded in before."""
-
-    residual: Tensor
-    weight: Tensor
-    eps: float
-    plus_one: bool
-    summed: Tensor
-
-
 @triton.jit
 def _prefetch(rows, count, LINE: tl.constexpr):
     """Ask the L2 for the first `count` elements of every row, in lines of LINE elements; returns at once."""
@@ -69,11 +58,10 @@ def _prefetch(rows, count, LINE: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["M", "ahead"])
-def _product_kernel(x, residual, norm, weight, bias, out, summed, partial, arrived, M, N, K, share, x_stride, residual_stride,
-                    ahead, eps,
+def _product_kernel(x, weight, bias, out, partial, arrived, M, N, K, share, x_stride, ahead,
                     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLITS: tl.constexpr,
-                    STAGES: tl.constexpr, NORM: tl.constexpr, PLUS_ONE: tl.constexpr, GATED: tl.constexpr,
-                    GELU: tl.constexpr, BIAS: tl.constexpr, OVERLAP: tl.constexpr, PRECISION: tl.constexpr):
+                    STAGES: tl.constexpr, GATED: tl.constexpr, GELU: tl.constexpr, BIAS: tl.constexpr,
+                    OVERLAP: tl.constexpr, PRECISION: tl.constexpr):
     tile, split = tl.program_id(0), tl.program_id(1)
     dtype: tl.constexpr = out.dtype.element_ty
     m, r, k = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
@@ -90,32 +78,12 @@ def _product_kernel(x, residual, norm, weight, bias, out, summed, partial, arriv
         _prefetch(rows + begin, tl.minimum(share, ahead), 1024 // dtype.primitive_bitwidth)
     after(OVERLAP)
 
-    if NORM:        # the mean square of each row of x + residual; every program needs it, and finds its own
-        BLOCK_S: tl.constexpr = max(4096 // BLOCK_M, BLOCK_K)
-        s = tl.arange(0, BLOCK_S)[None, :]
-        squares = tl.zeros([BLOCK_M, BLOCK_S], tl.float32)
-        for start in tl.range(0, K, BLOCK_S, num_stages=3):
-            inside = there & (start + s < K)
-            h = tl.load(x + m[:, None] * x_stride + start + s, mask=inside, other=0.0).to(tl.float32)
-            h += tl.load(residual + m[:, None] * residual_stride + start + s, mask=inside, other=0.0).to(tl.float32)
-            h = h.to(dtype).to(tl.float32)
-            squares += h * h
-        scale = tl.rsqrt(tl.sum(squares, 1) / K + eps)[:, None]
-
     acc = tl.zeros([BLOCK_N, BLOCK_K if BLOCK_M == 1 else BLOCK_M], tl.float32)
     at = rows[:, None] + k[None, :]
     x_at = x + m[:, None] * x_stride + k[None, :]
-    residual_at = residual + m[:, None] * residual_stride + k[None, :]
     for start in tl.range(begin, begin + share, BLOCK_K, num_stages=STAGES):
         w = tl.load(at + start, eviction_policy="evict_first")
         a = tl.load(x_at + start, mask=there, other=0.0, eviction_policy="evict_last")
-        if NORM:
-            h = tl.load(residual_at + start, mask=there, other=0.0, eviction_policy="evict_last").to(tl.float32)
-            h = (a.to(tl.float32) + h).to(dtype)
-            mine = tl.where(start // BLOCK_K % tl.num_programs(0) == tile, M, 0)    # each part of the sum is written by one tile
-            tl.store(summed + m[:, None] * K + start + k[None, :], h, mask=(m < mine)[:, None])
-            g = tl.load(norm + start + k, eviction_policy="evict_last")[None, :]
-            a = scale_norm(h.to(tl.float32) * scale, g.to(tl.float32), PLUS_ONE, dtype)
         if BLOCK_M == 1:
             acc += w.to(tl.float32) * a.to(tl.float32)
         else:
@@ -154,8 +122,8 @@ def _arrived(device: torch.device) -> Tensor:
     return torch.zeros(MOST_TILES, dtype=torch.int32, device=device)
 
 
-def product(x: Tensor, weight: Tensor, bias: Tensor | None, tile: Tile, activation: str = "", norm: Norm | None = None,
-            out: Tensor | None = None, overlap: bool | None = None, ahead: int = AHEAD_BYTES) -> Tensor:
+def product(x: Tensor, weight: Tensor, bias: Tensor | None, tile: Tile, activation: str = "", out: Tensor | None = None,
+            overlap: bool | None = None, ahead: int = AHEAD_BYTES) -> Tensor:
     """x [M, K], rows may be strided, and weight [N, K] -> [M, N], into `out` if given; with an activation [M, N / 2].
 
     M is at most MOST_ROWS; K a multiple of tile.splits * tile.depth.
@@ -171,14 +139,12 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None, tile: Tile, activati
         partial = torch.empty(tiles * tile.splits * tile.rows * block, dtype=torch.float32, device=x.device)
         arrived = _arrived(x.device)
         assert tiles <= MOST_TILES
-    fold = norm or Norm(x, x, 0.0, False, x)        # not used without a norm
     _product_kernel[tiles, tile.splits](
-        x, fold.residual, fold.weight, weight, weight if bias is None else bias, out, fold.summed, partial, arrived,
-        rows, features, depth, depth // tile.splits, x.stride(0), fold.residual.stride(0),
-        ahead // (features * tile.splits * x.element_size()), fold.eps, BLOCK_M=block, BLOCK_N=tile.rows, BLOCK_K=tile.depth,
-        SPLITS=tile.splits, STAGES=tile.stages, NORM=norm is not None, PLUS_ONE=fold.plus_one, GATED=bool(activation),
-        GELU=activation == "gelu_tanh", BIAS=bias is not None, PRECISION="ieee" if x.dtype == torch.float32 else "tf32",
-        num_warps=tile.warps, num_stages=tile.stages, **options(overlaps(x.device) if overlap is None else overlap))
+        x, weight, weight if bias is None else bias, out, partial, arrived, rows, features, depth, depth // tile.splits,
+        x.stride(0), ahead // (features * tile.splits * x.element_size()), BLOCK_M=block, BLOCK_N=tile.rows, BLOCK_K=tile.depth,
+        SPLITS=tile.splits, STAGES=tile.stages, GATED=bool(activation), GELU=activation == "gelu_tanh", BIAS=bias is not None,
+        PRECISION="ieee" if x.dtype == torch.float32 else "tf32",
+        num_warps=tile.warps, num_stages=tile.stages, **launch_options(overlaps(x.device) if overlap is None else overlap))
     return out
 
 
@@ -186,7 +152,7 @@ SHARED_BYTES = 224 << 10    # of one multiprocessor, less what the system keeps
 
 
 def tile_of(m: int, features: int, depth: int, gated: bool, shape: tuple[int, int, int, int], processors: int,
-            vector: bool = False) -> Tile | None:
+            vector: bool = False, most_stages: int = 8) -> Tile | None:
     """The tile (rows, depth, splits, warps) with as many stages as fit when all programs are on the chip at once; None: too few.
 
     features, depth: the weight's shape; processors: multiprocessors of the chip. Also None where the tile does not divide K.
@@ -194,10 +160,12 @@ def tile_of(m: int, features: int, depth: int, gated: bool, shape: tuple[int, in
     rows, step, splits, warps = shape
     if depth % (splits * step):
         return None
+    if most_stages < 3:
+        return Tile(rows, step, splits, warps, most_stages, vector)
     programs = (triton.cdiv(features // 2, rows // 2) if gated else triton.cdiv(features, rows)) * splits
     block = 1 if vector else max(16, triton.next_power_of_2(m))
     for share in range(min(triton.cdiv(programs, processors), 4), 0, -1):       # the wide heads run in several waves
-        stages = min((SHARED_BYTES // share - 1024) // ((rows + block) * step * 2), 8, depth // (splits * step) + 1)
+        stages = min((SHARED_BYTES // share - 1024) // ((rows + block) * step * 2), most_stages, depth // (splits * step) + 1)
         if stages >= 3:
             return Tile(rows, step, splits, warps, stages if stages < 5 or share == 1 else stages // 2 * 2, vector)
     return None

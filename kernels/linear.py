@@ -1,4 +1,4 @@
-"""Dense linear layers and their neighbours on CUDA: few rows go to gemm_skinny.py, more to cuBLAS between separate kernels."""
+"""Dense linear layers on CUDA: few rows go to gemm_skinny.py, more to cuBLAS."""
 
 from __future__ import annotations
 
@@ -9,43 +9,48 @@ import triton
 from torch import Tensor
 
 from kernels import pointwise, ref
-from kernels.gemm_skinny import MOST_ROWS, Norm, Tile, product, tile_of
+from kernels.gemm_skinny import Tile, product, tile_of
 
-# (rows of the weight, elements along K, warps) by the rows of x in a program, the widest first: the wider, the fewer reads of x.
-SHAPES = {16: ((64, 64, 4), (32, 128, 4), (16, 256, 4)), 32: ((64, 64, 4), (32, 128, 4)), 64: ((128, 64, 4), (64, 64, 4)),
-          128: ((128, 64, 8), (64, 64, 4))}
-SMALL = {16: (16, 64, 4), 32: (16, 64, 4), 64: (32, 64, 4), 128: (32, 64, 4)}
+MOST_ROWS = 64              # cuBLAS is as fast from here on
 SMALL_BYTES = 8 << 20       # weights up to this take as long as a program does, whatever the memory's speed
-FILLED = 1.5                # programs a multiprocessor that keep the memory busy
-NORM_BYTES = 16 << 20       # read again by all programs for the norm: past this the norm's own kernel costs less
 
 
 @cache
-def choose(m: int, features: int, depth: int, gated: bool, normed: bool, dtype: torch.dtype, processors: int) -> Tile | None:
-    """The tile for m rows of x and a weight [features, depth]; None: what stands in ref.py is as fast.
+def choose(m: int, features: int, depth: int, gated: bool, dtype: torch.dtype, processors: int) -> Tile | None:
+    """The tile for m rows of x and a weight [features, depth]; None: what stands in ref.py is as fast, or none divides the depth.
 
-    The widest tile that fills the chip, else the narrowest, cut along K where not every multiprocessor has one.
+    As jobs/bench/gemm.py measured them on an H100 for the shapes of Mistral-7B and SmolLM2-135M.
     """
     if m > MOST_ROWS or dtype.itemsize != 2:
         return None
-    block = max(16, triton.next_power_of_2(m))
     small = dtype.itemsize * features * depth <= SMALL_BYTES
-    shapes = (SMALL[block],) if small else SHAPES[block]
-    rows, step, warps = next((s for s in shapes if triton.cdiv(features, s[0]) >= FILLED * processors), shapes[-1])
-    splits = 1
-    while not small and triton.cdiv(features, rows) * splits < processors and depth % (2 * splits * step) == 0:
-        splits *= 2
-    tile = tile_of(m, features, depth, gated, (rows, step, splits, warps), processors)
-    return None if normed and tile is not None and _norm_bytes(tile, m, features, depth) > NORM_BYTES else tile
+    for rows, step, splits, stages in (_vectors if m == 1 else _small if small else _large)(m, features, depth, processors):
+        tile = tile_of(m, features, depth, gated, (rows, step, splits, 4), processors, m == 1, stages)
+        if tile is not None:
+            return tile
+    return None
 
 
-def _norm_bytes(tile: Tile, m: int, features: int, depth: int) -> int:
-    """x and the residual, read twice by every program: for the mean square, and for the product."""
-    return 8 * m * depth * triton.cdiv(features, tile.rows)
+Shapes = list[tuple[int, int, int, int]]    # the first that divides the depth: (rows, depth, splits, most stages)
 
 
-def _tile(x: Tensor, weight: Tensor, gated: bool = False, normed: bool = False) -> Tile | None:
-    return choose(x.shape[0], *weight.shape, gated, normed, x.dtype, _processors(x.device))
+def _vectors(m: int, features: int, depth: int, processors: int) -> Shapes:
+    wide = features >= 16 * processors
+    return [(8 if wide else 4, 512, 1, 1 if wide else 8), (32, 64, 1, 8)]
+
+
+def _small(m: int, features: int, depth: int, processors: int) -> Shapes:
+    deep = [(32, 128, 4, 8) if m <= 16 else (64, 128, 3, 8)] if depth > 1024 else []
+    return [*deep, (32 if features > 16 * processors else 16, 64, 1, 8)]
+
+
+def _large(m: int, features: int, depth: int, processors: int) -> Shapes:
+    splits = 1 if triton.cdiv(features, 64) > 0.7 * processors else 2
+    return [(64, 128, splits, 8), (64, 64, splits, 8), (64, 64, 1, 8)]
+
+
+def _tile(x: Tensor, weight: Tensor, gated: bool) -> Tile | None:
+    return choose(x.shape[0], *weight.shape, gated, x.dtype, _processors(x.device))
 
 
 @cache
@@ -55,29 +60,13 @@ def _processors(device: torch.device) -> int:
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None) -> Tensor:
     """See ref.linear; rows of x may be strided."""
-    tile = _tile(x, weight)
+    tile = _tile(x, weight, gated=False)
     return ref.linear(x, weight, bias, out) if tile is None else product(x, weight, bias, tile, out=out)
 
 
-def norm_linear(x: Tensor, residual: Tensor, norm: Tensor, eps: float, plus_one: bool, weight: Tensor,
-                bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    """See ref.norm_linear."""
-    tile = _tile(x, weight, normed=True)
-    if tile is not None:
-        fold = Norm(residual, norm, eps, plus_one, torch.empty_like(residual))
-        return product(x, weight, bias, tile, norm=fold), fold.summed
-    return linear(pointwise.add_rms_norm(x, residual, norm, eps, plus_one), weight, bias, None), residual
-
-
-def norm_gated_linear(x: Tensor, residual: Tensor, norm: Tensor, eps: float, plus_one: bool, weight: Tensor, bias: Tensor | None,
-                      activation: str) -> tuple[Tensor, Tensor]:
-    """See ref.norm_gated_linear."""
-    tile = _tile(x, weight, gated=True, normed=True)
-    if tile is not None:
-        fold = Norm(residual, norm, eps, plus_one, torch.empty_like(residual))
-        return product(x, weight, bias, tile, activation, fold), fold.summed
-    h = pointwise.add_rms_norm(x, residual, norm, eps, plus_one)
+def gated_linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
+    """See ref.gated_linear; rows of x may be strided."""
     tile = _tile(x, weight, gated=True)
     if tile is not None:
-        return product(h, weight, bias, tile, activation), residual
-    return pointwise.gated_act(ref.linear(h, weight, bias, None), activation), residual
+        return product(x, weight, bias, tile, activation)
+    return pointwise.gated_act(ref.linear(x, weight, bias, None), activation)

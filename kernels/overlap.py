@@ -1,7 +1,7 @@
 """Programmatic dependent launch (CUDA programming guide): a kernel starts while the one before it in the stream still runs.
 
-A kernel launched with `options` may do what reads and writes nothing of the step, asking for weights say, then calls `after` in
-every program, and from there on all kernels before it have finished: each of them waited for its own predecessor in the same way.
+A kernel launched with `launch_options` may do what neither reads nor writes anything of the step, asking for weights say; then it
+calls `after` in every program, and from there on all kernels before it have finished, since each of them waited in the same way.
 Kernels that do not take part, cuBLAS's among them, run after whatever precedes them has finished, as always.
 """
 
@@ -28,6 +28,6 @@ def overlaps(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
-def options(overlap: bool) -> dict[str, bool]:
+def launch_options(overlap: bool) -> dict[str, bool]:
     """What a launch adds to its options: the kernel's constant, and the attribute of the launch."""
     return {"OVERLAP": True, "launch_pdl": True} if overlap else {"OVERLAP": False}

@@ -7,18 +7,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.overlap import after, options, overlaps
+from kernels.overlap import after, launch_options, overlaps
 
 SQRT_8_OVER_PI = tl.constexpr(1.5957691216057308)
 GATE_BLOCK = 1024
-
-
-@triton.jit
-def scale_norm(h, w, PLUS_ONE: tl.constexpr, DTYPE: tl.constexpr):
-    """What RMSNorm does with h (float32, of mean square 1) and its weight w (float32), rounded where the torch twin rounds."""
-    if PLUS_ONE:
-        return (h * (1.0 + w)).to(DTYPE)
-    return (h.to(DTYPE).to(tl.float32) * w).to(DTYPE)
 
 
 @triton.jit
@@ -32,9 +24,12 @@ def gate(low, up, GELU: tl.constexpr, DTYPE: tl.constexpr):
 
 @triton.jit
 def _normalise(h, weight, columns, inside, eps, WIDTH: tl.constexpr, PLUS_ONE: tl.constexpr, DTYPE: tl.constexpr):
-    """RMSNorm of one row h (float32, 0 past WIDTH)."""
+    """RMSNorm of one row h (float32, 0 past WIDTH), rounded where the torch twin rounds."""
     h *= tl.rsqrt(tl.sum(h * h, 0) / WIDTH + eps)
-    return scale_norm(h, tl.load(weight + columns, mask=inside, other=0.0).to(tl.float32), PLUS_ONE, DTYPE)
+    w = tl.load(weight + columns, mask=inside, other=0.0).to(tl.float32)
+    if PLUS_ONE:
+        return (h * (1.0 + w)).to(DTYPE)
+    return (h.to(DTYPE).to(tl.float32) * w).to(DTYPE)
 
 
 @triton.jit
@@ -51,8 +46,7 @@ def _rms_norm_kernel(x, weight, out, x_stride, eps, WIDTH: tl.constexpr, BLOCK: 
 
 @triton.jit
 def _add_rms_norm_kernel(x, residual, weight, out, x_stride, residual_stride, eps,
-                         WIDTH: tl.constexpr, BLOCK: tl.constexpr, PLUS_ONE: tl.constexpr,
-                     OVERLAP: tl.constexpr):
+                         WIDTH: tl.constexpr, BLOCK: tl.constexpr, PLUS_ONE: tl.constexpr, OVERLAP: tl.constexpr):
     after(OVERLAP)
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
@@ -90,7 +84,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, plus_one: bool) -> Tensor:
     out = torch.empty((rows, width), dtype=x.dtype, device=x.device)
     block, warps = _shape(width)
     _rms_norm_kernel[rows,](x, weight, out, x.stride(0), eps, WIDTH=width, BLOCK=block, PLUS_ONE=plus_one, num_warps=warps,
-                           **options(overlaps(x.device)))
+                           **launch_options(overlaps(x.device)))
     return out
 
 
@@ -100,7 +94,7 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float, plus_o
     out = torch.empty((rows, width), dtype=x.dtype, device=x.device)
     block, warps = _shape(width)
     _add_rms_norm_kernel[rows,](x, residual, weight, out, x.stride(0), residual.stride(0), eps, WIDTH=width, BLOCK=block,
-                                PLUS_ONE=plus_one, num_warps=warps, **options(overlaps(x.device)))
+                                PLUS_ONE=plus_one, num_warps=warps, **launch_options(overlaps(x.device)))
     return out
 
 
@@ -110,5 +104,5 @@ def gated_act(x: Tensor, activation: str) -> Tensor:
     out = torch.empty((rows, width), dtype=x.dtype, device=x.device)
     _gated_act_kernel[rows, triton.cdiv(width, GATE_BLOCK)](x, out, x.stride(0), WIDTH=width, BLOCK=GATE_BLOCK,
                                                             GELU=activation == "gelu_tanh", num_warps=4,
-                                                            **options(overlaps(x.device)))
+                                                            **launch_options(overlaps(x.device)))
     return out

@@ -15,7 +15,6 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels import ref, sample
-from kernels.gemm_skinny import Norm
 
 # Two roundings to the type, and for float32 the approximate exponential.
 RELATIVE = {torch.float32: 3e-6, torch.float16: 1.1e-3, torch.bfloat16: 9e-3}
@@ -62,16 +61,12 @@ def check_gated_act(kernels: ModuleType, like: Tensor, tokens: int, width: int, 
 
 
 def check_linear(run: Callable[..., Tensor], like: Tensor, m: int, features: int, depth: int, activation: str = "",
-                 norm: bool = False, bias: bool = False, plus_one: bool = False) -> None:
-    """`run` takes what kernels.gemm_skinny.product takes, but for the tile; x and the residual stand in wider rows."""
-    x, residual = (randn(m, depth + 16, like=like)[:, :depth] for _ in range(2))
-    weight, scale = randn(features, depth, like=like) / depth**0.5, randn(depth, like=like)
+                 bias: bool = False) -> None:
+    """`run` takes what kernels.gemm_skinny.product takes, but for the tile; x stands in wider rows."""
+    x = randn(m, depth + 16, like=like)[:, :depth]
+    weight = randn(features, depth, like=like) / depth**0.5
     shift = randn(features, like=like) if bias else None
-    summed = torch.full((m, depth), float("nan"), dtype=like.dtype, device=like.device)
-    h = x
-    if norm:
-        h = ref.rms_norm(x + residual, scale, 1e-5, plus_one)
-    want = h.double() @ weight.double().T
+    want = x.double() @ weight.double().T
     if shift is not None:
         want += shift.double()
     size = float(want.abs().max())
@@ -79,15 +74,10 @@ def check_linear(run: Callable[..., Tensor], like: Tensor, m: int, features: int
         gate, up = want.to(like.dtype).double().chunk(2, -1)
         act = F.silu(gate) if activation == "silu" else F.gelu(gate, approximate="tanh")
         want, size = act * up, size * float(up.abs().max())
-    fold = Norm(residual, scale, 1e-5, plus_one, summed) if norm else None
-    out = torch.full_like(want, float("nan"), dtype=like.dtype)
-    got = run(x, weight, shift, activation, fold, out)
-    assert got is out
-    if norm:
-        assert torch.equal(summed, x + residual)
-    torch.testing.assert_close(got.double(), want, rtol=RELATIVE[like.dtype], atol=RELATIVE[like.dtype] * size)
-    again = torch.full_like(out, float("nan"))
-    run(x, weight, shift, activation, fold, again)
+    out, again = (torch.full_like(want, float("nan"), dtype=like.dtype) for _ in range(2))
+    assert run(x, weight, shift, activation, out) is out
+    torch.testing.assert_close(out.double(), want, rtol=RELATIVE[like.dtype], atol=RELATIVE[like.dtype] * size)
+    run(x, weight, shift, activation, again)
     assert torch.equal(out, again)
 
 
@@ -272,6 +262,37 @@ def check_mask(kernels: ModuleType, like: Tensor, n: int, width: int, words: int
     want[index] = want[index].masked_fill(forbidden, ref.NEG_INF)
     kernels.mask_logits(logits, mask.to(like.device), index.int().to(like.device))
     assert torch.equal(logits.cpu(), want)
+
+
+def check_automaton(kernels: ModuleType, like: Tensor, n: int, width: int) -> None:
+    """Rows in random states of two random automata, or in none: their masks, then their steps, against plain loops."""
+    words, rows_of_table = -(-width // 32), n + 5
+    masks = torch.randint(-(2**31), 2**31, (7, words)).int()
+    classes = torch.randint(0, 6, (3, width)).short()
+    sizes = {1: 4, 2: 6}                                        # classes of each automaton
+    table, steps = torch.zeros(1, ref.STATE_COLUMNS, dtype=torch.int32), torch.zeros(3, dtype=torch.int32)
+    for kind in (1, 2, 1):
+        classes[kind] %= sizes[kind]
+        line = torch.tensor([[int(torch.randint(0, 7, ())), steps.numel(), kind, 0]], dtype=torch.int32)
+        table, steps = torch.cat([table, line]), torch.cat([steps, torch.randint(-1, 4, (sizes[kind],)).int()])
+    states = torch.randint(0, 4, (rows_of_table,)).int()
+    rows = torch.randperm(rows_of_table)[:n].int()
+    sampled = torch.randint(0, width, (n,)).int()
+    logits = randn(n, width + 16, like=like)[:, :width]
+    want, after = logits.cpu().clone(), states.clone()
+    for i, row in enumerate(rows.tolist()):
+        if not (state := int(states[row])):
+            continue
+        mask, first, kind, _ = table[state].tolist()
+        allowed = (masks[mask][:, None] >> torch.arange(32)).flatten()[:width] & 1
+        want[i] = want[i].masked_fill(allowed == 0, ref.NEG_INF)
+        after[row] = max(0, int(steps[first + int(classes[kind, int(sampled[i])])]))
+    device = like.device
+    states, rows, table = states.to(device), rows.to(device), table.to(device)
+    kernels.mask_by_state(logits, states, rows, table, masks.to(device))
+    assert torch.equal(logits.cpu(), want)
+    kernels.advance(states, rows, sampled.to(device), table, steps.to(device), classes.to(device))
+    assert torch.equal(states.cpu(), after)
 
 
 @triton.jit

@@ -31,16 +31,15 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from kernels import gemm_skinny, pointwise, ref
+from kernels import gemm_skinny, pointwise
 from kernels import linear as dense
-from kernels.gemm_skinny import Norm, Tile, product, tile_of
+from kernels.gemm_skinny import Tile, product, tile_of
 from kernels.linear import choose
 
 DEVICE, DTYPE, EPS = "cuda", torch.bfloat16, 1e-5
 L2_BYTES = 64 << 20
 ROWS = (1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 256)
 SWEPT = (1, 16, 32, 64, 128)            # at these all tiles are tried; other numbers of rows take the next one's best
-NORMED = (1, 16, 64)
 CHAIN_ROWS = (1, 8, 16, 56, 128)
 TOLERANCE = 4e-3                        # of the norm; one rounding to bf16 gives 1.7e-3, the activation's three a little more
 # By the rows of x in a program, 1: in registers. (rows, depth, warps)
@@ -65,7 +64,6 @@ class Kind:
     features: int
     depth: int
     gated: bool = False
-    normed: bool = False
 
     @property
     def bytes(self) -> int:
@@ -87,10 +85,9 @@ class Model:
     vocab: int
 
     def kinds(self) -> list[Kind]:
-        qkv, gate_up = Kind("qkv", self.qkv, self.hidden), Kind("gate_up", 2 * self.inner, self.hidden, gated=True)
-        return [qkv, Kind("o", self.hidden, self.heads), gate_up, Kind("down", self.hidden, self.inner),
-                Kind("head", self.vocab, self.hidden), replace(qkv, name="norm qkv", normed=True),
-                replace(gate_up, name="norm gate_up", normed=True)]
+        return [Kind("qkv", self.qkv, self.hidden), Kind("o", self.hidden, self.heads),
+                Kind("gate_up", 2 * self.inner, self.hidden, gated=True), Kind("down", self.hidden, self.inner),
+                Kind("head", self.vocab, self.hidden)]
 
 
 MODELS = {m.name: m for m in (
@@ -167,33 +164,24 @@ class Case:
 
     def __init__(self, kind: Kind, m: int, weights: list[Tensor]) -> None:
         self.kind, self.m, self.weights = kind, m, weights
-        self.x, self.residual = randn(m, kind.depth), randn(m, kind.depth)
-        self.norm = randn(kind.depth) if kind.normed else None
-        self.summed, self.stream = self.x + self.residual, self.residual.clone()
-        self.got = torch.empty_like(self.x)
-        h = ref.rms_norm(self.summed, self.norm, EPS, False) if self.norm is not None else self.x
-        y = (h.double() @ weights[0].double().T).to(DTYPE)
+        self.x = randn(m, kind.depth)
+        y = (self.x.double() @ weights[0].double().T).to(DTYPE)
         if kind.gated:
             gate, up = y.double().chunk(2, -1)
             y = F.silu(gate) * up
         self.want = y.double()
 
     def separate(self, weight: Tensor) -> Tensor:
-        h = self.x if self.norm is None else pointwise.add_rms_norm(self.x, self.stream, self.norm, EPS, False)
-        y = F.linear(h, weight)
+        y = F.linear(self.x, weight)
         return pointwise.gated_act(y, "silu") if self.kind.gated else y
 
-    def fused(self, weight: Tensor, tile: Tile, out: Tensor | None = None,
-              overlap: bool | None = None) -> Tensor:
-        norm = Norm(self.residual, self.norm, EPS, False, self.got) if self.norm is not None else None
-        return product(self.x, weight, None, tile, "silu" if self.kind.gated else "", norm, out, overlap)
+    def fused(self, weight: Tensor, tile: Tile, out: Tensor | None = None, overlap: bool | None = None) -> Tensor:
+        return product(self.x, weight, None, tile, "silu" if self.kind.gated else "", out, overlap)
 
     def check(self, tile: Tile) -> None:
         outs = [torch.full_like(self.want, float("nan"), dtype=DTYPE) for _ in range(2)]
         for out in outs:
-            self.got.fill_(float("nan"))
             self.fused(self.weights[0], tile, out)
-            assert self.norm is None or torch.equal(self.got, self.summed), f"{self.kind.label} M={self.m} {tile.name}: wrong sum"
         error = float((outs[0].double() - self.want).norm() / self.want.norm())
         assert error < TOLERANCE, f"{self.kind.label} M={self.m} {tile.name}: off by {error}"
         assert torch.equal(*outs), f"{self.kind.label} M={self.m} {tile.name}: two runs differ"
@@ -213,15 +201,13 @@ class Way:
     skinny: bool = False
     overlap: bool = False
     gated: bool = False
-    normed: bool = False
     ahead: int = gemm_skinny.AHEAD_BYTES
     ruled: bool = False     # kernels/linear.py decides
 
 
 WAYS = [Way("cuBLAS"), Way("skinny", True), Way("+ overlap", True, True), Way("+ gate", True, True, True),
-        Way("+ norm", True, True, True, True), Way("+ norm, nothing ahead", True, True, True, True, 0),
-        Way("+ norm, 2 MB ahead", True, True, True, True, 2 << 20), Way("+ norm, 32 MB ahead", True, True, True, True, 32 << 20),
-        Way("+ gate, 32 MB ahead", True, True, True, False, 32 << 20), Way("as the rule has it", ruled=True)]
+        Way("+ gate, nothing ahead", True, True, True, 0), Way("+ gate, 8 MB ahead", True, True, True, 8 << 20),
+        Way("as the rule has it", ruled=True)]
 
 
 class Chain:
@@ -229,7 +215,7 @@ class Chain:
 
     def __init__(self, model: Model) -> None:
         self.model = model
-        kinds = [k for k in model.kinds() if not k.normed]
+        kinds = model.kinds()
         self.layers = [{k.name: randn(k.features, k.depth).mul_(k.depth**-0.5) for k in kinds[:4]} for _ in range(model.layers)]
         self.head, self.norm = randn(model.vocab, model.hidden), 1 + randn(model.hidden) * 0.1
         self.bytes = sum(k.bytes for k in kinds[:4]) * model.layers + kinds[4].bytes
@@ -244,28 +230,20 @@ class Chain:
                 return product(x, weight, None, best[name], overlap=way.overlap, ahead=way.ahead)
             return F.linear(x, weight)
 
-        def after_norm(name: str, x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-            act = "silu" if name == "gate_up" else ""
-            if way.ruled and act:
-                return dense.norm_gated_linear(x, residual, self.norm, EPS, False, weight, None, act)
+        def gated(x: Tensor, weight: Tensor) -> Tensor:
             if way.ruled:
-                return dense.norm_linear(x, residual, self.norm, EPS, False, weight, None)
-            tile = best.get(f"norm {name}")
-            if way.normed and tile is not None:
-                norm = Norm(residual, self.norm, EPS, False, torch.empty_like(residual))
-                return product(x, weight, None, tile, act, norm, None, True, way.ahead), norm.summed
-            h = pointwise.add_rms_norm(x, residual, self.norm, EPS, False)
-            if act and way.gated and name in best:
-                return product(h, weight, None, best[name], act, overlap=True, ahead=way.ahead), residual
-            h = linear(name, h, weight)
-            return pointwise.gated_act(h, act) if act else h, residual
+                return dense.gated_linear(x, weight, None, "silu")
+            if way.gated and "gate_up" in best:
+                return product(x, weight, None, best["gate_up"], "silu", overlap=True, ahead=way.ahead)
+            return pointwise.gated_act(linear("gate_up", x, weight), "silu")
+
+        def norm(x: Tensor) -> Tensor:
+            return pointwise.add_rms_norm(x, residual, self.norm, EPS, False)
 
         for layer in self.layers:
-            h, residual = after_norm("qkv", x, residual, layer["qkv"])
-            x = linear("o", h[:, : self.model.heads], layer["o"])
-            h, residual = after_norm("gate_up", x, residual, layer["gate_up"])
-            x = linear("down", h, layer["down"])
-        return linear("head", pointwise.add_rms_norm(x, residual, self.norm, EPS, False), self.head)
+            x = linear("o", linear("qkv", norm(x), layer["qkv"])[:, : self.model.heads], layer["o"])
+            x = linear("down", gated(norm(x), layer["gate_up"]), layer["down"])
+        return linear("head", norm(x), self.head)
 
 
 # --- the program ----------------------------------------------------------------------------------------------------------------
@@ -283,7 +261,7 @@ def compile_one(job: tuple[Kind, int, Tile, bool]) -> None:
 
 def kernel_of(kind: Kind, m: int, tile: Tile) -> tuple[object, ...]:
     """What tells compiled kernels apart."""
-    return kind.gated, kind.normed, tile.block(m), tile
+    return kind.gated, tile.block(m), tile
 
 
 Times = dict[str, dict[str, float]]
@@ -304,7 +282,7 @@ def sweep(kind: Kind, rows: Sequence[int], swept: Swept, best: dict[tuple[Kind, 
         row = times[f"{kind.label} M={m}"] = {"cuBLAS": case.time(case.separate)}
         at = above(kind, m, best)
         measured = []
-        ruled = choose(m, kind.features, kind.depth, kind.gated, kind.normed, DTYPE, processors())
+        ruled = choose(m, kind.features, kind.depth, kind.gated, DTYPE, processors())
         tried = swept.get((kind, m)) or ([best[kind, at]] if at else [])
         for tile in tried if ruled is None or ruled in tried else [*tried, ruled]:
             try:
@@ -338,11 +316,7 @@ def chains(model: Model, best: dict[tuple[Kind, int], Tile], times: Times, rate:
             if not at:
                 continue
             row, name = times[f"{kind.label} M={at}"], best[kind, at].name
-            beat = row["cuBLAS"]
-            if kind.normed:         # the norm's own kernel before the best product without it
-                plain = times[f"{kind.label.removeprefix('norm ')} M={at}"]
-                beat += min(plain.values()) - plain["cuBLAS"]
-            if row[name] < beat:
+            if row[name] < row["cuBLAS"]:
                 chosen[kind.name] = best[kind, at]
         for way in WAYS:
             run = functools.partial(chain.run, x, start, way, chosen)
@@ -365,11 +339,10 @@ def main() -> None:
     begin = time.perf_counter()
     models = [MODELS[name] for name in given.models]
 
-    swept: Swept = {(kind, m): list(candidates(kind, m)) for model in models for kind in model.kinds()
-                    for m in (NORMED if kind.normed else SWEPT)}
+    swept: Swept = {(kind, m): list(candidates(kind, m)) for model in models for kind in model.kinds() for m in SWEPT}
     jobs = {kernel_of(kind, m, tile): (kind, m, tile) for (kind, m), tiles in swept.items() for tile in tiles}
     for kind, m in itertools.product({kind for kind, _ in swept}, given.rows):
-        tile = choose(m, kind.features, kind.depth, kind.gated, kind.normed, DTYPE, processors())
+        tile = choose(m, kind.features, kind.depth, kind.gated, DTYPE, processors())
         if tile is not None:
             jobs.setdefault(kernel_of(kind, m, tile), (kind, m, tile))
     with ProcessPoolExecutor(16, mp_context=multiprocessing.get_context("spawn")) as workers:
@@ -382,9 +355,8 @@ def main() -> None:
         for model in models:
             print(f"\n{model.name}: cuBLAS and the kernels around it -> best tile, us and share of the floor")
             for kind in model.kinds():
-                sweep(kind, NORMED if kind.normed else sorted({*given.rows, *SWEPT}), swept, best, times, rate)
-        plain = {kernel_of(kind, m, tile): (replace(kind, gated=False), m, tile, False) for (kind, m), tile in best.items()
-                 if not kind.normed}
+                sweep(kind, sorted({*given.rows, *SWEPT}), swept, best, times, rate)
+        plain = {kernel_of(kind, m, tile): (replace(kind, gated=False), m, tile, False) for (kind, m), tile in best.items()}
         list(workers.map(compile_one, plain.values()))
     for model in models:
         chains(model, best, times, rate)

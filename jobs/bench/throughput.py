@@ -44,7 +44,8 @@ def main() -> None:
     workloads = load_workloads(a.workloads)
     started = time.perf_counter()
     engine, guided, tokenizer = load_engine(a.model, a.dummy, a.engine)
-    print(json.dumps({"tag": a.tag, "init_s": round(time.perf_counter() - started, 1), "stats": str(engine.stats())}), flush=True)
+    print(json.dumps({"tag": a.tag, "init_s": round(time.perf_counter() - started, 1),
+                      "weights_gib": round(engine.weight_bytes / 2**30, 2), "stats": str(engine.stats())}), flush=True)
     vocab = min(32000, len(tokenizer))
     for name in ["warm", *a.w]:
         if name == "CB":

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from engine_cases import finish, make_requests, mixed_requests, random_prompts, running, tokens_of
-from models import tiny_checkpoint
+from models import TURN_END, VOCAB, tiny_checkpoint, tiny_tokenizer
 
 from engine import recovery
 from engine.engine import Engine
-from engine.request import EngineError, FinishReason, SamplingParams
+from engine.guided.llg import LLGuidanceBackend
+from engine.request import EngineError, FinishReason, Request, SamplingParams
 from engine.runner import Runner
 from engine.scheduler import StepPlan
 
@@ -22,10 +26,31 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_checkpoint("llama", tmp_path_factory.mktemp("llama"))
 
 
+@dataclass
+class Work:
+    """Free rows and guided ones, by an automaton and by a guide, and what they give undisturbed."""
+
+    model: Path
+    backend: LLGuidanceBackend
+    requests: list[Request]
+    want: dict[Hashable, list[int]]
+
+    def running(self, **config: int) -> AbstractContextManager[Engine]:
+        return running(self.model, guided=self.backend, **config)
+
+
 @pytest.fixture(scope="module")
-def want(llama: Path) -> dict:
-    with running(llama) as engine:
-        return tokens_of(finish(engine, mixed_requests()))
+def work(llama: Path) -> Work:
+    backend = LLGuidanceBackend(tiny_tokenizer(), VOCAB, [TURN_END])
+    schemas = ({"enum": ["billing", "delivery"]}, {"type": "object", "properties": {"a": {"type": "string"}}, "required": ["a"]})
+    grammars = [backend.compile_schema(schema) for schema in schemas]
+    params = SamplingParams(max_tokens=40, temperature=1.0, seed=7)
+    guided = [Request(20 + i, np.array(prompt), params, grammars[i % 2])
+              for i, prompt in enumerate(random_prompts(6, seed=4, longest=60, shared=50))]
+    work = Work(llama, backend, [*mixed_requests(), *guided], {})
+    with work.running() as engine:
+        work.want = tokens_of(finish(engine, work.requests))
+    return work
 
 
 @pytest.fixture
@@ -58,11 +83,11 @@ def out_of_memory() -> Exception:
 
 @pytest.mark.parametrize("depth", [1, 2])
 @pytest.mark.parametrize("part", ["launch_forward", "launch_sample"])
-def test_out_of_memory_lowers_the_rows_and_goes_on(llama: Path, want: dict, fail: Callable, part: str, depth: int) -> None:
+def test_out_of_memory_lowers_the_rows_and_goes_on(work: Work, fail: Callable, part: str, depth: int) -> None:
     sizes = fail(part, lambda plan: plan.rows.size > 3, out_of_memory)
-    with running(llama, depth=depth) as engine:
-        done = finish(engine, mixed_requests())
-        assert tokens_of(done) == want
+    with work.running(depth=depth) as engine:
+        done = finish(engine, work.requests)
+        assert tokens_of(done) == work.want
         assert {c.error for c in done.values()} == {None}
         assert engine.stats().running == 0
     assert 1 <= len(sizes) <= 2, "it does not try again and again what did not fit"
@@ -91,27 +116,27 @@ def test_out_of_memory_with_nothing_left_to_lower_ends_the_engine(llama: Path, f
 
 @pytest.mark.parametrize("depth", [1, 2])
 @pytest.mark.parametrize("part", ["launch_forward", "launch_sample"])
-def test_a_row_that_fails_the_step_ends_alone(llama: Path, want: dict, fail: Callable, part: str, depth: int) -> None:
+def test_a_row_that_fails_the_step_ends_alone(work: Work, fail: Callable, part: str, depth: int) -> None:
     """Row 5 does it each time it is in a step, however many others are."""
-    with running(llama, depth=depth) as engine:
+    with work.running(depth=depth) as engine:
         live = engine._scheduler.live
         sizes = fail(part, lambda plan: any(live[row].waiting.request.id == 5 for row in plan.rows.tolist() if row in live),
                      lambda: RuntimeError("grammar\npanic"))
-        done = finish(engine, mixed_requests())
+        done = finish(engine, work.requests)
         assert engine._scheduler.row_limit == 8
     assert done[5].finish_reason is FinishReason.ERROR
     assert done[5].error == "the engine failed on this row alone (RuntimeError: grammar panic)"
-    assert {i: row for i, row in tokens_of(done).items() if i != 5} == {i: row for i, row in want.items() if i != 5}
+    assert {i: row for i, row in tokens_of(done).items() if i != 5} == {i: row for i, row in work.want.items() if i != 5}
     assert sizes == sorted(sizes, reverse=True)
     assert sizes[-1] == 1
 
 
-def test_a_failure_that_does_not_come_again_costs_no_row(llama: Path, want: dict, fail: Callable) -> None:
+def test_a_failure_that_does_not_come_again_costs_no_row(work: Work, fail: Callable) -> None:
     once = iter([True])
     fail("launch_sample", lambda plan: plan.rows.size == 8 and next(once, False), lambda: RuntimeError("once"))
-    with running(llama) as engine:
-        done = finish(engine, mixed_requests())
-        assert tokens_of(done) == want
+    with work.running() as engine:
+        done = finish(engine, work.requests)
+        assert tokens_of(done) == work.want
         assert engine._scheduler.row_limit == 8
     assert {c.error for c in done.values()} == {None}
 

@@ -20,7 +20,7 @@ class Mirror:
 
     def __init__(self, table: RowTable) -> None:
         self.table = table
-        names = ("tokens", "block_table", "params", "rows", "starts", "shared", "prefix_tiles")
+        names = ("tokens", "block_table", "params", "rows", "starts", "shared", "prefix_tiles", "grammar")
         self.arrays = {name: getattr(table, name).numpy().copy() for name in names}
 
     def check(self) -> None:
@@ -52,6 +52,8 @@ def test_random_staged_writes(seed: int, flushes: int, max_rows: int, max_len: i
             values = rng.integers(1, 99, size=pages, dtype=np.int32)
             table.stage_pages(np.full(pages, row, dtype=np.int32), index, values)
             arrays["block_table"][row, index] = values
+        arrays["grammar"][chosen] = rng.integers(0, 99, size=chosen.size, dtype=np.int32)
+        table.stage_grammar(chosen, arrays["grammar"][chosen])
         n = int(rng.integers(1, max_rows + 1))
         rows, starts = rng.integers(0, max_rows + 1, size=(2, n), dtype=np.int32)
         table.stage_step(rows, starts)
