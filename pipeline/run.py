@@ -60,6 +60,8 @@ Keys (KEY=VALUE; python -m pipeline.run --cfg prints all of them with their valu
   output.dir        a folder or URL; default out/<task>-<model>-<data>
   output.flatten    true: one typed column for each property of the schema
   limits.max_seconds  .max_tokens  .max_gpu_hours                   stop cleanly and exit 75; the same command goes on
+  limits.on_budget  finish: complete the run at those three, what is not done becomes rows with the status aborted
+  limits.row_seconds                                                a row that runs longer is cut: status timeout
   limits.max_error_rate                                             exit 4 above it
   cluster.worker  .workers  .lease  this process does every n-th shard, and with lease what others leave undone
   retry_errors      [engine_error, timeout]: compute the failed rows of a finished output again
