@@ -15,7 +15,7 @@ from functools import cache
 
 from llguidance import LLMatcher, LLTokenizer, TokenizerWrapper
 
-from engine.guided.distinct import Scanner, Unique
+from engine.guided.distinct import Scanner
 
 _END = 256
 _QUOTE, _BACKSLASH = 0x22, 0x5C
@@ -24,6 +24,7 @@ _STRUCTURE = tuple(b'}],:0123456789"[{ntf-.eE+')
 _SPACES = tuple(b" \n\t\r")
 # Inside strings that may not end yet: plain characters first, and what patterns like to ask for.
 _CHARACTERS = tuple(b"a0A-./:@_ #+,;=?&%()!*~$<>[]{}'|^`bcdefghijklmnopqrstuvwxyzBCDEFGHIJKLMNOPQRSTUVWXYZ123456789")
+_FREE = 3                 # a state of _Place: in free text
 _NARROW = 48              # next bytes up to which each is looked at one step ahead
 _WIDE_STEPS = 16          # characters of one string that are chosen so where more are allowed
 _MAX_BYTES = 1 << 16
@@ -49,7 +50,7 @@ def byte_tokenizer() -> LLTokenizer:
 
 @dataclass(frozen=True, slots=True)
 class _Place:
-    """Where a walk stands. state: 0 outside strings, 1 inside one, 2 after a backslash; string: what it holds so far."""
+    """Where a walk stands. state: 0 outside strings, 1 inside one, 2 after a backslash, _FREE; string: what it holds so far."""
 
     state: int = 0
     string: bytes = b""
@@ -77,14 +78,16 @@ class Closer:
     check: raises ValueError for a text that the grammar accepts and the schema does not (duplicate keys, huge numbers).
     hints: texts of strings that bring the walk to its end.
     is_json: False for grammars of plain text (regex, choice): one string that quotes do not end.
-    distinct: what a Scanner must see to; None: nothing.
+    scanner: makes one where keys or items must differ; None: none must.
+    opening: JSON begins after it; what stands before is text that may end anywhere. Empty: all is JSON.
     """
 
     def __init__(self, matcher: LLMatcher, tokenize: Callable[[bytes], list[int]], check: Callable[[str], object],
-                 hints: Sequence[bytes] = (), is_json: bool = True, distinct: Unique | None = None) -> None:
+                 hints: Sequence[bytes] = (), is_json: bool = True, scanner: Callable[[], Scanner] | None = None,
+                 opening: bytes = b"") -> None:
         self._matcher, self._tokenize, self._check, self._is_json = matcher, tokenize, check, is_json
-        self._distinct = distinct
-        self._start = _Place() if is_json else _Place(state=1)
+        self._scanner, self._opening = scanner, opening
+        self._start = _Place(state=_FREE) if opening else _Place() if is_json else _Place(state=1)
         self._hints = [hint + (b'"' if is_json else b"") for hint in hints if hint]
 
     def minimal(self, seconds: float = 2.0) -> bytes | None:
@@ -164,7 +167,7 @@ class Closer:
               noise: random.Random | None) -> bytes | None:
         """From `matcher`'s state, after `prefix`, to the first where the output may end, in at most `limit` bytes."""
         matcher, out = matcher.deep_copy(), bytearray()
-        scanner = None if self._distinct is None else Scanner(self._distinct)
+        scanner = None if self._scanner is None else self._scanner()
         if scanner is not None:
             scanner.feed(prefix)
         while not matcher.is_accepting():
@@ -178,6 +181,10 @@ class Closer:
         return bytes(out)
 
     def _after(self, place: _Place, data: bytes) -> _Place:
+        if place.state == _FREE:
+            text = place.string + data
+            at = text.find(self._opening)
+            return _Place(_FREE, text[1 - len(self._opening) :]) if at < 0 else _Place().after(text[at + len(self._opening) :])
         return place.after(data) if self._is_json else _Place(1, place.string + data)
 
     def _choose(self, matcher: LLMatcher, place: _Place, noise: random.Random | None, scanner: Scanner | None) -> bytes:

@@ -5,19 +5,21 @@ from __future__ import annotations
 import importlib
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from engine.guided.grammar import SchemaError
+from engine.guided.tools import Tool, allowed
 
 _IMPORT_PATH = re.compile(r"[A-Za-z_]\w*(\.\w+)*:[A-Za-z_]\w*(\.\w+)*")
 
 
 @dataclass(frozen=True, slots=True)
 class GuideSpec:
-    """`text`: canonical JSON of the schema or of the list of choices, or the regex. Equal specs share a grammar."""
+    """`text`: canonical JSON of the schema, of the list of choices or of the tools, or the regex. Equal specs share a grammar."""
 
-    kind: Literal["schema", "regex", "choice"]
+    kind: Literal["schema", "regex", "choice", "tools"]
     text: str
 
     @classmethod
@@ -33,6 +35,17 @@ class GuideSpec:
     @classmethod
     def schema(cls, schema: dict[str, Any] | bool) -> GuideSpec:
         return cls("schema", _text(schema))
+
+    @classmethod
+    def tools(cls, form: str, tools: Sequence[Tool], choice: str) -> GuideSpec:
+        """form: a name of tool_formats.FORMATS; choice: from tools.read_choice, not "none"."""
+        called = [[tool.name, tool.parameters] for tool in allowed(tools, choice)]
+        return cls("tools", _text({"format": form, "choice": choice, "tools": called}))
+
+    def read_tools(self) -> tuple[str, list[Tool], str]:
+        """What `tools` was given."""
+        value = json.loads(self.text)
+        return value["format"], [Tool(name, parameters) for name, parameters in value["tools"]], value["choice"]
 
     @classmethod
     def of(cls, source: Any) -> GuideSpec:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from engine.guided.tools import Tool
 
 
 class SchemaError(ValueError):
@@ -68,6 +71,7 @@ class GrammarBackend(Protocol):
     def compile_schema(self, schema: str | dict | bool) -> Grammar: ...
     def compile_regex(self, pattern: str) -> Grammar: ...
     def compile_choice(self, choices: Sequence[str]) -> Grammar: ...
+    def compile_tools(self, form: str, tools: Sequence[Tool], choice: str) -> Grammar: ...
 
     def fill(self, guides: Sequence[Guide], mask: np.ndarray) -> None:
         """Write row i of `mask` from guides[i], in parallel: int32 [n, ceil(vocab / 32)], bit set = allowed, low bits first."""

@@ -101,11 +101,19 @@ class GrammarPool:
         if spec.kind == "regex":
             return self._backend.compile_regex(spec.text)
         value = json.loads(spec.text)
+        if spec.kind == "tools":
+            form, tools, choice = spec.read_tools()
+            for tool in tools:
+                self._check_depth(tool.parameters)
+            return self._backend.compile_tools(form, tools, choice)
         if spec.kind == "choice":
             return self._backend.compile_choice(value)
-        if _depth(value) > self._max_depth:
-            raise SchemaError("", f"nested deeper than {self._max_depth} levels")
+        self._check_depth(value)
         return self._backend.compile_schema(value)
+
+    def _check_depth(self, schema: Any) -> None:
+        if _depth(schema) > self._max_depth:
+            raise SchemaError("", f"nested deeper than {self._max_depth} levels")
 
     def _settle(self, job: _Job, grammar: Grammar | None = None, error: Exception | None = None) -> None:
         with self._lock:                                 # the thread and a waiter that lost patience may both come here
