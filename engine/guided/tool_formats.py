@@ -40,8 +40,8 @@ class ToolFormat:
         return f'{{"name": {json.dumps(name, ensure_ascii=False)}, {json.dumps(self.arguments)}: '
 
     def lark(self, calls: list[str], free: bool, many: bool) -> str:
-        """A Lark grammar of llguidance. calls: a rule for each tool, from its head to its brace. free: an output may be plain text,
-        and have it before its calls. many: several calls may follow each other."""
+        """A Lark grammar of llguidance. calls: a rule for each tool, from its head to its brace. free: an output may be plain
+        text, and have it before its calls. many: several calls may follow each other."""
         rules = [f"tool{i}: {rule}" for i, rule in enumerate(calls)]
         rules.append("call: " + " | ".join(f"tool{i}" for i in range(len(calls))))
         begin = self.begin.removeprefix(self.trigger) if free and self.anywhere else self.begin
