@@ -119,7 +119,8 @@ class RealModel:
         spec, keys = self._checkpoint.spec, self._config.guided
         tokenizer = self._tokenizer.tokenizer
         # A backend takes no guides but those it made, which its type does not say.
-        return LLGuidanceBackend(tokenizer, spec.vocab_size, spec.eos_token_ids, keys.whitespace, threads=keys.threads or None)  # type: ignore[return-value]
+        return LLGuidanceBackend(tokenizer, spec.vocab_size, spec.eos_token_ids, keys.whitespace, keys.extra_keys,  # type: ignore[return-value]
+                                 threads=keys.threads or None)
 
 
 def _one_line(make: Callable[[], Any]) -> Any:

@@ -134,11 +134,14 @@ class LLGrammar:
         self.check = check
         by_bytes = _matcher(byte_tokenizer(), source, backend.limits)
         self._closer = Closer(by_bytes, self.vocabulary.tokenize, check, hints, is_json, scanner, opening)
+        self.minimal = np.asarray(self._shortest(), dtype=np.int32)
+        self.min_tokens = len(self.minimal)
+
+    def _shortest(self) -> list[int]:
         minimal = self._closer.minimal()
         if minimal is None:
             raise SchemaError("", "no valid output was found: the schema contradicts itself or asks for too much")
-        self.minimal = np.asarray(self.vocabulary.tokenize(minimal), dtype=np.int32)
-        self.min_tokens = len(self.minimal)
+        return self.vocabulary.tokenize(minimal)
 
     def start(self) -> LLGuide:
         if self._scanner is None:
@@ -160,24 +163,37 @@ class LLGrammar:
         return np.concatenate([taken[:kept], np.asarray(closing, dtype=np.int32)])
 
 
+class LooseGrammar(LLGrammar):
+    """A grammar that is only near to its schema: what comes out of it must be checked. Where no valid output is known, `minimal`
+    is empty and `close` may give back what it was given."""
+
+    def _shortest(self) -> list[int]:
+        minimal = self._closer.minimal()
+        return [] if minimal is None else self.vocabulary.tokenize(minimal)
+
+    def close(self, tokens: Sequence[int], budget: int) -> np.ndarray:
+        closed = super().close(tokens, max(budget, self.min_tokens))
+        return closed if 0 < len(closed) <= budget else np.asarray(tokens[:budget], dtype=np.int32)
+
+
 class LLGuidanceBackend:
     """Compiles for one tokenizer. Thread-safe.
 
     vocab_size: columns of the logits, padding included; padded columns are never allowed.
     whitespace: "dumps" (`{"a": 1, "b": 2}`), "compact" or "flexible".
-    close_objects: objects that list properties, and say nothing of others, get no others; see lower().
+    extra_keys: objects that list properties, and say nothing of others, may get others; see lower().
     """
 
     name = "llguidance"
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, vocab_size: int, eos_token_ids: Sequence[int],
-                 whitespace: str = "dumps", close_objects: bool = True, limits: LLParserLimits | None = None,
+                 whitespace: str = "dumps", extra_keys: bool = False, limits: LLParserLimits | None = None,
                  threads: int | None = None) -> None:
         if whitespace not in WHITESPACE:
             raise ValueError(f"guided whitespace must be one of {', '.join(WHITESPACE)}, not {whitespace!r}")
         self.vocab_size = vocab_size
         self.limits = limits or default_limits()
-        self._close_objects = close_objects
+        self._extra_keys = extra_keys
         self.whitespace = whitespace
         self.vocabulary = GrammarVocabulary(tokenizer, vocab_size, eos_token_ids)
         self._added = dict(tokenizer.get_added_vocab())
@@ -190,14 +206,26 @@ class LLGuidanceBackend:
 
     def compile_schema(self, schema: str | dict[str, Any] | bool) -> LLGrammar:
         original = parse_schema(schema) if isinstance(schema, str) else schema
-        lowered = lower(original, self._close_objects)
-        try:
-            validator = Validator(original)
-        except ValueError as error:
-            raise SchemaError("", " ".join(str(error).split())) from None
+        lowered = lower(original, not self._extra_keys)
+        validator = _validator(original)
         source = LLMatcher.grammar_from_json_schema(json.dumps(lowered.schema), overrides=WHITESPACE[self.whitespace])
         scanner = None if lowered.distinct is None else partial(Scanner, lowered.distinct)
         return LLGrammar(self, source, validator.check, schema_hints(lowered.schema), scanner=scanner, notes=lowered.notes)
+
+    def compile_loose(self, schema: str | dict[str, Any] | bool) -> LooseGrammar:
+        """The keywords that the engine knows, the others left out; any JSON where even that cannot be."""
+        original = parse_schema(schema) if isinstance(schema, str) else schema
+        check = _validator(original).check
+        loosest: dict[str, Any] = {"$schema": "https://json-schema.org/draft/2020-12/schema"}
+        near = original if isinstance(original, dict) else {}
+        options: JsonCompileOptions = {**WHITESPACE[self.whitespace], "lenient": True}
+        for candidate in (near, loosest):
+            source = LLMatcher.grammar_from_json_schema(json.dumps(candidate), overrides=options)
+            try:
+                return LooseGrammar(self, source, check, schema_hints(candidate))
+            except SchemaError as error:
+                reason = error
+        raise reason
 
     def compile_regex(self, pattern: str) -> LLGrammar:
         source = LLMatcher.grammar_from_regex(pattern)
@@ -234,7 +262,7 @@ class LLGuidanceBackend:
         distinct: list[Unique] = []
         for tool in callable_tools:
             try:
-                lowered = lower(tool.parameters, self._close_objects)
+                lowered = lower(tool.parameters, not self._extra_keys)
             except SchemaError as error:
                 raise SchemaError(error.pointer, f"the parameters of {tool.name}: {error.reason}") from None
             schema = json.dumps({**lowered.schema, "x-guidance": WHITESPACE[self.whitespace]})
@@ -275,6 +303,13 @@ class LLGuidanceBackend:
         for row, guide in zip(mask, guides, strict=False):
             if isinstance(guide, DistinctGuide):
                 guide.restrict(row, self._end)
+
+
+def _validator(schema: dict[str, Any] | bool) -> Validator:
+    try:
+        return Validator(schema)
+    except ValueError as error:
+        raise SchemaError("", " ".join(str(error).split())) from None
 
 
 def _matcher(tokenizer: LLTokenizer, source: str, limits: LLParserLimits) -> LLMatcher:

@@ -109,7 +109,7 @@ class GrammarPool:
         if spec.kind == "choice":
             return self._backend.compile_choice(value)
         self._check_depth(value)
-        return self._backend.compile_schema(value)
+        return self._backend.compile_loose(value) if spec.kind == "loose" else self._backend.compile_schema(value)
 
     def _check_depth(self, schema: Any) -> None:
         if _depth(schema) > self._max_depth:
