@@ -11,15 +11,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from llguidance import LLExecutor, LLMatcher, LLParserLimits, LLTokenizer
 
+from engine.guided.closed import ClosedGrammar
 from engine.guided.closing import Closer, byte_tokenizer
 from engine.guided.distinct import CallScanner, Scanner, Unique, either
 from engine.guided.front import parse_schema
 from engine.guided.grammar import SchemaError
 from engine.guided.hints import example, schema_hints
 from engine.guided.lower import lower
+from engine.guided.simple import choice_check, validator_of
 from engine.guided.tool_formats import FORMATS
 from engine.guided.tools import Tool, ToolCheck, allowed
-from engine.guided.validate import Validator
 from engine.guided.vocabulary import GrammarVocabulary, MarkedVocabulary
 
 if TYPE_CHECKING:
@@ -115,52 +116,23 @@ class DistinctGuide(LLGuide):
         return self._error or super().error
 
 
-class LLGrammar:
-    """A compiled grammar. Immutable, shared by rows and threads.
-
-    check: text -> value; raises ValueError where the text is not a valid output.
-    minimal: a short valid output, int32 tokens; min_tokens is its length.
-    notes: (JSON pointer, what the grammar leaves out of what the schema allows).
-    scanner: makes what follows keys and items that must differ, see Scanner; None: none must.
-    opening: see Closer.
-    """
+class LLGrammar(ClosedGrammar):
+    """hints, is_json, opening: see Closer. notes: (JSON pointer, what the grammar leaves out of what the schema allows).
+    scanner: makes what follows keys and items that must differ, see Scanner; None: none must."""
 
     def __init__(self, backend: LLGuidanceBackend, source: str, check: Callable[[str], Any], hints: Sequence[bytes] = (),
                  is_json: bool = True, scanner: Callable[[], Scanner] | None = None, notes: Sequence[tuple[str, str]] = (),
                  vocabulary: GrammarVocabulary | None = None, opening: bytes = b"") -> None:
-        self.notes = notes
-        self.vocabulary, self._scanner = vocabulary or backend.vocabulary, scanner
-        self._matcher = _matcher(self.vocabulary.tokenizer, source, backend.limits)
-        self.check = check
+        vocabulary = vocabulary or backend.vocabulary
+        self.notes, self._scanner = notes, scanner
+        self._matcher = _matcher(vocabulary.tokenizer, source, backend.limits)
         by_bytes = _matcher(byte_tokenizer(), source, backend.limits)
-        self._closer = Closer(by_bytes, self.vocabulary.tokenize, check, hints, is_json, scanner, opening)
-        self.minimal = np.asarray(self._shortest(), dtype=np.int32)
-        self.min_tokens = len(self.minimal)
-
-    def _shortest(self) -> list[int]:
-        minimal = self._closer.minimal()
-        if minimal is None:
-            raise SchemaError("", "no valid output was found: the schema contradicts itself or asks for too much")
-        return self.vocabulary.tokenize(minimal)
+        super().__init__(vocabulary, Closer(by_bytes, vocabulary.tokenize, check, hints, is_json, scanner, opening), check)
 
     def start(self) -> LLGuide:
         if self._scanner is None:
             return LLGuide(self._matcher.deep_copy())
         return DistinctGuide(self._matcher.deep_copy(), self._scanner(), self.vocabulary)
-
-    def close(self, tokens: Sequence[int], budget: int) -> np.ndarray:
-        if budget < self.min_tokens:
-            raise ValueError(f"{budget} tokens are too few: the shortest output known for this schema needs {self.min_tokens}; "
-                             "raise max_tokens")
-        taken = np.asarray(tokens, dtype=np.int32)
-        pieces = [self.vocabulary.token_bytes[t] for t in taken.tolist()]
-        if len(pieces) <= budget and self._closer.holds(b"".join(pieces)):
-            return taken.copy()
-        found = self._closer.close(pieces, budget)
-        if found is None:
-            return self.minimal.copy()
-        kept, closing = found
-        return np.concatenate([taken[:kept], np.asarray(closing, dtype=np.int32)])
 
 
 class LooseGrammar(LLGrammar):
@@ -207,7 +179,7 @@ class LLGuidanceBackend:
     def compile_schema(self, schema: str | dict[str, Any] | bool) -> LLGrammar:
         original = parse_schema(schema) if isinstance(schema, str) else schema
         lowered = lower(original, not self._extra_keys)
-        validator = _validator(original)
+        validator = validator_of(original)
         source = LLMatcher.grammar_from_json_schema(json.dumps(lowered.schema), overrides=WHITESPACE[self.whitespace])
         scanner = None if lowered.distinct is None else partial(Scanner, lowered.distinct)
         return LLGrammar(self, source, validator.check, schema_hints(lowered.schema), scanner=scanner, notes=lowered.notes)
@@ -215,7 +187,7 @@ class LLGuidanceBackend:
     def compile_loose(self, schema: str | dict[str, Any] | bool) -> LooseGrammar:
         """The keywords that the engine knows, the others left out; any JSON where even that cannot be."""
         original = parse_schema(schema) if isinstance(schema, str) else schema
-        check = _validator(original).check
+        check = validator_of(original).check
         loosest: dict[str, Any] = {"$schema": "https://json-schema.org/draft/2020-12/schema"}
         near = original if isinstance(original, dict) else {}
         options: JsonCompileOptions = {**WHITESPACE[self.whitespace], "lenient": True}
@@ -240,16 +212,8 @@ class LLGuidanceBackend:
         return LLGrammar(self, source, check, [(example(pattern) or "").encode()], is_json=False)
 
     def compile_choice(self, choices: Sequence[str]) -> LLGrammar:
-        options = dict.fromkeys(choices)
-        if not options or not all(isinstance(c, str) and c for c in options):
-            raise SchemaError("", "a choice needs at least one string, and none of them empty")
-
-        def check(text: str) -> str:
-            if text not in options:
-                raise ValueError(f"{text!r} is not one of the choices")
-            return text
-
-        lark = "start: " + " | ".join(json.dumps(c, ensure_ascii=False) for c in options)
+        check = choice_check(choices)
+        lark = "start: " + " | ".join(json.dumps(c, ensure_ascii=False) for c in dict.fromkeys(choices))
         return LLGrammar(self, LLMatcher.grammar_from_lark(lark), check, is_json=False)
 
     def compile_tools(self, form: str, tools: Sequence[Tool], choice: str) -> LLGrammar:
@@ -303,13 +267,6 @@ class LLGuidanceBackend:
         for row, guide in zip(mask, guides, strict=False):
             if isinstance(guide, DistinctGuide):
                 guide.restrict(row, self._end)
-
-
-def _validator(schema: dict[str, Any] | bool) -> Validator:
-    try:
-        return Validator(schema)
-    except ValueError as error:
-        raise SchemaError("", " ".join(str(error).split())) from None
 
 
 def _matcher(tokenizer: LLTokenizer, source: str, limits: LLParserLimits) -> LLMatcher:
