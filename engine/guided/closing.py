@@ -191,7 +191,9 @@ class Closer:
             step = matcher.compute_ff_bytes() or self._choose(matcher, place, noise, scanner)
             if scanner is not None:
                 scanner.feed(step)
-            if not step or len(out) + len(step) > limit or not matcher.consume_tokens(list(step)) or time.thread_time() > deadline:
+            if not step or len(out) + len(step) > limit or time.thread_time() > deadline:
+                return None
+            if not matcher.consume_tokens(list(step)):
                 return None
             out += step
             place = self._after(place, step)
