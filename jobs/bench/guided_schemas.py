@@ -20,7 +20,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jsonschema
 import numpy as np
@@ -72,6 +72,13 @@ class Walker:
         return tokens, guide.accepting and guide.error is None, guide.error
 
 
+class At(NamedTuple):
+    """Where a walk stands: a matcher and the text that led there."""
+
+    matcher: Any
+    text: str
+
+
 class Speller:
     """Whether a grammar lets a value through, written with the backend's white space. `steps`: pieces tried at most."""
 
@@ -81,38 +88,47 @@ class Speller:
         self.comma, self.colon = (",", ":") if backend.whitespace == "compact" else (", ", ": ")
 
     def as_given(self, grammar: LLGrammar, value: Any) -> bool:
-        text = json.dumps(value, ensure_ascii=False, separators=(self.comma, self.colon))
-        guide, tokens = grammar.start(), self.tokenize(text.encode())
-        return guide.accept(tokens) == len(tokens) and guide.accepting
+        return self.lets_through(grammar, json.dumps(value, ensure_ascii=False, separators=(self.comma, self.colon)))
 
     def in_any_order(self, grammar: LLGrammar, value: Any) -> bool:
         """JSON objects have no order, outputs have the schema's: tries the keys in turn, and goes back where that led nowhere."""
         self.left = self.most
-        return any(matcher.is_accepting() for matcher in self.value(grammar.start().matcher, value))
+        return any(self.lets_through(grammar, at.text) for at in self.value(At(grammar.start().matcher, ""), value))
 
-    def value(self, matcher: Any, value: Any) -> Iterator[Any]:
-        """Matchers that stand after `value`, one for each way to write it."""
+    def lets_through(self, grammar: LLGrammar, text: str) -> bool:
+        guide, tokens = grammar.start(), self.tokenize(text.encode())
+        return guide.accept(tokens) == len(tokens) and guide.accepting
+
+    def value(self, at: At, value: Any) -> Iterator[At]:
+        """Where a walk may stand after `value`, once for each way to write it."""
         if isinstance(value, dict):
-            yield from self.members(matcher, value, "{")
+            yield from self.members(at, value, "{")
         elif isinstance(value, list):
-            yield from self.items(matcher, value, "[")
+            yield from self.items(at, value, "[")
         else:
-            yield from self.text(matcher, json.dumps(value, ensure_ascii=False))
+            yield from self.written(at, json.dumps(value, ensure_ascii=False))
 
-    def text(self, matcher: Any, text: str) -> Iterator[Any]:
+    def written(self, at: At, text: str) -> Iterator[At]:
         self.left -= 1
-        after = matcher.deep_copy()
+        after = at.matcher.deep_copy()
         if self.left > 0 and after.consume_tokens(self.tokenize(text.encode())):
-            yield after
+            yield At(after, at.text + text)
 
-    def members(self, matcher: Any, left: dict[str, Any], before: str) -> Iterator[Any]:
+    def members(self, at: At, left: dict[str, Any], before: str) -> Iterator[At]:
         if not left:
-            yield from self.text(matcher, "{}" if before == "{" else "}")
-        for key in self.likely_order(left) if before == "{" else left:
-            for at_value in self.text(matcher, before + json.dumps(key, ensure_ascii=False) + self.colon):
+            yield from self.written(at, "{}" if before == "{" else "}")
+        for key in self.likely_order(left):
+            for at_value in self.written(at, before + json.dumps(key, ensure_ascii=False) + self.colon):
                 for after in self.value(at_value, left[key]):
-                    rest = {k: left[k] for k in self.likely_order(left) if k != key}
-                    yield from self.members(after, rest, self.comma)
+                    yield from self.members(after, {k: v for k, v in left.items() if k != key}, self.comma)
+
+    def items(self, at: At, left: list[Any], before: str) -> Iterator[At]:
+        if not left:
+            yield from self.written(at, "[]" if before == "[" else "]")
+            return
+        for at_value in self.written(at, before):
+            for after in self.value(at_value, left[0]):
+                yield from self.items(after, left[1:], self.comma)
 
     def likely_order(self, keys: Any) -> list[str]:
         """As in the list of properties that has the most of them."""
