@@ -135,14 +135,6 @@ class Speller:
         best = max(self.orders, key=lambda order: sum(key in order for key in keys), default={})
         return sorted(keys, key=lambda key: best.get(key, len(best)))
 
-    def items(self, matcher: Any, left: list[Any], before: str) -> Iterator[Any]:
-        if not left:
-            yield from self.text(matcher, "[]" if before == "[" else "]")
-            return
-        for at_value in self.text(matcher, before):
-            for after in self.value(at_value, left[0]):
-                yield from self.items(after, left[1:], self.comma)
-
 
 def _orders(schema: Any) -> Iterator[dict[str, int]]:
     """The place of each key in every list of properties."""
