@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import threading
 import time
@@ -13,6 +14,8 @@ from typing import Any
 
 from engine.guided.front import GuideSpec
 from engine.guided.grammar import Grammar, GrammarBackend, SchemaError
+
+_log = logging.getLogger(__name__)
 
 
 class _Job:
@@ -90,8 +93,13 @@ class GrammarPool:
         job.started.set()
         try:
             result = self._compile(job.spec)
-        except Exception as error:                       # handed to whoever asks for the grammar
+        except SchemaError as error:                     # handed to whoever asks for the grammar
             self._settle(job, error=error)
+        except Exception as error:
+            # A schema that trips the compiler is this row's misfortune, not the job's; the log has where it happened.
+            _log.exception("a schema tripped the compiler: %.500s", job.spec.text)
+            reason = f"cannot be compiled: {type(error).__name__}: {' '.join(str(error).split())}"
+            self._settle(job, error=SchemaError("", reason))
         else:
             self._settle(job, result)
 
