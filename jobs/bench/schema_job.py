@@ -2,9 +2,9 @@
 
     python jobs/bench/schema_job.py FILE.jsonl OUT model=smollm2 [--restored] [any other KEY=VALUE of pipeline.run]
 
-FILE as for guided_schemas.py. Each budget of max_tokens is a run of pipeline.run of its own under OUT. Every document is checked again
-by another implementation of JSON Schema (jsonschema). Prints one JSON line a budget: rows by status and by how they ended, documents
-that are not valid, and why rows were refused.
+FILE as for guided_schemas.py. Each budget of max_tokens is a run of pipeline.run of its own under OUT. Every document is checked
+again by another implementation of JSON Schema (jsonschema). Prints one JSON line a budget: rows by status and by how they ended,
+documents that are valid, and why rows were refused.
 """
 
 from __future__ import annotations
