@@ -28,15 +28,15 @@ def batches(sequences: Iterable[np.ndarray], max_tokens: int) -> Iterator[list[n
         yield batch
 
 
-def prefill_step(sequences: Sequence[np.ndarray], device: torch.device) -> StepInputs:
+def prefill_step(sequences: Sequence[np.ndarray], device: torch.device, page_size: int = PAGE, first_page: int = 0) -> StepInputs:
     """Each sequence (int [tokens], at least one token) from position 0, one after another, each on pages of its own.
 
-    Needs a cache of `prefill_pages(sequences)` pages of PAGE slots.
+    The caches need `prefill_pages(sequences, page_size)` pages from `first_page` on.
     """
     lengths = np.array([sequence.size for sequence in sequences])
     cu_q = np.concatenate([[0], np.cumsum(lengths)])
-    pages = -(-lengths // PAGE)
-    first = np.cumsum(pages) - pages
+    pages = -(-lengths // page_size)
+    first = first_page + np.cumsum(pages) - pages
     positions = np.concatenate([np.arange(n) for n in lengths])
     table = first[:, None] + np.minimum(np.arange(pages.max()), pages[:, None] - 1)
     tiles = [(row, at) for row, n in enumerate(lengths) for at in range(0, n, ops.QUERY_TILE)]
@@ -45,13 +45,13 @@ def prefill_step(sequences: Sequence[np.ndarray], device: torch.device) -> StepI
         return torch.from_numpy(np.ascontiguousarray(np.asarray(values), dtype=np.int32)).to(device)
 
     rows = ints(np.arange(lengths.size))
-    return StepInputs(ints(np.concatenate(sequences)), ints(positions), ints(np.repeat(first * PAGE, lengths) + positions),
+    return StepInputs(ints(np.concatenate(sequences)), ints(positions), ints(np.repeat(first * page_size, lengths) + positions),
                       ints(table), rows[:0], 0, 0, rest_rows=rows, rest_starts=torch.zeros_like(rows), rest_cu_q=ints(cu_q),
                       tiles=ints(tiles))
 
 
-def prefill_pages(sequences: Iterable[np.ndarray]) -> int:
-    return sum(-(-sequence.size // PAGE) for sequence in sequences)
+def prefill_pages(sequences: Iterable[np.ndarray], page_size: int = PAGE) -> int:
+    return sum(-(-sequence.size // page_size) for sequence in sequences)
 
 
 def prefill_cache(spec: ModelSpec, pages: int, dtype: torch.dtype, device: torch.device) -> LayerCache:

@@ -75,10 +75,14 @@ class Prompt:
 
 
 class PromptBuilder:
-    """Makes prompts of chunks of rows, in any thread. `guide`: the task's schema, compiled. `default`: what rows get unasked."""
+    """Makes prompts of chunks of rows, in any thread. `default`: what rows get unasked.
+
+    guides: compiles rows' own schemas; None where the form takes none. guide: the task's schema, compiled.
+    """
 
     def __init__(
-        self, form: Form, task: TaskKeys, sampling: Sampling, tokenizer: Tokenizer, guides: Guides, guide: Guide | None
+        self, form: Form, task: TaskKeys, sampling: Sampling, tokenizer: Tokenizer, guides: Guides | None,
+        guide: Guide | None
     ) -> None:
         self._form, self._tokenizer, self._guides, self._sampling = form, tokenizer, guides, sampling
         self.default = Ask(sampling.params(), sampling.n or 1, guide=guide)
@@ -183,6 +187,7 @@ class PromptBuilder:
             value = json_value(value, "schema", Status.SCHEMA_ERROR)
             if not isinstance(value, (dict, bool)):
                 raise Refused(Status.SCHEMA_ERROR, "schema is not an object, true or false")
+            assert self._guides is not None, "the form takes schemas, but nothing compiles them"
             try:
                 guide = self._guides.get(value)
             except SchemaError as error:
