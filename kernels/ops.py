@@ -53,6 +53,33 @@ def rope_and_cache(qkv: Tensor, q_weight: Tensor | None, k_weight: Tensor | None
         qkv, q_weight, k_weight, eps, plus_one, cos_sin, positions, slots, k_cache, v_cache, num_heads)
 
 
+def w4_pack(codes: Tensor) -> Tensor:
+    return ref.w4_pack(codes)
+
+
+def w4_matmul(x: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor | None, group: int, bias: Tensor | None = None,
+              perm: Tensor | None = None) -> Tensor:
+    return ref.w4_matmul(x, packed, scales, zeros, group, bias, perm)
+
+
+def w8_matmul(x: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor | None, group: int, bias: Tensor | None = None,
+              perm: Tensor | None = None) -> Tensor:
+    return ref.w8_matmul(x, codes, scales, zeros, group, bias, perm)
+
+
+def fp8_quantize(x: Tensor, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    return ref.fp8_quantize(x, scale)
+
+
+def fp8_matmul(x: Tensor, weight: Tensor, weight_scale: Tensor, input_scale: Tensor | None = None,
+               bias: Tensor | None = None) -> Tensor:
+    return ref.fp8_matmul(x, weight, weight_scale, input_scale, bias)
+
+
+def fp8_block_matmul(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None = None) -> Tensor:
+    return ref.fp8_block_matmul(x, weight, weight_scale, bias)
+
+
 def decode_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, rows: Tensor, positions: Tensor,
                      scale: float, window: int, softcap: float, max_context: int, shared: Tensor | None = None,
                      prefix_tiles: Tensor | None = None) -> Tensor:

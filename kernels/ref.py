@@ -102,6 +102,84 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat([(a * cos - b * sin).to(x.dtype), (b * cos + a * sin).to(x.dtype), rest], dim=-1)
 
 
+# --- quantised weights ----------------------------------------------------------------------------------------------------------
+#
+# Integer weights: codes with a scale and a zero point for every `group` inputs, weight = (code - zero) * scale in the dtype of
+# scales, which is that of x. scales and zeros: [N, K / group]; zeros None: the middle code, 8 of 16 or 128 of 256.
+# perm int32 [K]: column i of the codes belongs to input perm[i] (GPTQ's act-order); None: in order.
+
+# Nibble j of a word is column NIBBLES[j] of its eight: neighbours lie 16 bits apart, which is where a pair of halves wants them.
+NIBBLES = (0, 2, 4, 6, 1, 3, 5, 7)
+E4M3_MAX = 448.0        # largest float8_e4m3fn
+FP8_BLOCK = 128
+
+
+def w4_pack(codes: Tensor) -> Tensor:
+    """uint8 [N, K] of values 0 to 15, K a multiple of 8 -> int32 [N, K / 8], the layout of w4_matmul."""
+    packed = torch.zeros(codes.shape[0], codes.shape[1] // 8, dtype=torch.int32, device=codes.device)
+    for j, at in enumerate(NIBBLES):
+        packed |= codes[:, at::8].int() << (4 * j)
+    return packed
+
+
+def w4_unpack(packed: Tensor) -> Tensor:
+    """The codes that w4_pack packed, uint8 [N, K]."""
+    codes = torch.empty(*packed.shape, 8, dtype=torch.uint8, device=packed.device)
+    for j, at in enumerate(NIBBLES):
+        codes[..., at] = packed >> (4 * j) & 15
+    return codes.flatten(1)
+
+
+def dequantize_int(codes: Tensor, scales: Tensor, zeros: Tensor | None, group: int, middle: int) -> Tensor:
+    """Codes uint8 [N, K] as weights [N, K] in the dtype of scales, columns in the codes' order."""
+    grouped = codes.view(codes.shape[0], -1, group).to(scales.dtype)
+    return ((grouped - (middle if zeros is None else zeros[..., None])) * scales[..., None]).flatten(1)
+
+
+def w4_matmul(x: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor | None, group: int, bias: Tensor | None = None,
+              perm: Tensor | None = None) -> Tensor:
+    """x [M, K] times 4-bit weights, packed by w4_pack -> [M, N]; bias [N] in x's dtype."""
+    return w8_matmul(x, w4_unpack(packed), scales, torch.full_like(scales, 8) if zeros is None else zeros, group, bias, perm)
+
+
+def w8_matmul(x: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor | None, group: int, bias: Tensor | None = None,
+              perm: Tensor | None = None) -> Tensor:
+    """x [M, K] times 8-bit weights, codes uint8 [N, K] -> [M, N]; bias [N] in x's dtype."""
+    if perm is not None:
+        x = x.index_select(1, perm)
+    return F.linear(x, dequantize_int(codes, scales, zeros, group, 128), bias)
+
+
+def fp8_quantize(x: Tensor, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Rows of x [M, K] as float8_e4m3fn and what they were divided by, float32: `scale` [1], or [M, 1] of each row's largest."""
+    if scale is None:
+        scale = x.float().abs().amax(-1, keepdim=True).clamp_min(1e-12) / E4M3_MAX
+    return (x.float() / scale).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn), scale
+
+
+def fp8_matmul(x: Tensor, weight: Tensor, weight_scale: Tensor, input_scale: Tensor | None = None,
+               bias: Tensor | None = None) -> Tensor:
+    """x [M, K] times float8_e4m3fn weights [N, K], both quantised, sums in float32 -> [M, N] in x's dtype.
+
+    weight_scale: float32 [N], of output channels. input_scale: float32 [1], of all of x; None: each row is scaled by its largest.
+    """
+    quantised, scale = fp8_quantize(x, input_scale)
+    out = (quantised.float() @ weight.float().t()) * scale * weight_scale
+    return (out if bias is None else out + bias.float()).to(x.dtype)
+
+
+def fp8_block_matmul(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x [M, K] times float8_e4m3fn weights [N, K] with a scale for every 128 x 128 block, float32 [N / 128, K / 128] -> [M, N].
+
+    Every 128 inputs of a row of x are scaled by their largest (DeepSeek-V3, arXiv 2412.19437, section 3.3).
+    """
+    groups, scale = fp8_quantize(x.reshape(-1, FP8_BLOCK))
+    inputs = (groups.float() * scale).view(x.shape)
+    weights = weight.float() * weight_scale.repeat_interleave(FP8_BLOCK, 0).repeat_interleave(FP8_BLOCK, 1)
+    out = inputs @ weights.t()
+    return (out if bias is None else out + bias.float()).to(x.dtype)
+
+
 # --- attention ------------------------------------------------------------------------------------------------------------------
 
 QUERY_TILE = 128    # queries of one tile of prefill_attention's work list
