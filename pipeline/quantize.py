@@ -214,11 +214,11 @@ def _write(config: QuantizeConfig, checkpoint: Checkpoint, method: Method, seque
 
 
 def make_method(config: QuantizeConfig, spec: ModelSpec) -> Method:
-    from engine.quantize.methods import Awq, Fp8, Gptq, RoundToNearest, group_size_of
+    from engine.quantize.methods import Awq, Fp8, Gptq, RoundToNearest, group_size_for
 
     if config.method == "fp8":
         return Fp8(config.fp8.activations == "static")
-    group_size = config.group_size or group_size_of(spec)
+    group_size = group_size_for(spec, config.group_size)
     if config.method == "awq":
         return Awq(group_size, config.awq.steps, config.awq.clip)
     if config.method == "gptq":

@@ -76,7 +76,8 @@ def hf_config(checkpoint: Checkpoint) -> dict[str, Any]:
     Raises ModelError for a rope that Hugging Face's configs have no words for.
     """
     config, spec = dict(text_config(checkpoint.config)), checkpoint.spec
-    config.pop("dtype", None)
+    for key in ("dtype", "quantization_config"):       # the latter: what blocks the GGUF file has
+        config.pop(key, None)
     if "text_config" in checkpoint.config:
         config |= {"model_type": "gemma3_text", "tie_word_embeddings": spec.tied_embeddings,
                    "eos_token_id": list(spec.eos_token_ids)}

@@ -52,9 +52,6 @@ class Method(Protocol):
     @property
     def needs_data(self) -> bool: ...
 
-    def check(self, spec: ModelSpec) -> None:
-        """Raise ModelError where the model's sizes do not fit the format."""
-
     def round_block(self, block: Block, gather: Gather) -> list[Rounded]:
         """Leave rounded weights in the block, and return their stored form."""
 
@@ -66,8 +63,9 @@ class Method(Protocol):
 
 
 def linears(block: Block) -> list[Linear]:
-    """By input, in the order in which they are run."""
-    return [block.attention.qkv, block.attention.out, block.mlp.gate_up, block.mlp.down]
+    """By input, in the order in which they are run: qkv, out, gate_up, down. Plain weights are always merged."""
+    layers = [block.attention.qkv, block.attention.out, block.mlp.gate_up, block.mlp.down]
+    return [layer for layer in layers if isinstance(layer, Linear)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,9 +81,6 @@ class RoundToNearest:
     @property
     def needs_data(self) -> bool:
         return False
-
-    def check(self, spec: ModelSpec) -> None:
-        check_sizes(spec, self.group_size, 8)
 
     def round_block(self, block: Block, gather: Gather) -> list[Rounded]:
         grid = IntegerGrid(4, self.group_size)
@@ -112,16 +107,15 @@ class Awq(RoundToNearest):
 
     def round_block(self, block: Block, gather: Gather) -> list[Rounded]:
         layers, grid = linears(block), IntegerGrid(4, self.group_size)
+        qkv, out, gate_up, down = layers
         stats = dict(zip(layers, gather(layers, InputStats), strict=True))
         weights = {linear: _weight(linear) for linear in layers}
-        attention, mlp = block.attention, block.mlp
-        heads, dim = attention.num_heads, attention.out.in_features // attention.num_heads
-        value_width = attention.qkv.sources[-1][1]
+        dim, value_width = out.in_features // block.attention.num_heads, qkv.sources[-1][1]
 
         def one_for_a_group(scale: Tensor) -> Tensor:
             """Query heads that share a value head read the same v, so their channels need one scale."""
             each = scale.view(value_width // dim, -1, dim)
-            return each.log().mean(1, keepdim=True).exp().expand_as(each).reshape(heads * dim)
+            return each.log().mean(1, keepdim=True).exp().expand_as(each).flatten()
 
         def rescale(linear: Linear, fold: Callable[[Tensor], Tensor], shared: Callable[[Tensor], Tensor] = lambda s: s) -> None:
             scale = fold(search_scale(weights[linear], stats[linear], grid, self.steps, shared))
@@ -129,24 +123,24 @@ class Awq(RoundToNearest):
             stats[linear].hessian.div_(scale).div_(scale[:, None])
 
         def fold_v(scale: Tensor) -> Tensor:
-            _fold_rows(attention.qkv, weights[attention.qkv], scale.view(value_width // dim, -1, dim)[:, 0].flatten())
+            _fold_rows(qkv, weights[qkv], scale.view(value_width // dim, -1, dim)[:, 0].flatten())
             return scale
 
         def fold_up(scale: Tensor) -> Tensor:
-            _fold_rows(mlp.gate_up, weights[mlp.gate_up], scale)
+            _fold_rows(gate_up, weights[gate_up], scale)
             return scale
 
-        rescale(attention.qkv, lambda scale: _fold_norm(block.input_norm, scale))
-        rescale(attention.out, fold_v, one_for_a_group)
-        rescale(mlp.gate_up, lambda scale: _fold_norm(block.mlp_norm, scale))
-        rescale(mlp.down, fold_up)
+        rescale(qkv, lambda scale: _fold_norm(block.input_norm, scale))
+        rescale(out, fold_v, one_for_a_group)
+        rescale(gate_up, lambda scale: _fold_norm(block.mlp_norm, scale))
+        rescale(down, fold_up)
 
         rounded = []
         for linear in layers:
             clipped, hessian = weights[linear], stats[linear].hessian
             if self.clip:
                 # What counts of q and k is their product, which clipping either harms.
-                first = linear.out_features - value_width if linear is attention.qkv else 0
+                first = linear.out_features - value_width if linear is qkv else 0
                 clipped = torch.cat([clipped[:first], search_clip(clipped[first:], hessian, grid)])
             rounded.append(_store(linear, round_to_nearest(clipped, grid), weights[linear], hessian))
         return rounded
@@ -169,9 +163,6 @@ class Gptq:
     @property
     def needs_data(self) -> bool:
         return True
-
-    def check(self, spec: ModelSpec) -> None:
-        check_sizes(spec, self.group_size, 32 // self.bits)
 
     def round_block(self, block: Block, gather: Gather) -> list[Rounded]:
         grid = IntegerGrid(self.bits, self.group_size, self.symmetric, least_zero=1)
@@ -207,9 +198,6 @@ class Fp8:
     def needs_data(self) -> bool:
         return self.static
 
-    def check(self, spec: ModelSpec) -> None:
-        """Any size will do."""
-
     def round_block(self, block: Block, gather: Gather) -> list[Rounded]:
         layers = linears(block)
         peaks = [found.peak for found in gather(layers, InputPeak)] if self.static else [None] * len(layers)
@@ -229,29 +217,19 @@ class Fp8:
                 "config_groups": {"group_0": group}, "ignore": ["lm_head"], "kv_cache_scheme": None}
 
 
-def group_size_of(spec: ModelSpec) -> int:
-    """The largest usual group that divides every input. Raises ModelError."""
-    for size in (128, 64, 32):
-        if all(width % size == 0 for width in _inputs(spec).values()):
-            return size
-    raise ModelError(f"no group size of 128, 64 or 32 divides the inputs of the model's layers ({_inputs(spec)}): use method=fp8")
-
-
-def check_sizes(spec: ModelSpec, group_size: int, packed: int) -> None:
-    """Groups must divide the inputs, and words of `packed` codes the inputs and outputs. Raises ModelError."""
-    for key, width in _inputs(spec).items():
-        if group_size > 0 and width % group_size:
-            raise ModelError(f"group_size={group_size} does not divide the model's {key} of {width}: set "
-                             f"group_size={group_size_of(spec)}")
-    outputs = {"key and value width": spec.num_kv_heads * spec.head_dim}
-    for key, width in {**_inputs(spec), **outputs}.items():
-        if width % packed:
-            raise ModelError(f"the model's {key} of {width} is no multiple of {packed}, as packing needs: use method=fp8")
-
-
-def _inputs(spec: ModelSpec) -> dict[str, int]:
-    return {"hidden size": spec.hidden_size, "attention width": spec.num_heads * spec.head_dim,
-            "intermediate size": spec.intermediate_size}
+def group_size_for(spec: ModelSpec, asked: int | None) -> int:
+    """`asked` if it divides the inputs of every layer; None: the largest usual size that does. Raises ModelError."""
+    widths = {inputs: name for name, inputs, _ in spec.linears()}
+    fitting = [size for size in (128, 64, 32) if not any(width % size for width in widths)]
+    if asked is None and not fitting:
+        raise ModelError(f"groups of 128, 64 or 32 do not divide all numbers of inputs ({', '.join(map(str, widths))}): "
+                         "set method=fp8")
+    size = asked or fitting[0]
+    for width, name in widths.items():
+        if size > 0 and width % size:
+            instead = f"group_size={fitting[0]}" if fitting else "method=fp8"
+            raise ModelError(f"group_size={size} does not divide the {width} inputs of {name}: set {instead}")
+    return size
 
 
 def _weight(linear: Linear) -> Tensor:

@@ -13,6 +13,7 @@ from engine.layers.embedding import Embedding
 from engine.layers.linear import DenseMethod, Linear
 from engine.layers.norm import RMSNorm
 from engine.models.decoder import Block
+from engine.models.quantization import Quantization
 from engine.models.spec import ModelError
 from engine.quantize.calibrate import Calibration
 from engine.quantize.folder import FolderWriter, write_config
@@ -59,7 +60,7 @@ def quantize(checkpoint: Checkpoint, method: Method, sequences: Sequence[np.ndar
         writer.add(name, checkpoint.tensor(name).to(stored))
     for index in range(spec.num_layers):
         with torch.device(device):
-            block = Block(spec, index, DenseMethod(), running)
+            block = Block(spec, index, lambda name: DenseMethod(), running)
         load(block)
         rounded = method.round_block(block, gather)
         for name, tensor in _tensors(block, method, rounded, stored):
@@ -74,10 +75,10 @@ def quantize(checkpoint: Checkpoint, method: Method, sequences: Sequence[np.ndar
 
 def check(checkpoint: Checkpoint, method: Method) -> None:
     """Raise ModelError where this model cannot be quantised by this method; reads no weights."""
-    if checkpoint.spec.quantization is not None:
-        kind = checkpoint.spec.quantization.get("quant_method", "unknown")
-        raise ModelError(f"{checkpoint.path} is quantised already ({kind}): give the model that it was made of")
-    method.check(checkpoint.spec)
+    stored = checkpoint.spec.quantization
+    if stored is not None and stored.method != "gguf":       # a GGUF file's blocks are unpacked when they are read
+        raise ModelError(f"{checkpoint.path} is quantised already ({stored.method}): give the model that it was made of")
+    Quantization.read(method.config()).check(checkpoint.spec.linears())
 
 
 def stored_dtype(checkpoint: Checkpoint, method: Method) -> str:

@@ -6,10 +6,10 @@
 --data: Parquet with the columns question, answer (worked out), final (the number). The last rows are asked, so that the first can
 be calibrated with. --models: as model.source of a job. --engine: more engine settings.
 
-ppl: of the given answers after their questions, under the chat template; all tokens of a sequence in one prefill step of the loaded
-engine, through its own cache. accuracy: share of greedy answers whose last number is `final`. tok_s: tokens of these, over the time
-from the first request to the last answer. weights_gib: what the model's tensors take; load_gib: the GPU memory in use after loading,
-less the KV pool.
+ppl: of the given answers after their questions, under the chat template; all tokens of a sequence in one prefill step of the
+loaded engine, through its own cache. accuracy: share of greedy answers whose last number is `final`. tok_s: tokens of these, over
+the time from the first request to the last answer. weights_gib: what the weights take; load_gib: the GPU memory in use after
+loading, less the KV pool.
 """
 
 from __future__ import annotations
@@ -67,11 +67,9 @@ def main() -> None:
 
 
 def memory(engine: Engine) -> dict:
-    runner = engine._runner
-    weights = sum(buffer.numel() * buffer.element_size() for buffer in runner.model.buffers())
-    found = {"weights_gib": round(weights / 2**30, 3)}
+    found = {"weights_gib": round(engine.weight_bytes / 2**30, 3)}
     if engine.device.type == "cuda":
-        pool = sum(t.numel() * t.element_size() for cache in runner.caches for t in (cache.k, cache.v))
+        pool = sum(tensor.nbytes for cache in engine._runner.caches for tensor in (cache.k, cache.v))
         found["load_gib"] = round((torch.cuda.memory_allocated() - pool) / 2**30, 3)
     return found
 
