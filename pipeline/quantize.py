@@ -139,7 +139,7 @@ def _stop(number: int, frame: object) -> None:
 def read_config(argv: Sequence[str]) -> QuantizeConfig:
     """Compose conf/quantize.yaml with the overrides of `argv` and check it. Raises ConfigError with one line."""
     words = normalise(argv)
-    if not given_keys(words) & {"data", "task"}:
+    if not any(key.split(".")[0] in ("data", "task") for key in given_keys(words)):
         words.append("task.prompt='{{ message }}'")     # the bundled messages
     config = validate(QuantizeConfig, compose_tree("quantize", words, QuantizeConfig))
     if config.method == "fp8":
@@ -156,11 +156,11 @@ def read_config(argv: Sequence[str]) -> QuantizeConfig:
 def run(config: QuantizeConfig) -> None:
     """Quantise and write config.out. Raises JobError with one line."""
     started = time.monotonic()
-    out = _free(config.out)
+    out, device = _free(config.out), _device(config.device)
     path = _resolve("model.source", config.model.source)
     tokenizer_path = path if config.model.tokenizer is None else _resolve("model.tokenizer", config.model.tokenizer)
 
-    from engine.quantize.model import check  # after the checks above, so that a mistyped key is answered at once
+    from engine.quantize.model import check
     from engine.weights import open_checkpoint
     from pipeline.calibration import calibration_set
     from pipeline.tokenizer import RowTokenizer, load_tokenizer
@@ -176,7 +176,7 @@ def run(config: QuantizeConfig) -> None:
                                         config.calibration.samples, config.calibration.length)
             tokens = sum(sequence.size for sequence in sequences)
             print(f"calibrating with {len(sequences)} samples, {tokens:,} tokens", file=sys.stderr)
-        errors = _write(config, checkpoint, method, sequences, out, functools.partial(
+        errors = _write(config, checkpoint, method, sequences, out, device, functools.partial(
             write_tokenizer, tokenizer, tokenizer_path, config.model.chat_template is not None))
     except ValueError as error:
         raise ConfigError(first_line(error)) from error
@@ -186,14 +186,13 @@ def run(config: QuantizeConfig) -> None:
 
 
 def _write(config: QuantizeConfig, checkpoint: Checkpoint, method: Method, sequences: Sequence[np.ndarray], out: Path,
-           write_rest: Callable[[Path], None]) -> list[float]:
+           device: torch.device, write_rest: Callable[[Path], None]) -> list[float]:
     """Round, write and publish; returns each layer's relative error where the method knows it."""
     import torch
     from safetensors import SafetensorError
 
     from engine.quantize.model import quantize
 
-    device = _device(config.device)
     dtype = None if config.dtype == "auto" else config.dtype
     errors: list[float] = []
     try:

@@ -42,11 +42,10 @@ def gptq(weight: Tensor, hessian: Tensor, grid: IntegerGrid, order: str, damping
             code = grid.codes(column, scales[:, here], zeros[:, here])
             error = (column - (code - zeros[:, here]) * scales[:, here]) / inverse[i, i]
             w[:, i:last] -= error * inverse[i, i:last]
-            codes[:, turn[i]], errors[:, i - first] = code.squeeze(1), error.squeeze(1)
+            codes[:, i], errors[:, i - first] = code.squeeze(1), error.squeeze(1)
         w[:, last:] -= errors @ inverse[first:last, last:]
-    groups = torch.empty_like(group)
-    groups[turn] = group
-    return IntegerWeight(grid.bits, codes.byte(), scales.half(), zeros.byte(), groups)
+    back = turn.argsort()
+    return IntegerWeight(grid.bits, codes[:, back].byte(), scales.half(), zeros.byte(), group[back])
 
 
 def _inverse_factor(hessian: Tensor, damping: float) -> Tensor:

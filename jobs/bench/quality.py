@@ -47,7 +47,7 @@ def main() -> None:
     ap.add_argument("--models", nargs="+", required=True)
     ap.add_argument("--answers", type=int, default=200)
     ap.add_argument("--questions", type=int, default=500)
-    ap.add_argument("--max-tokens", type=int, default=400)
+    ap.add_argument("--max-tokens", type=int, default=512)
     ap.add_argument("--engine", type=json.loads, default={})
     a = ap.parse_args()
     rows = pq.read_table(a.data).to_pylist()

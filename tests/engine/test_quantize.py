@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -374,3 +375,23 @@ def test_one_step_of_many_sequences_is_each_alone(tmp_path: Path) -> None:
         want = torch.cat([full_logits(decoder, sequence.tolist()) for sequence in batch])
         assert (got - want).abs().max() < 1e-3 * want.std()
     assert [len(batch) for batch in batches([np.zeros(n) for n in (3, 3, 9, 1, 2)], 6)] == [2, 1, 2]
+
+
+def test_rope_factors_of_gguf_files_become_a_config() -> None:
+    """What a GGUF file of Llama 3.1 or 3.2 says as divisors is Hugging Face's llama3 rule again; others are refused."""
+    shape = {"model_type": "llama", "vocab_size": 300, "hidden_size": 256, "intermediate_size": 64, "num_hidden_layers": 1,
+             "num_attention_heads": 2, "max_position_embeddings": 131_072, "rope_theta": 500_000.0, "num_local_experts": 0}
+    rule = {"rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192}
+    plain, wanted = (ModelSpec.from_hf({**shape, "rope_scaling": scaling}).layers[0].rope.inv_freq() for scaling in (None, rule))
+    factors = (plain / wanted).tolist()
+
+    def converted(factors: list[float]) -> dict[str, Any]:
+        config = {**shape, "rope_scaling": {"rope_type": "factors", "factors": factors}}
+        return folders.hf_config(SimpleNamespace(config=config, spec=ModelSpec.from_hf(config), path=Path("model.gguf")))
+
+    config = converted(factors)
+    assert torch.allclose(ModelSpec.from_hf(config).layers[0].rope.inv_freq(), wanted, rtol=1e-5)
+    assert config["architectures"] == ["LlamaForCausalLM"] and "num_local_experts" not in config
+    with pytest.raises(ModelError, match=r"model\.gguf: its rope factors are not Llama 3\.1's"):
+        converted([*factors[:-1], 3.0])
