@@ -75,12 +75,13 @@ def gated_act(x: Tensor, activation: str) -> Tensor:
 
 
 def rope_and_cache(qkv: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, eps: float, plus_one: bool, cos_sin: Tensor,
-                   positions: Tensor, slots: Tensor, k_cache: Tensor, v_cache: Tensor, num_heads: int) -> Tensor:
+                   positions: Tensor, slots: Tensor, k_cache: Tensor, v_cache: Tensor, num_heads: int,
+                   kv_scales: Tensor | None = None) -> Tensor:
     """Optional RMSNorm of each head of q and k, rotary embedding, keys and values into the cache; returns q [T, H, D].
 
     qkv: [T, (H + 2 K) D]. cos_sin: float32 [positions, rotary], cosines then sines of rotary / 2 frequencies each, halves rotated
     against each other (arXiv 2104.09864, the layout of Llama checkpoints); dimensions past `rotary` pass through.
-    Caches: [pages, K, P, D].
+    Caches: [pages, K, P, D]. In float8_e4m3fn they hold keys and values over kv_scales, float32 [2, K], of keys, then of values.
     """
     _, kv_heads, page, dim = k_cache.shape
     q, k, v = qkv.view(qkv.shape[0], -1, dim).split([num_heads, kv_heads, kv_heads], dim=1)
@@ -91,6 +92,8 @@ def rope_and_cache(qkv: Tensor, q_weight: Tensor | None, k_weight: Tensor | None
     cos, sin = cos_sin[positions.long()].unsqueeze(1).chunk(2, dim=-1)
     q, k = _rotate(q, cos, sin), _rotate(k, cos, sin)
     slot = slots.long()
+    if kv_scales is not None:
+        k, v = ((x.float() / scale[:, None]).clamp(-E4M3_MAX, E4M3_MAX) for x, scale in zip((k, v), kv_scales, strict=True))
     k_cache[slot // page, :, slot % page] = k.to(k_cache.dtype)
     v_cache[slot // page, :, slot % page] = v.to(v_cache.dtype)
     return q
@@ -105,7 +108,8 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 # --- quantised weights ----------------------------------------------------------------------------------------------------------
 #
 # Integer weights: codes with a scale and a zero point for every `group` inputs, weight = (code - zero) * scale in the dtype of
-# scales, which is that of x. scales and zeros: [N, K / group]; zeros None: the middle code, 8 of 16 or 128 of 256.
+# scales, which is that of x. scales and zeros: [N, K / group]. zeros: whole as uint8, broken in the dtype of scales; None: the
+# middle code, 8 of 16 or 128 of 256.
 # perm int32 [K]: column i of the codes belongs to input perm[i] (GPTQ's act-order); None: in order.
 
 # Nibble j of a word is column NIBBLES[j] of its eight: neighbours lie 16 bits apart, which is where a pair of halves wants them.
@@ -136,18 +140,29 @@ def dequantize_int(codes: Tensor, scales: Tensor, zeros: Tensor | None, group: i
     return ((grouped - (middle if zeros is None else zeros[..., None])) * scales[..., None]).flatten(1)
 
 
+def dequantize_symmetric(codes: Tensor, scales: Tensor, group: int) -> Tensor:
+    """8-bit codes uint8 [N, K], 128 the middle, as weights [N, K] in the dtype of scales [N, K / group]."""
+    return dequantize_int(codes, scales, None, group, 128)
+
+
 def w4_matmul(x: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor | None, group: int, bias: Tensor | None = None,
               perm: Tensor | None = None) -> Tensor:
     """x [M, K] times 4-bit weights, packed by w4_pack -> [M, N]; bias [N] in x's dtype."""
-    return w8_matmul(x, w4_unpack(packed), scales, torch.full_like(scales, 8) if zeros is None else zeros, group, bias, perm)
+    zeros = torch.full_like(scales, 8, dtype=torch.uint8) if zeros is None else zeros
+    return w8_matmul(x, w4_unpack(packed), scales, zeros, group, bias, perm)
 
 
-def w8_matmul(x: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor | None, group: int, bias: Tensor | None = None,
+def w8_pack(codes: Tensor) -> Tensor:
+    """uint8 [N, K] -> the layout of w8_matmul, here the codes themselves."""
+    return codes.contiguous()
+
+
+def w8_matmul(x: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor | None, group: int, bias: Tensor | None = None,
               perm: Tensor | None = None) -> Tensor:
-    """x [M, K] times 8-bit weights, codes uint8 [N, K] -> [M, N]; bias [N] in x's dtype."""
+    """x [M, K] times 8-bit weights, packed by w8_pack -> [M, N]; bias [N] in x's dtype."""
     if perm is not None:
         x = x.index_select(1, perm)
-    return F.linear(x, dequantize_int(codes, scales, zeros, group, 128), bias)
+    return F.linear(x, dequantize_int(packed, scales, zeros, group, 128), bias)
 
 
 def fp8_quantize(x: Tensor, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -188,7 +203,7 @@ PREFIX_TILE = 32    # rows of one tile of decode_attention's shared prefixes
 
 def decode_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, rows: Tensor, positions: Tensor,
                      scale: float, window: int, softcap: float, max_context: int, shared: Tensor | None = None,
-                     prefix_tiles: Tensor | None = None) -> Tensor:
+                     prefix_tiles: Tensor | None = None, kv_scales: Tensor | None = None) -> Tensor:
     """One query a row: q [N, H, D] at positions [N] attends to positions 0 .. positions[i] of table row rows[i] -> [N, H, D].
 
     window > 0: only the last `window` positions, the query's own included. softcap > 0: scores become
@@ -196,13 +211,15 @@ def decode_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: T
     max_context: an upper bound of positions + 1, known on the host.
     shared [N], prefix_tiles [M, 2]: rows tiles[j, 0] .. + tiles[j, 1] (at most PREFIX_TILE) have the same first shared[i] keys
     and values, so a kernel may read them once; 0: none. No window then. They change how the result is computed, not what it is.
+    kv_scales [2, K]: of float8_e4m3fn caches, see rope_and_cache.
     """
     n, heads, dim = q.shape
     kv_heads, page = k_cache.shape[1], k_cache.shape[2]
     first = max(0, int(positions.min()) + 1 - window) // page if window else 0
     pages = block_table[rows.long(), first : (max_context + page - 1) // page].long()
-    k = k_cache[pages].transpose(1, 2).reshape(n, kv_heads, -1, dim)
-    v = v_cache[pages].transpose(1, 2).reshape(n, kv_heads, -1, dim)
+    k, v = _read(q, k_cache, v_cache, pages, kv_scales)
+    k = k.transpose(1, 2).reshape(n, kv_heads, -1, dim)
+    v = v.transpose(1, 2).reshape(n, kv_heads, -1, dim)
     where = first * page + torch.arange(k.shape[2], device=q.device)
     last = positions.long().unsqueeze(1)
     visible = where <= last
@@ -215,8 +232,17 @@ def decode_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: T
     return (torch.softmax(scores, -1).to(v.dtype) @ v).reshape(n, heads, dim).to(q.dtype)
 
 
+def _read(q: Tensor, k_cache: Tensor, v_cache: Tensor, pages: Tensor, kv_scales: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Keys and values of these pages, [*pages.shape, K, P, D], as the numbers that they stand for."""
+    k, v = k_cache[pages], v_cache[pages]
+    if kv_scales is not None:
+        k, v = ((x.float() * scale[:, None, None]).to(q.dtype) for x, scale in zip((k, v), kv_scales, strict=True))
+    return k, v
+
+
 def prefill_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, rows: Tensor, starts: Tensor,
-                      cu_q: Tensor, tiles: Tensor, scale: float, window: int, softcap: float) -> Tensor:
+                      cu_q: Tensor, tiles: Tensor, scale: float, window: int, softcap: float,
+                      kv_scales: Tensor | None = None) -> Tensor:
     """Several queries a row: q [T, H, D]; row i's stand at cu_q[i] .. cu_q[i + 1] and start at position starts[i] of row rows[i].
 
     Each attends to all positions up to its own (keys and values of the step are in the cache already) -> [T, H, D].
@@ -229,8 +255,9 @@ def prefill_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: 
         context = start + end - begin
         first = max(0, start + 1 - window) // page if window else 0
         pages = block_table[row, first : (context + page - 1) // page].long()
-        k = k_cache[pages].transpose(0, 1).flatten(1, 2)[:, : context - first * page]
-        v = v_cache[pages].transpose(0, 1).flatten(1, 2)[:, : context - first * page]
+        k, v = _read(q, k_cache, v_cache, pages, kv_scales)
+        k = k.transpose(0, 1).flatten(1, 2)[:, : context - first * page]
+        v = v.transpose(0, 1).flatten(1, 2)[:, : context - first * page]
         where = torch.arange(first * page, context, device=q.device)
         at = torch.arange(start, context, device=q.device).unsqueeze(1)
         visible = where <= at

@@ -76,10 +76,10 @@ def mixed_requests(count: int = 16, shared: int = 50) -> list[Request]:
     return make_requests(random_prompts(count, seed=3, longest=60, shared=shared), params)
 
 
-def load_decoder(path: Path, dtype: torch.dtype, device: str = "cpu") -> Decoder:
+def load_decoder(path: Path, dtype: torch.dtype, device: str = "cpu", quantization: str = "stored") -> Decoder:
     """The bare model, for at most 512 positions."""
     checkpoint = open_checkpoint(path)
-    model = Decoder(checkpoint.spec, dtype, 512, torch.device(device))
+    model = Decoder(checkpoint.spec, dtype, 512, torch.device(device), quantization)
     model.load(checkpoint)
     return model
 

@@ -112,3 +112,39 @@ def gptq_pair(folder: Path, bits: int = 4, group: int = 32, symmetric: bool = Tr
     config = {"quant_method": "gptq", "bits": bits, "group_size": group, "sym": symmetric, "desc_act": ordered,
               "checkpoint_format": "gptq_v2" if v2 else "gptq"}
     return quantised_pair(folder, config, convert, **more)
+
+
+def compressed_pair(folder: Path, weights: dict[str, Any], inputs: dict[str, Any] | None = None, input_scale: float = 0.02,
+                    **more: Any) -> tuple[Path, Path]:
+    """compressed-tensors' own compression of weights, args as its QuantizationArgs; input_scale: of static inputs."""
+    from compressed_tensors.compressors import BaseCompressor
+    from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig, QuantizationScheme
+    from compressed_tensors.quantization.utils import calculate_qparams
+
+    scheme = QuantizationScheme(targets=["Linear"], weights=QuantizationArgs(**weights),
+                                input_activations=QuantizationArgs(**inputs) if inputs else None)
+    stored = "pack-quantized" if weights["type"] == "int" else "float-quantized"
+    compressor = BaseCompressor.get_value_from_registry(stored)
+    static = inputs is not None and not inputs.get("dynamic")
+
+    def convert(name: str, weight: Tensor) -> Converted:
+        n, k = weight.shape
+        match weights["strategy"]:
+            case "tensor":
+                parts = weight.reshape(1, 1, -1)
+            case "channel":
+                parts = weight[:, None]
+            case "group":
+                parts = weight.view(n, -1, weights["group_size"])
+            case "block":
+                parts = weight.view(n // 128, 128, k // 128, 128).transpose(1, 2).flatten(2)
+        scale, zero = calculate_qparams(parts.amin(-1), parts.amax(-1), scheme.weights)
+        if weights["strategy"] == "tensor":
+            scale, zero = scale.view(1), zero.view(1)
+        state = compressor.compress({"weight": weight, "weight_scale": scale, "weight_zero_point": zero}, scheme)
+        dense = compressor.decompress(state, scheme)["weight"]
+        return {**state, **({"input_scale": torch.tensor([input_scale])} if static else {})}, dense
+
+    config = QuantizationConfig(config_groups={"group_0": scheme}, ignore=["lm_head"], format=stored,
+                                quantization_status="compressed")
+    return quantised_pair(folder, json.loads(config.model_dump_json()), convert, **more)

@@ -27,14 +27,16 @@ class IntegerMethod:
 
     def keep(self, layer: Linear, codes: Tensor, scales: Tensor, zeros: Tensor | None, stored: dict[str, Tensor],
              g_idx: Tensor | None = None) -> dict[str, Tensor | None]:
-        """codes uint8 [N, K], scales [N, K / group], zeros (integers) of that shape or None: the middle code."""
+        """codes uint8 [N, K], scales [N, K / group], zeros of that shape, uint8 or as scales, or None: the middle code."""
         if zeros is not None:
-            zeros = None if bool((zeros == 1 << (self.bits - 1)).all()) else zeros.to(scales.dtype).contiguous()
+            zeros = None if bool((zeros == 1 << (self.bits - 1)).all()) else _by_groups(zeros)
         perm = None if g_idx is None else _column_order(layer, g_idx, scales.shape[1])
         if perm is not None:
             codes = codes.index_select(1, perm)
-        weight = ops.w4_pack(codes) if self.bits == 4 else codes.contiguous()
-        return {"codes": weight, "scales": scales.contiguous(), "zeros": zeros, "perm": perm, "bias": stored.get("bias")}
+        return {"codes": self.pack(codes), "scales": _by_groups(scales), "zeros": zeros, "perm": perm, "bias": stored.get("bias")}
+
+    def pack(self, codes: Tensor) -> Tensor:
+        return ops.w4_pack(codes) if self.bits == 4 else ops.w8_pack(codes)
 
     def apply(self, layer: Linear, x: Tensor) -> Tensor:
         matmul = ops.w4_matmul if self.bits == 4 else ops.w8_matmul
@@ -126,6 +128,11 @@ def unpack(words: Tensor, bits: int, order: Sequence[int] | None = None) -> Tens
     for i, at in enumerate(order or range(fields)):
         out[..., at] = words >> (bits * i) & ((1 << bits) - 1)
     return out.flatten(1)
+
+
+def _by_groups(table: Tensor) -> Tensor:
+    """Scales or zero points [N, groups], a group's side by side in memory: a kernel reads those of many outputs at once."""
+    return table.t().contiguous().t()
 
 
 def _groups(in_features: int, group: int) -> int:

@@ -53,7 +53,8 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(a.model)
     guided = LLGuidanceBackend(tokenizer, checkpoint.spec.vocab_size, checkpoint.spec.eos_token_ids)
     engine = Engine(checkpoint, EngineConfig(**{"max_model_len": 4096, **a.engine}), tokenizer, guided)
-    print(json.dumps({"tag": a.tag, "init_s": round(time.perf_counter() - started, 1), "stats": str(engine.stats())}), flush=True)
+    print(json.dumps({"tag": a.tag, "init_s": round(time.perf_counter() - started, 1),
+                      "weights_gib": round(engine.weight_bytes / 2**30, 2), "stats": str(engine.stats())}), flush=True)
     vocab = min(32000, len(tokenizer))
     for name in ["warm", *a.w]:
         if name == "CB":

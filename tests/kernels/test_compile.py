@@ -15,14 +15,17 @@ def compile_all() -> None:
     from triton.compiler import ASTSource
     from triton.compiler import compile as build
 
-    from kernels import kv_cache, pointwise, sample, step
+    from kernels import dequantize, kv_cache, pointwise, sample, step
 
-    elements = {"x", "residual", "weight", "qkv", "q_weight", "k_weight", "q_out", "k_cache", "v_cache", "logits"}
+    elements = {"x", "residual", "weight", "qkv", "q_weight", "k_weight", "q_out", "k_cache", "v_cache", "logits", "scales"}
+    rounding = {"_rms_norm_kernel", "_add_rms_norm_kernel", "_gated_act_kernel", "_dequantize_kernel"}      # out as the model
     scalars = {"V", "W", "n"}
 
     def kind(kernel: str, name: str) -> str:
-        if name in elements or (name == "out" and kernel in ("_rms_norm_kernel", "_add_rms_norm_kernel", "_gated_act_kernel")):
+        if name in elements or (name == "out" and kernel in rounding):
             return "*bf16"
+        if name == "codes":
+            return "*u8"
         if name == "eps":
             return "fp32"
         if name == "cos_sin":
@@ -44,6 +47,7 @@ def compile_all() -> None:
         (step, "_expand_kernel", {"P": 32, "BLOCK": 1024}),
         (step, "_expand_decode_kernel", {"P": 32, "BLOCK": 128}),
         (step, "_commit_kernel", {"BLOCK": 128}),
+        (dequantize, "_dequantize_kernel", {"WIDTH": 8960, "GROUP": 16, "MIDDLE": 128, "BLOCK": 2048}),
         (sample, "_sample_kernel", {"ZEROS": 16, "BLOCK": 4096}),
         (sample, "_mask_kernel", {"BYTES": 256}),
     ):
