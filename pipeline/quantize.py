@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from omegaconf import OmegaConf
 from pydantic import Field
@@ -22,7 +22,7 @@ from tqdm import tqdm
 from pipeline.config import InputKeys, ModelKeys, Strict, TaskKeys, validate
 from pipeline.exits import ConfigError, Exit, JobError, StorageError
 from pipeline.input.formats import first_line
-from pipeline.model_source import ModelSourceError, resolve_model
+from pipeline.model_source import Accept, ModelSourceError, resolve_model
 from pipeline.run import choices, compose_tree, given_keys, normalise
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ Keys (KEY=VALUE; python -m pipeline.quantize --cfg out=X prints all of them with
   data              to calibrate awq, gptq and static fp8 with: columns messages, prompt or text, or those of a template
   calibration.samples  .length            how many of its first rows, and at most how many tokens of each
   bits  group_size                        4 (gptq: or 8); input columns that share a scale
-  awq.steps  .clip                        scales tried for each input; search how far to clip
+  awq.steps  .clip  .rounding             scales tried for each input; search how far to clip; nearest or gptq (on scaled weights)
   gptq.symmetric  .order  .damping        order: none, static, full (desc_act)
   fp8.activations                         dynamic: a scale for each token; static: one a layer, from calibration
   dtype  device                           of what is not rounded; auto, cuda, cuda:N, cpu
@@ -79,6 +79,7 @@ class CalibrationKeys(Strict):
 class AwqKeys(Strict):
     steps: int = Field(20, ge=1, le=100)
     clip: bool = True
+    rounding: Literal["nearest", "gptq"] = "nearest"
 
 
 class GptqKeys(Strict):
@@ -157,18 +158,25 @@ def run(config: QuantizeConfig) -> None:
     """Quantise and write config.out. Raises JobError with one line."""
     started = time.monotonic()
     out, device = _free(config.out), _device(config.device)
-    path = _resolve("model.source", config.model.source)
-    tokenizer_path = path if config.model.tokenizer is None else _resolve("model.tokenizer", config.model.tokenizer)
 
+    from engine.models.spec import ModelSpec
     from engine.quantize.model import check
     from engine.weights import open_checkpoint
     from pipeline.calibration import calibration_set
     from pipeline.tokenizer import RowTokenizer, load_tokenizer
 
+    def accept(raw: dict[str, Any]) -> None:
+        """Of a model on the hub, before its weights are fetched."""
+        spec = ModelSpec.from_hf(raw)
+        check(spec, make_method(config, spec))
+
     try:
+        path = tokenizer_path = _resolve("model.source", config.model.source, accept)
+        if config.model.tokenizer is not None:
+            tokenizer_path = _resolve("model.tokenizer", config.model.tokenizer)
         checkpoint = open_checkpoint(path)
         method = make_method(config, checkpoint.spec)
-        check(checkpoint, method)
+        check(checkpoint.spec, method)
         tokenizer = load_tokenizer(tokenizer_path, config.model.chat_template)
         sequences = []
         if method.needs_data:
@@ -219,7 +227,8 @@ def make_method(config: QuantizeConfig, spec: ModelSpec) -> Method:
         return Fp8(config.fp8.activations == "static")
     group_size = group_size_for(spec, config.group_size)
     if config.method == "awq":
-        return Awq(group_size, config.awq.steps, config.awq.clip)
+        damping = config.gptq.damping if config.awq.rounding == "gptq" else None
+        return Awq(group_size, config.awq.steps, config.awq.clip, damping)
     if config.method == "gptq":
         return Gptq(group_size, config.bits or 4, config.gptq.symmetric, config.gptq.order, config.gptq.damping)
     return RoundToNearest(group_size)
@@ -263,9 +272,9 @@ def _free(name: str) -> Path:
     return out
 
 
-def _resolve(key: str, source: str) -> Path:
+def _resolve(key: str, source: str, accept: Accept | None = None) -> Path:
     try:
-        return resolve_model(source)
+        return resolve_model(source, accept=accept)
     except ModelSourceError as error:
         raise ConfigError(f"{key}: {error}") from None
 

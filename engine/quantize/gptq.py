@@ -11,13 +11,14 @@ from engine.quantize.integers import IntegerGrid, IntegerWeight
 _BLOCK = 128     # columns whose errors reach the columns after the block in one product
 
 
-def gptq(weight: Tensor, hessian: Tensor, grid: IntegerGrid, order: str, damping: float) -> IntegerWeight:
+def gptq(weight: Tensor, hessian: Tensor, grid: IntegerGrid, order: str, damping: float,
+         fit_to: Tensor | None = None) -> IntegerWeight:
     """Round float32 [N, K] given `hessian`, the sum of x x^T over its inputs, float32 [K, K].
 
     order: "none", columns as they stand; "static", by falling second moment of their input, since what comes first is rounded
     best, but each group is a run of columns with a scale fitted beforehand; "full", groups too are made along that order
-    (desc_act: whoever multiplies has to gather). damping: share of the mean second moment that is added to all. Raises ModelError
-    where it is too small.
+    (desc_act: whoever multiplies has to gather). damping: share of the mean second moment that is added to all. fit_to: what the
+    scales of "static" are fitted to, instead of the weight. Raises ModelError where the damping is too small.
     """
     rows, columns = weight.shape
     width = grid.width(columns)
@@ -26,7 +27,7 @@ def gptq(weight: Tensor, hessian: Tensor, grid: IntegerGrid, order: str, damping
     group = (turn if order == "static" else natural) // width                              # and the group it is of
     scales, zeros = weight.new_empty(2, rows, columns // width).unbind()
     if order == "static":
-        scale, zero = grid.fit(weight.unflatten(1, (-1, width)))
+        scale, zero = grid.fit((weight if fit_to is None else fit_to).unflatten(1, (-1, width)))
         scales, zeros = scale.squeeze(-1), zero.squeeze(-1)
 
     w, codes, inverse = weight[:, turn], torch.empty_like(weight), _inverse_factor(hessian[turn][:, turn], damping)

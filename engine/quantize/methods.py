@@ -100,6 +100,7 @@ class Awq(RoundToNearest):
 
     steps: int = 20
     clip: bool = True
+    damping: float | None = None     # None: codes are the nearest; else GPTQ's, with this damping, on the scaled weights
 
     @property
     def needs_data(self) -> bool:
@@ -142,7 +143,11 @@ class Awq(RoundToNearest):
                 # What counts of q and k is their product, which clipping either harms.
                 first = linear.out_features - value_width if linear is qkv else 0
                 clipped = torch.cat([clipped[:first], search_clip(clipped[first:], hessian, grid)])
-            rounded.append(_store(linear, round_to_nearest(clipped, grid), weights[linear], hessian))
+            if self.damping is None:
+                stored = round_to_nearest(clipped, grid)
+            else:
+                stored = gptq(weights[linear], hessian, grid, "static", self.damping, fit_to=clipped)
+            rounded.append(_store(linear, stored, weights[linear], hessian))
         return rounded
 
 

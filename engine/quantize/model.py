@@ -14,7 +14,7 @@ from engine.layers.linear import DenseMethod, Linear
 from engine.layers.norm import RMSNorm
 from engine.models.decoder import Block
 from engine.models.quantization import Quantization
-from engine.models.spec import ModelError
+from engine.models.spec import ModelError, ModelSpec
 from engine.quantize.calibrate import Calibration
 from engine.quantize.folder import FolderWriter, write_config
 from engine.quantize.methods import Method, Rounded
@@ -31,7 +31,7 @@ def quantize(checkpoint: Checkpoint, method: Method, sequences: Sequence[np.ndar
     Raises ValueError, one line: a model that is quantised already or does not fit the method, or too little data.
     """
     spec = checkpoint.spec
-    check(checkpoint, method)
+    check(spec, method)
     if method.needs_data and not sequences:
         raise ModelError("this method needs calibration data, and there is none")
     stored = getattr(torch, dtype or stored_dtype(checkpoint, method))
@@ -73,12 +73,11 @@ def quantize(checkpoint: Checkpoint, method: Method, sequences: Sequence[np.ndar
     write_config(checkpoint, method.config(), str(stored).removeprefix("torch."), folder)
 
 
-def check(checkpoint: Checkpoint, method: Method) -> None:
-    """Raise ModelError where this model cannot be quantised by this method; reads no weights."""
-    stored = checkpoint.spec.quantization
-    if stored is not None and stored.method != "gguf":       # a GGUF file's blocks are unpacked when they are read
-        raise ModelError(f"{checkpoint.path} is quantised already ({stored.method}): give the model that it was made of")
-    Quantization.read(method.config()).check(checkpoint.spec.linears())
+def check(spec: ModelSpec, method: Method) -> None:
+    """Raise ModelError where a model cannot be quantised by this method, whatever its weights."""
+    if spec.quantization is not None and spec.quantization.method != "gguf":     # GGUF's blocks are unpacked when they are read
+        raise ModelError(f"the model is quantised already ({spec.quantization.method}): give the one that it was made of")
+    Quantization.read(method.config()).check(spec.linears())
 
 
 def stored_dtype(checkpoint: Checkpoint, method: Method) -> str:
