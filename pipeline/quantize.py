@@ -9,6 +9,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import textwrap
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -113,7 +114,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Do what the command line asks for; returns the exit code."""
     argv = list(sys.argv[1:] if argv is None else argv)
     if any(word in ("-h", "--help", "help") for word in argv):
-        print(HELP % ("  ".join(choices("model")), "  ".join(choices("task"))), end="")
+        names = (textwrap.fill("  ".join(choices(group)), 108, subsequent_indent=" " * 12) for group in ("model", "task"))
+        print(HELP % tuple(names), end="")
         return Exit.COMPLETE
     before = signal.signal(signal.SIGTERM, _stop)
     try:

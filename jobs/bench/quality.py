@@ -1,7 +1,7 @@
 """What quantising costs: perplexity and accuracy on maths word problems. Prints one JSON line for each model.
 
     python jobs/bench/quality.py --data gsm8k.parquet --models qwen2.5-1.5b.gguf out/qwen-awq out/qwen-fp8
-    python jobs/bench/quality.py --data gsm8k.parquet --models qwen2.5-1.5b.gguf --engine '{"kv_dtype": "fp8"}'
+    python jobs/bench/quality.py --data gsm8k.parquet --models qwen2.5-1.5b.gguf --engine '{"quantization": "fp8"}'
 
 --data: Parquet with the columns question, answer (worked out), final (the number). The last rows are asked, so that the first can
 be calibrated with. --models: as model.source of a job. --engine: more engine settings.
