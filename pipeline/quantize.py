@@ -9,7 +9,6 @@ import shutil
 import signal
 import sys
 import tempfile
-import textwrap
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -24,7 +23,7 @@ from pipeline.config import InputKeys, ModelKeys, Strict, TaskKeys, validate
 from pipeline.exits import ConfigError, Exit, JobError, StorageError
 from pipeline.input.formats import first_line
 from pipeline.model_source import Accept, ModelSourceError, resolve_model
-from pipeline.run import choices, compose_tree, given_keys, normalise
+from pipeline.run import compose_tree, given_keys, listed, normalise
 
 if TYPE_CHECKING:
     import numpy as np
@@ -51,9 +50,9 @@ Make a 4-bit or FP8 model of a 16-bit one: a folder of safetensors, config.json 
 Layers are read, rounded and written one at a time: one layer and the calibration set's hidden states are in memory.
 
 Groups (NAME=CHOICE)
-  model     %s
+%s
             also a folder, a .gguf file or a hub id: model=./my-checkpoint
-  task      %s
+%s
             how rows become text, as in pipeline.run; also a file: task=./tickets.yaml
 
 Keys (KEY=VALUE; python -m pipeline.quantize --cfg out=X prints all of them with their values)
@@ -114,8 +113,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Do what the command line asks for; returns the exit code."""
     argv = list(sys.argv[1:] if argv is None else argv)
     if any(word in ("-h", "--help", "help") for word in argv):
-        names = (textwrap.fill("  ".join(choices(group)), 108, subsequent_indent=" " * 12) for group in ("model", "task"))
-        print(HELP % tuple(names), end="")
+        print(HELP % (listed("model"), listed("task")), end="")
         return Exit.COMPLETE
     before = signal.signal(signal.SIGTERM, _stop)
     try:

@@ -77,7 +77,7 @@ def main(argv: Sequence[str] | None = None, engine_factory: EngineFactory | None
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     argv = list(sys.argv[1:] if argv is None else argv)
     if any(word in ("-h", "--help", "help") for word in argv):
-        print(HELP % "\n".join(_listed(group) for group in GROUPS), end="")
+        print(HELP % "\n".join(listed(group) for group in GROUPS), end="")
         return Exit.COMPLETE
     try:
         config = read_config([word for word in argv if word != "--cfg"])
@@ -92,7 +92,7 @@ def main(argv: Sequence[str] | None = None, engine_factory: EngineFactory | None
         return int(error.exit_code)
 
 
-def _listed(group: str) -> str:
+def listed(group: str) -> str:
     """A group and its choices, for the help."""
     text = "  ".join(choices(group))
     return textwrap.fill(text, 128, initial_indent=f"  {group:<9} ", subsequent_indent=" " * 12, break_on_hyphens=False)
