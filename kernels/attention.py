@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.overlap import after, launch_options, overlaps
 from kernels.ref import PREFIX_TILE, QUERY_TILE
 
 LOG2E = 1.4426950408889634
@@ -109,7 +110,8 @@ def _decode_kernel(q, k_cache, v_cache, kv_scales, block_table, rows, positions,
                    window, table_stride, q_stride, splits, H: tl.constexpr, K: tl.constexpr, P: tl.constexpr, D: tl.constexpr,
                    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
                    SPLIT: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, SHARED: tl.constexpr, FP8: tl.constexpr,
-                   PRECISION: tl.constexpr):
+                   PRECISION: tl.constexpr, OVERLAP: tl.constexpr):
+    after(OVERLAP)
     head, split, i = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     hi = tl.load(positions + i) + 1
     lo = tl.load(shared + i) if SHARED else tl.maximum(hi - window, 0) if WINDOW else 0
@@ -158,7 +160,9 @@ def _decode_kernel(q, k_cache, v_cache, kv_scales, block_table, rows, positions,
 
 @triton.jit(do_not_specialize=["splits"], do_not_specialize_on_alignment=["positions", "shared"])
 def _combine_kernel(partial, positions, shared, out, window, splits, H: tl.constexpr, D: tl.constexpr, BLOCK_N: tl.constexpr,
-                    BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr, WINDOW: tl.constexpr, SHARED: tl.constexpr):
+                    BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr, WINDOW: tl.constexpr, SHARED: tl.constexpr,
+                    OVERLAP: tl.constexpr):
+    after(OVERLAP)
     head, i = tl.program_id(0), tl.program_id(1).to(tl.int64)
     keys = tl.load(positions + i) + 1
     if SHARED:
@@ -188,16 +192,17 @@ def _decode_tile(cache: Tensor) -> tuple[int, dict[str, int]]:
 
 def decode_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, rows: Tensor, positions: Tensor,
                      scale: float, window: int, softcap: float, max_context: int, shared: Tensor | None = None,
-                     prefix_tiles: Tensor | None = None, kv_scales: Tensor | None = None) -> Tensor:
+                     prefix_tiles: Tensor | None = None, out: Tensor | None = None, kv_scales: Tensor | None = None) -> Tensor:
     """See ref.decode_attention. Safe in a CUDA graph: the grid follows from N and max_context, lengths are read on the device."""
     n, heads, dim = q.shape
     kv_heads, page = k_cache.shape[1], k_cache.shape[2]
     block_m = max(16, triton.next_power_of_2(heads // kv_heads))
     block_d = triton.next_power_of_2(dim)
-    block_n, options = _decode_tile(k_cache)
+    block_n, tuned = _decode_tile(k_cache)
+    overlapping = launch_options(overlaps(q.device))
     tiles = triton.cdiv(min(max_context, window) if window else max_context, block_n)
     splits = min(triton.next_power_of_2(triton.cdiv(DECODE_PROGRAMS, n * kv_heads)), MAX_SPLITS, tiles)
-    out = torch.empty((n, heads, dim), dtype=q.dtype, device=q.device)
+    out = torch.empty((n, heads, dim), dtype=q.dtype, device=q.device) if out is None else out
     partial = torch.empty(n * heads * splits * (dim + 2), dtype=torch.float32, device=q.device) if splits > 1 else out
     factor, inner = _log2_scales(scale, softcap)
     prefix, lengths = out, positions        # not read without SHARED
@@ -209,11 +214,11 @@ def decode_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: T
         q, k_cache, v_cache, scales, block_table, rows, positions, lengths, prefix, out, partial, factor, inner, window,
         block_table.stride(0), q.stride(0), splits, H=heads, K=kv_heads, P=page, D=dim,
         BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_D=block_d, SPLIT=splits > 1, WINDOW=window > 0,
-        SOFTCAP=softcap > 0, SHARED=shared is not None, FP8=_fp8(k_cache), PRECISION=_precision(k_cache), **options)
+        SOFTCAP=softcap > 0, SHARED=shared is not None, FP8=_fp8(k_cache), PRECISION=_precision(k_cache), **tuned, **overlapping)
     if splits > 1:
         _combine_kernel[heads, n](partial, positions, lengths, out, window, splits, H=heads, D=dim, BLOCK_N=block_n,
                                   BLOCK_D=block_d, BLOCK_S=triton.next_power_of_2(splits), WINDOW=window > 0,
-                                  SHARED=shared is not None, num_warps=4)
+                                  SHARED=shared is not None, num_warps=4, **overlapping)
     return out
 
 
@@ -331,11 +336,11 @@ def _prefill_tile(cache: Tensor) -> tuple[int, int, dict[str, int]]:
 
 def prefill_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, rows: Tensor, starts: Tensor,
                       cu_q: Tensor, tiles: Tensor, scale: float, window: int, softcap: float,
-                      kv_scales: Tensor | None = None) -> Tensor:
+                      out: Tensor | None = None, kv_scales: Tensor | None = None) -> Tensor:
     """See ref.prefill_attention. What lies past cu_q[-1] in the output is not written."""
     _, heads, dim = q.shape
     kv_heads, page = k_cache.shape[1], k_cache.shape[2]
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device) if out is None else out
     if not tiles.shape[0]:
         return out
     block_m, block_n, options = _prefill_tile(k_cache)

@@ -136,12 +136,13 @@ def _unpack(words, zero, BITS: tl.constexpr, PIECE: tl.constexpr, WHOLE: tl.cons
     else:
         z2, z3 = zero[64 // PIECE], zero[96 // PIECE]
         if not ASM:
-            parts = (_less_zero(words & 15, z0, DTYPE), _less_zero((words >> 4) & 15, z1, DTYPE),
+            parts = (_less_zero(words & 15, z0, DTYPE), _less_zero((words >> 4) & 15, z1, DTYPE),  # type: ignore[assignment]
                      _less_zero((words >> 8) & 15, z2, DTYPE), _less_zero((words >> 12) & 15, z3, DTYPE))
         elif not WHOLE:
             none = tl.zeros_like(z0)
             codes = _unpack_words(words, none, none, none, none, DTYPE)
-            parts = (codes[0] - _spread(z0), codes[1] - _spread(z1), codes[2] - _spread(z2), codes[3] - _spread(z3))
+            parts = (codes[0] - _spread(z0), codes[1] - _spread(z1),  # type: ignore[assignment]
+                     codes[2] - _spread(z2), codes[3] - _spread(z3))
         else:
             parts = _unpack_words(words, z0, z1, z2, z3, DTYPE)
     return parts
@@ -180,10 +181,10 @@ def _load_groups(table, n, block, stride_n, stride_g, N, K, GROUP: tl.constexpr,
     if PIECE == BLOCK_K:
         values = (_load_group(table, n, g, stride_n, stride_g, N, K, GROUP, DTYPE),)
     elif 2 * PIECE == BLOCK_K:
-        values = (_load_group(table, n, g, stride_n, stride_g, N, K, GROUP, DTYPE),
+        values = (_load_group(table, n, g, stride_n, stride_g, N, K, GROUP, DTYPE),  # type: ignore[assignment]
                   _load_group(table, n, g + 1, stride_n, stride_g, N, K, GROUP, DTYPE))
     else:
-        values = (_load_group(table, n, g, stride_n, stride_g, N, K, GROUP, DTYPE),
+        values = (_load_group(table, n, g, stride_n, stride_g, N, K, GROUP, DTYPE),  # type: ignore[assignment]
                   _load_group(table, n, g + 1, stride_n, stride_g, N, K, GROUP, DTYPE),
                   _load_group(table, n, g + 2, stride_n, stride_g, N, K, GROUP, DTYPE),
                   _load_group(table, n, g + 3, stride_n, stride_g, N, K, GROUP, DTYPE))

@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels import ref
+from kernels.overlap import after, launch_options, overlaps
 
 E4M3_MAX = tl.constexpr(ref.E4M3_MAX)
 TILE = 2048     # elements of q that one program handles: 16 a lane
@@ -48,7 +49,9 @@ def _scaled(x, scales, inside):
 def _rope_and_cache_kernel(qkv, q_weight, k_weight, cos_sin, positions, slots, q_out, k_cache, v_cache, kv_scales, qkv_stride,
                            eps, H: tl.constexpr, K: tl.constexpr, D: tl.constexpr, P: tl.constexpr, ROTARY: tl.constexpr,
                            HEADS_Q: tl.constexpr, HEADS_K: tl.constexpr, BLOCK_D: tl.constexpr,
-                           Q_NORM: tl.constexpr, K_NORM: tl.constexpr, PLUS_ONE: tl.constexpr, FP8: tl.constexpr):
+                           Q_NORM: tl.constexpr, K_NORM: tl.constexpr, PLUS_ONE: tl.constexpr, FP8: tl.constexpr,
+                           OVERLAP: tl.constexpr):
+    after(OVERLAP)
     token = tl.program_id(0).to(tl.int64)
     block = tl.program_id(1)
     HALF: tl.constexpr = ROTARY // 2
@@ -98,5 +101,23 @@ def rope_and_cache(qkv: Tensor, q_weight: Tensor | None, k_weight: Tensor | None
         q, k_cache, v_cache, q if kv_scales is None else kv_scales, qkv.stride(0), eps,
         H=num_heads, K=kv_heads, D=dim, P=page, ROTARY=cos_sin.shape[1], HEADS_Q=heads_q, HEADS_K=heads_k, BLOCK_D=block_d,
         Q_NORM=q_weight is not None, K_NORM=k_weight is not None, PLUS_ONE=plus_one, FP8=k_cache.dtype == torch.float8_e4m3fn,
-        num_warps=min(max(heads_q * block_d // 512, 1), 4))
+        num_warps=min(max(heads_q * block_d // 512, 1), 4), **launch_options(overlaps(qkv.device)))
     return q
+
+
+@triton.jit(do_not_specialize_on_alignment=["pages"])
+def _copy_pages_kernel(storage, pages, part_stride, SIZE: tl.constexpr, BLOCK: tl.constexpr):
+    pair = pages + tl.program_id(0) * 2
+    part = storage + tl.program_id(1).to(tl.int64) * part_stride
+    source, target = tl.load(pair).to(tl.int64), tl.load(pair + 1).to(tl.int64)
+    for first in range(0, SIZE, BLOCK):
+        i = first + tl.arange(0, BLOCK)
+        tl.store(part + target * SIZE + i, tl.load(part + source * SIZE + i, mask=i < SIZE), mask=i < SIZE)
+
+
+def copy_pages(storage: Tensor, pages: Tensor) -> None:
+    """See ref.copy_pages; storage is contiguous, a page a multiple of four bytes."""
+    words = storage.view(torch.int32)
+    parts, size = words.shape[0], words[0, 0].numel()
+    block = min(4096, triton.next_power_of_2(size))
+    _copy_pages_kernel[pages.shape[0], parts](words, pages, words.stride(0), SIZE=size, BLOCK=block, num_warps=4)

@@ -74,6 +74,16 @@ def gated_act(x: Tensor, activation: str) -> Tensor:
     return (F.silu(gate) if activation == "silu" else F.gelu(gate, approximate="tanh")) * up
 
 
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None) -> Tensor:
+    """x [T, K] times weight [N, K] transposed, plus bias [N] -> [T, N]; into `out`, contiguous, if given (then without bias)."""
+    return F.linear(x, weight, bias) if out is None else torch.mm(x, weight.t(), out=out)
+
+
+def gated_linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
+    """linear with the weight [gate | up], [2 I, K], then gated_act -> [T, I]."""
+    return gated_act(linear(x, weight, bias, None), activation)
+
+
 def rope_and_cache(qkv: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, eps: float, plus_one: bool, cos_sin: Tensor,
                    positions: Tensor, slots: Tensor, k_cache: Tensor, v_cache: Tensor, num_heads: int,
                    kv_scales: Tensor | None = None) -> Tensor:
@@ -103,6 +113,15 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     half = cos.shape[-1]
     a, b, rest = x[..., :half].float(), x[..., half : 2 * half].float(), x[..., 2 * half :]
     return torch.cat([(a * cos - b * sin).to(x.dtype), (b * cos + a * sin).to(x.dtype), rest], dim=-1)
+
+
+def copy_pages(storage: Tensor, pages: Tensor) -> None:
+    """storage [A, pages, ...]: what is on page pages[i, 0] goes to page pages[i, 1], int32 [C, 2], in all A at once.
+
+    No page is copied to twice, and none that is copied from is copied to.
+    """
+    source, target = pages.long().unbind(1)
+    storage[:, target] = storage[:, source]
 
 
 # --- quantised weights ----------------------------------------------------------------------------------------------------------
@@ -203,7 +222,7 @@ PREFIX_TILE = 32    # rows of one tile of decode_attention's shared prefixes
 
 def decode_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, rows: Tensor, positions: Tensor,
                      scale: float, window: int, softcap: float, max_context: int, shared: Tensor | None = None,
-                     prefix_tiles: Tensor | None = None, kv_scales: Tensor | None = None) -> Tensor:
+                     prefix_tiles: Tensor | None = None, out: Tensor | None = None, kv_scales: Tensor | None = None) -> Tensor:
     """One query a row: q [N, H, D] at positions [N] attends to positions 0 .. positions[i] of table row rows[i] -> [N, H, D].
 
     window > 0: only the last `window` positions, the query's own included. softcap > 0: scores become
@@ -211,6 +230,7 @@ def decode_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: T
     max_context: an upper bound of positions + 1, known on the host.
     shared [N], prefix_tiles [M, 2]: rows tiles[j, 0] .. + tiles[j, 1] (at most PREFIX_TILE) have the same first shared[i] keys
     and values, so a kernel may read them once; 0: none. No window then. They change how the result is computed, not what it is.
+    out: where to write the result; None: a new tensor.
     kv_scales [2, K]: of float8_e4m3fn caches, see rope_and_cache.
     """
     n, heads, dim = q.shape
@@ -229,7 +249,8 @@ def decode_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: T
     if softcap:
         scores = softcap * torch.tanh(scores / softcap)
     scores = scores.float().masked_fill(~visible[:, None, None], NEG_INF)
-    return (torch.softmax(scores, -1).to(v.dtype) @ v).reshape(n, heads, dim).to(q.dtype)
+    out = torch.empty_like(q) if out is None else out
+    return out.copy_((torch.softmax(scores, -1).to(v.dtype) @ v).reshape(n, heads, dim))
 
 
 def _read(q: Tensor, k_cache: Tensor, v_cache: Tensor, pages: Tensor, kv_scales: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -242,13 +263,14 @@ def _read(q: Tensor, k_cache: Tensor, v_cache: Tensor, pages: Tensor, kv_scales:
 
 def prefill_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, rows: Tensor, starts: Tensor,
                       cu_q: Tensor, tiles: Tensor, scale: float, window: int, softcap: float,
-                      kv_scales: Tensor | None = None) -> Tensor:
+                      out: Tensor | None = None, kv_scales: Tensor | None = None) -> Tensor:
     """Several queries a row: q [T, H, D]; row i's stand at cu_q[i] .. cu_q[i + 1] and start at position starts[i] of row rows[i].
 
     Each attends to all positions up to its own (keys and values of the step are in the cache already) -> [T, H, D].
     tiles [M, 2]: (i, first query) of every tile of QUERY_TILE queries, the kernel's work list; not needed here.
+    out: where to write the result; None: a new tensor.
     """
-    out = torch.empty_like(q)
+    out = torch.empty_like(q) if out is None else out
     heads, page = q.shape[1], k_cache.shape[2]
     groups = heads // k_cache.shape[1]
     for row, start, begin, end in zip(rows.tolist(), starts.tolist(), cu_q[:-1].tolist(), cu_q[1:].tolist(), strict=True):
@@ -293,6 +315,34 @@ def mask_logits(logits: Tensor, mask: Tensor, index: Tensor) -> None:
     allowed = F.pad(allowed, (0, max(0, width - allowed.shape[1])))[:, :width]
     rows = index.long()
     logits[rows] = torch.where(allowed, logits[rows], NEG_INF)
+
+
+# Columns of an automaton state's line [N, 4] int32: which mask, where its steps begin, which row of classes.
+STATE_MASK, STATE_NEXT, STATE_CLASSES = range(3)
+STATE_COLUMNS = 4
+
+
+def mask_by_state(logits: Tensor, states: Tensor, rows: Tensor, table: Tensor, masks: Tensor) -> None:
+    """logits[i, v] = -inf in place where the state of row rows[i] forbids token v; state 0 forbids nothing.
+
+    states: [R], of each table row. table: [N, STATE_COLUMNS]. masks: [M, ceil(V / 32)], bits of allowed tokens, little-endian.
+    """
+    state = states[rows.long()].long()
+    index = state.nonzero().flatten()
+    if index.numel():
+        mask_logits(logits, masks[table[state[index], STATE_MASK].long()], index)
+
+
+def advance(states: Tensor, rows: Tensor, sampled: Tensor, table: Tensor, next: Tensor, classes: Tensor) -> None:
+    """Move states[rows[i]] on by the token sampled[i], in place; 0 stays, and what is not allowed leads to 0.
+
+    next: flat [...], of each state and class the next state, or -1; classes: int16 [G, V], of each token. Rows must not repeat.
+    """
+    state = states[rows.long()].long()
+    line = table[state]
+    kind = classes[line[:, STATE_CLASSES].long(), sampled.long()]
+    after = next[(line[:, STATE_NEXT] + kind).long()].clamp(min=0)
+    states[rows.long()] = torch.where(state > 0, after, 0)
 
 
 def apply_penalties(logits: Tensor, index: Tensor, tokens: Tensor, rows: Tensor, prompt_len: Tensor, length: Tensor,

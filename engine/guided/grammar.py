@@ -7,6 +7,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from engine.guided.automaton import TokenAutomaton
+
 
 class SchemaError(ValueError):
     """A schema, regex or choice that cannot be kept. `pointer`: JSON pointer to the place; `reason`: one line."""
@@ -46,6 +48,7 @@ class Grammar(Protocol):
 
     min_tokens: int      # an upper bound on the fewest tokens a valid output needs
     minimal: np.ndarray  # such an output: int32 [min_tokens]
+    automaton: TokenAutomaton | None     # lets through the same as the guides; everything it lets through passes `check`
 
     def check(self, text: str) -> Any:
         """The value of a finished output: parsed JSON, or the text itself for regex and choice. ValueError if it is not valid."""

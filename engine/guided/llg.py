@@ -10,12 +10,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from llguidance import LLExecutor, LLMatcher, LLParserLimits, LLTokenizer
 
+from engine.guided.automaton import MAX_STATES, TokenAutomaton, Vocabulary, token_automaton
+from engine.guided.byte_dfa import ByteDfa, TooLarge
 from engine.guided.closing import Closer, byte_tokenizer
 from engine.guided.distinct import Scanner, TokensByPrefix, Unique
 from engine.guided.front import parse_schema
 from engine.guided.grammar import SchemaError
 from engine.guided.hints import example, schema_hints
-from engine.guided.lower import lower
+from engine.guided.lower import Lowered, lower
+from engine.guided.regular import NotRegular, choice_dfa, schema_dfa
 from engine.guided.validate import Validator
 from engine.guided.vocabulary import GrammarVocabulary
 
@@ -31,6 +34,10 @@ WHITESPACE: dict[str, JsonCompileOptions] = {
     "compact": {"whitespace_flexible": False, "item_separator": ",", "key_separator": ":", "json_allowed_escapes": _ESCAPES},
     "flexible": {"whitespace_flexible": True, "json_allowed_escapes": _ESCAPES},
 }
+
+# Grammars that are made an automaton, the first ones: that doubles the time to compile, takes megabytes, and pays where many rows
+# have the same grammar.
+MAX_AUTOMATA = 256
 
 
 def default_limits() -> LLParserLimits:
@@ -119,11 +126,13 @@ class LLGrammar:
     minimal: a short valid output, int32 tokens; min_tokens is its length.
     notes: (JSON pointer, what the grammar leaves out of what the schema allows).
     distinct: arrays whose items must differ, see Scanner; None: no array is, and no object has keys of its own choice.
+    automaton: the same grammar as a table, where it is regular and small enough; else rows need guides.
     """
 
     def __init__(self, backend: LLGuidanceBackend, source: str, check: Callable[[str], Any], hints: Sequence[bytes] = (),
-                 is_json: bool = True, distinct: Unique | None = None, notes: Sequence[tuple[str, str]] = ()) -> None:
-        self.notes = notes
+                 is_json: bool = True, distinct: Unique | None = None, notes: Sequence[tuple[str, str]] = (),
+                 automaton: TokenAutomaton | None = None) -> None:
+        self.notes, self.automaton = notes, automaton
         self._backend, self._distinct = backend, distinct
         self._matcher = _matcher(backend.vocabulary.tokenizer, source, backend.limits)
         self.check = check
@@ -177,12 +186,17 @@ class LLGuidanceBackend:
         self.vocabulary = GrammarVocabulary(tokenizer, vocab_size, eos_token_ids)
         self._end = [t for t in eos_token_ids if t < vocab_size]
         self._executor = LLExecutor(threads)
+        self._tries = iter(range(MAX_AUTOMATA))
         # The mask llguidance writes: as wide as the larger of its vocabulary and the logits.
         self._words = (self.vocabulary.size + 31) // 32
 
     @cached_property
     def _by_prefix(self) -> TokensByPrefix:
         return TokensByPrefix(self.vocabulary.token_bytes)
+
+    @cached_property
+    def _texts(self) -> Vocabulary:
+        return Vocabulary(self.vocabulary.token_bytes[: self.vocab_size])
 
     def compile_schema(self, schema: str | dict[str, Any] | bool) -> LLGrammar:
         original = parse_schema(schema) if isinstance(schema, str) else schema
@@ -193,7 +207,8 @@ class LLGuidanceBackend:
             raise SchemaError("", " ".join(str(error).split())) from None
         source = LLMatcher.grammar_from_json_schema(json.dumps(lowered.schema), overrides=WHITESPACE[self.whitespace])
         hints = schema_hints(lowered.schema)
-        return LLGrammar(self, source, validator.check, hints, distinct=lowered.distinct, notes=lowered.notes)
+        return LLGrammar(self, source, validator.check, hints, distinct=lowered.distinct, notes=lowered.notes,
+                         automaton=self._automaton(lambda: self._regular(lowered)))
 
     def compile_regex(self, pattern: str) -> LLGrammar:
         source = LLMatcher.grammar_from_regex(pattern)
@@ -218,7 +233,25 @@ class LLGuidanceBackend:
             return text
 
         lark = "start: " + " | ".join(json.dumps(c, ensure_ascii=False) for c in options)
-        return LLGrammar(self, LLMatcher.grammar_from_lark(lark), check, is_json=False)
+        return LLGrammar(self, LLMatcher.grammar_from_lark(lark), check, is_json=False,
+                         automaton=self._automaton(lambda: choice_dfa(list(options), MAX_STATES)))
+
+    def _regular(self, lowered: Lowered) -> ByteDfa:
+        style = WHITESPACE[self.whitespace]
+        comma, colon = style.get("item_separator"), style.get("key_separator")
+        if lowered.distinct is not None or comma is None or colon is None:      # no separators: white space as the model likes
+            raise NotRegular
+        return schema_dfa(lowered.schema, comma, colon, MAX_STATES)
+
+    def _automaton(self, build: Callable[[], ByteDfa]) -> TokenAutomaton | None:
+        """None where guides are to serve: the language is not regular, its tables are too large, or many have some already."""
+        try:
+            dfa = build()
+            if next(self._tries, None) is None:
+                return None
+            return token_automaton(dfa, self._texts, self.vocabulary.tokenize, self._end, self.vocab_size)
+        except (NotRegular, TooLarge):
+            return None
 
     def fill(self, guides: Sequence[LLGuide], mask: np.ndarray) -> None:
         words = (self.vocab_size + 31) // 32

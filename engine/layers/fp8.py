@@ -7,13 +7,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from engine.layers.linear import DenseMethod, Linear, ParamSpec, bias_spec
+from engine.layers.linear import DenseMethod, Linear, LinearMethod, ParamSpec, bias_spec
 from engine.models.quantization import FP8_BLOCK, Fp8
 from kernels import ops
 
 
 @dataclass(frozen=True, slots=True)
-class Fp8Method:
+class Fp8Method(LinearMethod):
     """Weights with a scale for the tensor or for each output, inputs with one from calibration or for each token."""
 
     scheme: Fp8
@@ -45,7 +45,7 @@ class Fp8Method:
 
 
 @dataclass(frozen=True, slots=True)
-class Fp8BlockMethod:
+class Fp8BlockMethod(LinearMethod):
     """Weights with a scale for every block of 128 x 128, inputs with one for every 128 of a token (DeepSeek-V3)."""
 
     scheme: Fp8
@@ -66,7 +66,7 @@ class Fp8BlockMethod:
 
 
 @dataclass(frozen=True, slots=True)
-class OnlineFp8Method:
+class OnlineFp8Method(LinearMethod):
     """Plain weights, quantised when they are loaded, each output by its largest weight; each token's inputs likewise."""
 
     def specs(self, in_features: int, out_features: int, bias: bool, dtype: torch.dtype) -> dict[str, ParamSpec]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from engine.layers.linear import Linear, ParamSpec, bias_spec
+from engine.layers.linear import Linear, LinearMethod, ParamSpec, bias_spec
 from engine.models.errors import ModelError
 from engine.models.quantization import Awq, Gptq, Packed
 from kernels import ops
@@ -20,7 +20,7 @@ _AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)       # column of the i-th nibble of a wor
 
 
 @dataclass(frozen=True, slots=True)
-class IntegerMethod:
+class IntegerMethod(LinearMethod):
     """What the formats share: the kept form and the product."""
 
     bits: int

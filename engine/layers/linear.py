@@ -8,10 +8,10 @@ from itertools import groupby
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engine.models.errors import ModelError
+from kernels import ops
 
 if TYPE_CHECKING:
     from engine.weights import Checkpoint
@@ -44,13 +44,17 @@ class LinearMethod(Protocol):
     def apply(self, layer: Linear, x: Tensor) -> Tensor:
         """x [T, in_features] -> [T, out_features]."""
 
+    def apply_gated(self, layer: Linear, x: Tensor, activation: str) -> Tensor:
+        """ops.gated_act of the product of a layer [gate | up]: x [T, in_features] -> [T, out_features / 2]."""
+        return ops.gated_act(self.apply(layer, x), activation)
+
 
 MethodOf = Callable[[str], LinearMethod]    # of a layer by its name in the checkpoint
 
 
 @dataclass(frozen=True, slots=True)
-class DenseMethod:
-    """Plain weights in the model's dtype; the product is cuBLAS's (or oneDNN's on CPU)."""
+class DenseMethod(LinearMethod):
+    """Plain weights in the model's dtype."""
 
     def specs(self, in_features: int, out_features: int, bias: bool, dtype: torch.dtype) -> dict[str, ParamSpec]:
         return {"weight": ParamSpec((out_features, in_features), dtype, out_dim=0), **bias_spec(out_features, bias, dtype)}
@@ -59,7 +63,10 @@ class DenseMethod:
         return {"weight": stored["weight"], "bias": stored.get("bias")}
 
     def apply(self, layer: Linear, x: Tensor) -> Tensor:
-        return F.linear(x, layer.weight, layer.bias)
+        return ops.linear(x, layer.weight, layer.bias)
+
+    def apply_gated(self, layer: Linear, x: Tensor, activation: str) -> Tensor:
+        return ops.gated_linear(x, layer.weight, layer.bias, activation)
 
 
 def bias_spec(out_features: int, bias: bool, dtype: torch.dtype) -> dict[str, ParamSpec]:
@@ -105,6 +112,10 @@ class Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.method.apply(self, x)
 
+    def gated(self, x: Tensor, activation: str) -> Tensor:
+        """See LinearMethod.apply_gated."""
+        return self.method.apply_gated(self, x, activation)
+
 
 class Joined(nn.Module):
     """Linear layers side by side: the parts of a merged layer that are stored in different formats."""
@@ -115,6 +126,10 @@ class Joined(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.cat([part(x) for part in self.parts], dim=-1)
+
+    def gated(self, x: Tensor, activation: str) -> Tensor:
+        """See LinearMethod.apply_gated."""
+        return ops.gated_act(self(x), activation)
 
 
 def make_linear(in_features: int, sources: Sequence[tuple[str, int]], *, bias: bool, dtype: torch.dtype,

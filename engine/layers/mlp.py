@@ -7,7 +7,6 @@ from torch import Tensor, nn
 
 from engine.layers.linear import MethodOf, make_linear
 from engine.models.spec import ModelSpec
-from kernels import ops
 
 
 class MLP(nn.Module):
@@ -21,4 +20,4 @@ class MLP(nn.Module):
                                 method_of=method_of)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(ops.gated_act(self.gate_up(x), self.activation))
+        return self.down(self.gate_up.gated(x, self.activation))

@@ -145,7 +145,7 @@ def _empty(raw: Mapping[str, Any], *keys: str) -> None:
 
 def _awq(raw: Mapping[str, Any]) -> Quantization:
     _value(raw, "bits", "w_bit", allowed=[4])
-    version = raw.get("version") or "gemm"
+    version = raw.get("version") or raw.get("format") or "gemm"
     _value({"version": str(version).lower()}, "version", allowed=["gemm"])
     _value(raw, "zero_point", allowed=[True], default=True)
     scheme = Awq(_value(raw, "group_size", "q_group_size", allowed=GROUPS, default=128))
@@ -155,7 +155,7 @@ def _awq(raw: Mapping[str, Any]) -> Quantization:
 def _gptq(raw: Mapping[str, Any]) -> Quantization:
     _empty(raw, "lm_head", "is_marlin_format")
     _value(raw, "pack_dtype", allowed=["int32"], default="int32")
-    stored = _value(raw, "checkpoint_format", allowed=["gptq", "gptq_v2"], default="gptq")
+    stored = _value(raw, "checkpoint_format", "format", allowed=["gptq", "gptq_v2"], default="gptq")
     scheme = Gptq(_value(raw, "bits", allowed=[4, 8]), _value(raw, "group_size", allowed=GROUPS), bool(raw.get("desc_act")),
                   stored == "gptq_v2")
     # gptqmodel's rules by name: "-:regex" leaves modules as they are, any other changes how they are quantised.

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from engine.layers.embedding import Embedding
-from engine.layers.linear import Linear
+from engine.layers.linear import Linear, LinearMethod, ParamSpec
 from engine.layers.rope import cos_sin_table
 from engine.models.decoder import Block
 from engine.models.spec import ModelSpec
@@ -24,6 +24,23 @@ class Gathers(Protocol):
 
 
 G = TypeVar("G", bound=Gathers)
+
+
+class _Watched(LinearMethod):
+    """A layer's own method, that shows its inputs to `into`."""
+
+    def __init__(self, method: LinearMethod, into: Gathers) -> None:
+        self._method, self._into = method, into
+
+    def specs(self, in_features: int, out_features: int, bias: bool, dtype: torch.dtype) -> dict[str, ParamSpec]:
+        return self._method.specs(in_features, out_features, bias, dtype)
+
+    def finalize(self, layer: Linear, stored: dict[str, Tensor]) -> dict[str, Tensor | None]:
+        return self._method.finalize(layer, stored)
+
+    def apply(self, layer: Linear, x: Tensor) -> Tensor:
+        self._into.add(x)
+        return self._method.apply(layer, x)
 
 
 class Calibration:
@@ -43,14 +60,15 @@ class Calibration:
     def gather(self, block: Block, index: int, linears: Sequence[Linear], make: Callable[[int, torch.device], G]) -> list[G]:
         """Run block `index` as it is and show the inputs of `linears` to a fresh make(in_features, device) for each."""
         found = [make(linear.in_features, self._cache.k.device) for linear in linears]
-        hooks = [linear.register_forward_pre_hook(lambda _, inputs, into=into: into.add(inputs[0]))
-                 for linear, into in zip(linears, found, strict=True)]
+        methods = [linear.method for linear in linears]
+        for linear, into in zip(linears, found, strict=True):
+            linear.method = _Watched(linear.method, into)
         try:
             for part in range(len(self._steps)):
                 self._run(block, index, part)
         finally:
-            for hook in hooks:
-                hook.remove()
+            for linear, method in zip(linears, methods, strict=True):
+                linear.method = method
         return found
 
     def advance(self, block: Block, index: int) -> None:

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.layers.linear import Joined, Linear
+from engine.models.quantization import Quantization
 from engine.models.spec import ModelError
 from engine.request import SamplingParams
 from engine.weights import open_checkpoint
@@ -186,6 +187,7 @@ def compressed(weights: dict[str, Any], inputs: dict[str, Any] | None = None, st
     ({**GPTQ, "bits": 3}, "bits=3 is not supported; supported: 4, 8"),
     ({**GPTQ, "group_size": 1024}, "group_size=1024"),
     ({**GPTQ, "checkpoint_format": "marlin"}, "checkpoint_format='marlin' is not supported; supported: gptq, gptq_v2"),
+    ({**GPTQ, "format": "bitblas"}, "format='bitblas' is not supported; supported: gptq, gptq_v2"),
     ({**GPTQ, "lm_head": True}, "lm_head=True"),
     ({**GPTQ, "dynamic": {"+:.*down_proj": {"bits": 8}}}, r"dynamic sets '\+:\.\*down_proj' apart"),
     ({**FP8, "fmt": "e5m2"}, "fmt='e5m2'"),
@@ -268,3 +270,23 @@ def test_column_order_counts_even_where_the_config_denies_it(tmp_path: Path) -> 
     (quantised / "config.json").write_text(json.dumps(settings))
     want = reference_logits(plain)
     assert (full_logits(load_decoder(quantised, torch.float32), PROMPT) - want).abs().max() < 1e-4 * want.std()
+
+
+def test_which_layers_a_config_means() -> None:
+    """Names are compared by their parts; compressed-tensors' by expressions, each layer by the first rule that it matches."""
+    def plain(config: dict[str, Any]) -> list[str]:
+        names = ["model.layers.1.mlp.gate_proj", "model.layers.10.mlp.gate_proj", "model.layers.1.self_attn.q_proj", "lm_head"]
+        return [name for name in names if Quantization.read(config).scheme(name) is None]
+
+    assert plain({**AWQ, "modules_to_not_convert": ["model.layers.1", "gate"]}) == [
+        "model.layers.1.mlp.gate_proj", "model.layers.1.self_attn.q_proj", "lm_head"]
+    assert plain({**AWQ, "modules_to_not_convert": ["self_attn"]}) == ["model.layers.1.self_attn.q_proj", "lm_head"]
+    assert plain({**FP8, "ignored_layers": ["model.layers.10.mlp.gate_proj"]}) == ["model.layers.10.mlp.gate_proj", "lm_head"]
+    assert plain({**GPTQ, "dynamic": {"-:.*q_proj": {}}}) == ["model.layers.1.self_attn.q_proj", "lm_head"]
+    assert plain({**GPTQ, "modules_in_block_to_quantize": [["self_attn.q_proj"]]}) == [
+        "model.layers.1.mlp.gate_proj", "model.layers.10.mlp.gate_proj", "lm_head"]
+    config = compressed(_INT4, ignore=["lm_head", r"re:.*layers\.1\.mlp"])
+    assert plain(config) == ["model.layers.1.mlp.gate_proj", "lm_head"]
+    config["config_groups"] = {"a": {"targets": ["re:.*q_proj"], "weights": {**_INT4, "num_bits": 8}}, **config["config_groups"]}
+    schemes = [Quantization.read(config).scheme(f"model.layers.0.{name}") for name in ("self_attn.q_proj", "mlp.up_proj")]
+    assert [scheme.bits for scheme in schemes] == [8, 4]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +11,9 @@ from engine_cases import finish, load_decoder, make_requests, random_prompts, ru
 from models import tiny_checkpoint
 from quantised_models import SHAPE, awq_pair, gptq_pair
 
+from engine.layers.gguf import GgufMethod
 from engine.layers.linear import Linear
+from engine.models.quantization import GGUF_KEPT
 from engine.request import SamplingParams
 
 if not torch.cuda.is_available():
@@ -45,6 +48,28 @@ def test_every_layer(case: str, dtype: torch.dtype, tmp_path: Path) -> None:
                 # FP8's sums are as exact as the others', but a tie of a last bit may be rounded the other way.
                 close = (0.02 if dtype == torch.float16 else 0.05) * want.std()
                 assert (b(x.cuda()).cpu().float() - want).abs().max() < close, (a.sources, rows)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("name", GGUF_KEPT)
+def test_gguf_blocks(name: str, dtype: torch.dtype) -> None:
+    """Random blocks with scales of 1 / 64, unpacked on either device."""
+    method, gen = GgufMethod.of(name), torch.Generator().manual_seed(0)
+    outputs, inputs = 192, 512
+    blocks = torch.randint(0, 256, (outputs * inputs // method.kind.weights, method.kind.bytes), dtype=torch.uint8, generator=gen)
+    for at in {"Q6_K": [208], "Q4_K": [0, 2]}.get(name, [0]):
+        blocks[:, at : at + 2] = torch.tensor([1 / 64], dtype=torch.float16).view(torch.uint8)
+    packed = blocks.view(outputs, -1)
+    layers = []
+    for device in ("cpu", "cuda"):
+        with torch.device(device):
+            layers.append(Linear(inputs, [("layer", outputs)], bias=False, dtype=dtype, method=method))
+        layers[-1].load(SimpleNamespace(has=lambda tensor: tensor == "layer.blocks", tensor=lambda tensor: packed))
+    for rows in (1, 33, 700):
+        x = torch.randn(rows, inputs, generator=gen).to(dtype)
+        want = layers[0](x).float()
+        close = (0.02 if dtype == torch.float16 else 0.05) * want.std()
+        assert (layers[1](x.cuda()).cpu().float() - want).abs().max() < close, rows
 
 
 @pytest.mark.parametrize("case", CASES)
