@@ -69,8 +69,7 @@ def main() -> None:
 def memory(engine: Engine) -> dict:
     found = {"weights_gib": round(engine.weight_bytes / 2**30, 3)}
     if engine.device.type == "cuda":
-        pool = sum(tensor.nbytes for cache in engine._runner.caches for tensor in (cache.k, cache.v))
-        found["load_gib"] = round((torch.cuda.memory_allocated() - pool) / 2**30, 3)
+        found["load_gib"] = round((torch.cuda.memory_allocated() - engine._runner.caches.storage.nbytes) / 2**30, 3)
     return found
 
 
@@ -90,7 +89,7 @@ def perplexity(engine: Engine, tokenizer: RowTokenizer, rows: list[dict]) -> dic
     texts = [np.concatenate(pair) for pair in zip(prompts, answers, strict=True)]
     done = 0
     for batch in batches(texts, STEP_TOKENS):
-        hidden = runner.model(prefill_step(batch, engine.device, page, first_page=1), runner.caches)
+        hidden = runner.model(prefill_step(batch, engine.device, page, first_page=1), runner.caches.layers)
         ends = np.cumsum([text.size for text in batch])
         own = answers[done:done + len(batch)]
         at = np.concatenate([np.arange(end - 1 - answer.size, end - 1) for end, answer in zip(ends, own, strict=True)])
