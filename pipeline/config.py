@@ -8,7 +8,7 @@ import re
 import typing
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import orjson
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, field_validator, model_validator
@@ -21,6 +21,9 @@ from pipeline.output.rows import Status
 
 _SECRET = re.compile(r"(^|_)(token|secret|password|passwd|credentials?|api_?key|access_?key)$", re.IGNORECASE)
 _URL_PASSWORD = re.compile(r"^\w+://[^/@\s]*:[^/@\s]+@")
+
+
+Config = TypeVar("Config", bound=BaseModel)
 
 
 class Strict(BaseModel):
@@ -225,15 +228,7 @@ class RunConfig(Strict):
 
 def check(raw: Mapping[str, Any]) -> RunConfig:
     """Build the typed configuration. Raises ConfigError with one line that names the key and the fix."""
-    refuse_secrets(raw)
-    try:
-        config = RunConfig.model_validate(raw)
-    except ValidationError as error:
-        # A union reports each of its branches under the same key: the first will do.
-        found = [_line(raw, item) for item in error.errors()]
-        lines = list({line.partition(":")[0]: line for line in reversed(found)}.values())[::-1]
-        more = f" (and {len(lines) - 1} more: {'; '.join(lines[1:])})" if len(lines) > 1 else ""
-        raise ConfigError(lines[0] + more) from None
+    config = validate(RunConfig, raw)
     for section, build in (("sampling", config.effective_sampling.params), ("engine", config.engine_config)):
         try:
             build()
@@ -244,6 +239,19 @@ def check(raw: Mapping[str, Any]) -> RunConfig:
         raise ConfigError("limits.on_budget=finish: a worker would give up what cluster.lease=true leaves to the others; "
                           "set one of them back")
     return config
+
+
+def validate(model: type[Config], raw: Mapping[str, Any]) -> Config:
+    """A command's configuration from plain values. Raises ConfigError with one line that names the key and the fix."""
+    refuse_secrets(raw)
+    try:
+        return model.model_validate(raw)
+    except ValidationError as error:
+        # A union reports each of its branches under the same key: the first will do.
+        found = [_line(model, raw, item) for item in error.errors()]
+        lines = list({line.partition(":")[0]: line for line in reversed(found)}.values())[::-1]
+        more = f" (and {len(lines) - 1} more: {'; '.join(lines[1:])})" if len(lines) > 1 else ""
+        raise ConfigError(lines[0] + more) from None
 
 
 def refuse_secrets(raw: Mapping[str, Any]) -> None:
@@ -270,8 +278,8 @@ def flatten(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
         yield prefix, tree
 
 
-def known_keys(model: type[BaseModel] = RunConfig, prefix: str = "") -> Iterator[str]:
-    """Every dotted key of the typed configuration."""
+def known_keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    """Every dotted key of a typed configuration."""
     for name, field in model.model_fields.items():
         key = prefix + (field.alias or name)
         yield key
@@ -289,8 +297,8 @@ def did_you_mean(key: str, known: list[str]) -> str:
     return f"; did you mean {near[0]}?" if near else ""
 
 
-def unknown_key(key: str) -> ConfigError:
-    known = list(known_keys())
+def unknown_key(key: str, model: type[BaseModel]) -> ConfigError:
+    known = list(known_keys(model))
     hint = did_you_mean(key, known)
     if not hint:
         parent = key.rpartition(".")[0]
@@ -299,7 +307,7 @@ def unknown_key(key: str) -> ConfigError:
     return ConfigError(f"{key}: no such key{hint}")
 
 
-def _line(raw: Mapping[str, Any], item: Any) -> str:
+def _line(model: type[BaseModel], raw: Mapping[str, Any], item: Any) -> str:
     # Branches of a union add their own names to the place of an error: keep the parts that are keys.
     node: Any = raw
     parts: list[str] = []
@@ -313,7 +321,7 @@ def _line(raw: Mapping[str, Any], item: Any) -> str:
         parts.append(str(part))
     key = ".".join(parts)
     if item["type"] == "extra_forbidden":
-        return str(unknown_key(key))
+        return str(unknown_key(key, model))
     if item["type"] == "missing" or node is None:
         return f"{key}: not set"
     message = item["msg"].removeprefix("Value error, ")
