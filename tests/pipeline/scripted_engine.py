@@ -1,7 +1,8 @@
 """A model and an engine that follow a script: the real pipeline without weights and torch.
 
 The output depends on the prompt, the seed and the schema alone. What a prompt may say: `FAIL` (the engine
-fails on it, each time), `FAILONCE`, `SLOW` (takes 200 turns), `LONG` (hits max_tokens).
+fails on it, each time), `FAILONCE`, `SLOW` (takes 200 turns), `LONG` (hits max_tokens), `HANG` (the engine answers no more, not
+even to signals), `BREAK` (it gives up).
 """
 
 from __future__ import annotations
@@ -21,13 +22,14 @@ import numpy as np
 
 from engine.guided.front import GuideSpec
 from engine.guided.grammar import SchemaError
-from engine.request import Completion, EngineStats, FinishReason, Request
+from engine.request import Completion, EngineError, EngineStats, FinishReason, Request
 from pipeline.config import RunConfig
+from pipeline.estimate import ModelSize
 
 SPECIAL = ("<|im_start|>", "<|im_end|>")
 TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-    "{% if tools %}TOOLS {{ tools | tojson }}\n{% endif %}<|im_start|>assistant\n"
+    "{% if tools %}TOOLS {{ tools | tojson }}\n{# a call: <tool_call> #}{% endif %}<|im_start|>assistant\n"
 )
 
 
@@ -74,6 +76,9 @@ class ScriptedTokenizer:
     def encode_plain(self, text: str) -> list[int]:
         return list(text.encode())
 
+    def decode_marked(self, tokens: Sequence[Sequence[int]]) -> list[str]:
+        return self.decode_batch(tokens)
+
     def decode_batch(self, tokens: Sequence[Sequence[int]]) -> list[str]:
         return [
             bytes(t for t in ids if t < 256).decode("utf-8", "replace") for ids in (np.asarray(ids).tolist() for ids in tokens)
@@ -85,11 +90,21 @@ class ScriptedGrammar:
     spec: GuideSpec
     min_tokens: int = 4
 
+    def check(self, text: str) -> str:
+        return text
+
+    def close(self, tokens: Sequence[int], budget: int) -> np.ndarray:
+        """An output that says HUGE can be mended, others cannot."""
+        text = bytes(tokens).decode()
+        if "HUGE" not in text:
+            raise ValueError("cannot be closed")
+        return np.frombuffer(text.replace("HUGE", "").encode(), np.uint8).astype(np.int32)
+
 
 class ScriptedGrammars:
     def get(self, source: Any) -> ScriptedGrammar:
         spec = source if isinstance(source, GuideSpec) else GuideSpec.of(source)
-        if "REFUSED" in spec.text:
+        if "REFUSED" in spec.text and spec.kind != "loose":
             raise SchemaError("/properties/REFUSED", "cannot be kept")
         return ScriptedGrammar(spec)
 
@@ -104,6 +119,7 @@ class ScriptedEngine:
         self._turns, self._delay, self._window = turns, delay, window
         self._waiting: deque[Request] = deque()
         self._running: dict[Hashable, tuple[Request, int]] = {}
+        self._began: dict[Hashable, float] = {}
         self._aborted: list[Completion] = []
         self._failed_once: set[bytes] = set()
         self._prompt = self._generated = self._steps = self._finished = 0
@@ -130,6 +146,11 @@ class ScriptedEngine:
             request = self._waiting.popleft()
             self._prompt += request.prompt.size
             turns = 200 if b"SLOW" in _text(request) else self._turns
+            self._began[request.id] = time.monotonic()
+            if b"HANG" in _text(request):
+                hashlib.pbkdf2_hmac("sha256", b"a call that does not return", b"", 10**9)
+            if b"BREAK" in _text(request):
+                raise EngineError("the scripted engine is broken")
             self._running[request.id] = (request, self._steps + turns)
         done = [request for request, end in self._running.values() if end <= self._steps]
         completions = [self._complete(request) for request in done] + self._aborted
@@ -138,6 +159,9 @@ class ScriptedEngine:
             del self._running[request.id]
         self._finished += len(completions)
         return completions
+
+    def overdue(self, seconds: float) -> list[Hashable]:
+        return [id for id in self._running if self._began[id] < time.monotonic() - seconds]
 
     def abort(self, ids: Iterable[Hashable] | None = None) -> None:
         for request in [*self._waiting, *(request for request, _ in self._running.values())]:
@@ -181,11 +205,7 @@ class ScriptedEngine:
             return Completion(request.id, empty, FinishReason.ERROR, size, error="scripted failure")
         seed = request.params.seed if request.params.temperature > 0 else 0
         draw = random.Random(hashlib.blake2b(text + seed.to_bytes(8, "big"), digest_size=8).digest())
-        output = (
-            json.dumps(_instance(json.loads(request.grammar.spec.text), draw))
-            if request.grammar
-            else f"echo {draw.getrandbits(32):08x}"
-        )
+        output = _output(request.grammar.spec, text, draw) if request.grammar else f"echo {draw.getrandbits(32):08x}"
         tokens = np.frombuffer(output.encode(), np.uint8).astype(np.int32)
         reason = FinishReason.STOP
         if b"LONG" in text:
@@ -213,6 +233,9 @@ class ScriptedModel:
     def grammars(self) -> ScriptedGrammars:
         return ScriptedGrammars()
 
+    def size(self) -> ModelSize:
+        return ModelSize(10**8, 2 * 10**8, 10**4)
+
     def max_model_len(self) -> int:
         return self.config.engine.max_model_len or 4096
 
@@ -231,6 +254,17 @@ class ScriptedModel:
 
 def _text(request: Request) -> bytes:
     return bytes(token for token in request.prompt.tolist() if token < 256)
+
+
+def _output(spec: GuideSpec, prompt: bytes, draw: random.Random) -> str:
+    """With tools, a prompt may say CALL: else an output that may be text is text."""
+    if spec.kind == "tools":
+        _, tools, choice = spec.read_tools()
+        if choice == "auto" and b"CALL" not in prompt:
+            return "no tool is needed"
+        call = {"name": tools[0].name, "arguments": _instance(tools[0].parameters, draw)}
+        return f"<tool_call>\n{json.dumps(call)}\n</tool_call>"
+    return spec.text if spec.kind == "regex" else json.dumps(_instance(json.loads(spec.text), draw))
 
 
 def _instance(schema: Any, draw: random.Random) -> Any:
