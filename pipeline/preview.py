@@ -51,8 +51,10 @@ def preview(config: RunConfig, source: Input, plan: Plan, builder: PromptBuilder
 
 def _refusals(source: Input, plan: Plan, builder: PromptBuilder) -> set[int]:
     """Print every row, of all the input, whose own schema, tools or sampling is refused; returns their numbers."""
-    cursor = source.cursor(builder.columns)
     refused: set[int] = set()
+    if not builder.rows_ask:
+        return refused
+    cursor = source.cursor(builder.columns)
     first = 0
     for shard in plan.shards:
         ids, at = list(shard.row_ids()), first

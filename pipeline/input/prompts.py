@@ -126,6 +126,11 @@ class PromptBuilder:
             prompt.tokens = np.asarray(self._encode_hidden(text, hidden) if hidden else ids, dtype=np.int32)
         return prompts
 
+    @property
+    def rows_ask(self) -> bool:
+        """Rows may have a schema, tools or sampling of their own."""
+        return bool(self._form.overrides)
+
     def refusals(self, chunk: Chunk, first_row: int) -> Iterator[tuple[int, Refused]]:
         """The rows whose own schema, tools or sampling cannot be, without making prompts of the others."""
         if self._form.overrides:
