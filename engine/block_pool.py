@@ -1,12 +1,13 @@
 """KV pages: who holds them, and which hold a prefix that others can share.
 
 Ownership. Page 0 is the dummy page, nobody's. Every other page is free, or held by one or more rows, or cached (held by the
-prefix tree alone), or both held and cached. refs[page] counts rows plus one for the tree. A page is never written once a second
-holder may read it: only full pages are shared, and rows write past them.
+prefix tree alone), or both held and cached. refs[page] counts rows plus one for the tree. What a second holder may read
+of a page is never written again: rows write past it.
 
 Prefix tree. A node stands for one full page of tokens after its parent's, keyed by the tokens themselves, so a match is exact.
 `pending` counts the requests in the window that still need the node: the dataset is known, so pages nobody waits for are evicted
-first.
+first. A node may also have a tail: a page that goes on where the node ends, of which others need the first few tokens. It is not
+shared but copied, since its row goes on writing past those.
 """
 
 from __future__ import annotations
@@ -20,16 +21,25 @@ class OutOfPages(Exception):
     """The pool cannot provide the pages asked for, not even by evicting."""
 
 
+TAIL = b"tail?"          # the key of a node's tail; those of full pages have a multiple of four bytes
+
+
 class Node:
     """One page of a prefix. `page` is 0 while no row has computed it; `parent` is None once the node has left the tree."""
 
-    __slots__ = ("children", "depth", "key", "page", "parent", "pending", "running")
+    __slots__ = ("children", "depth", "key", "page", "parent", "pending", "running", "tokens")
 
     def __init__(self, parent: Node | None, key: bytes) -> None:
         self.parent, self.key, self.page, self.pending = parent, key, 0, 0
         self.depth: int = parent.depth + 1 if parent is not None else 0           # pages from the root, its own included
         self.running = 0                                                     # running rows whose prefix goes through it
         self.children: dict[bytes, Node] = {}
+        self.tokens: np.ndarray | None = None                                # of a tail: what its page holds, int32
+
+    @property
+    def wanted(self) -> bool:
+        """Some request in the window still needs it. A tail may serve whoever needs what stands before it."""
+        return bool(self.parent.pending if self.key == TAIL and self.parent is not None else self.pending)
 
 
 class BlockPool:
@@ -128,6 +138,25 @@ class BlockPool:
             self._cached[page] = node
             self._in_tree[page] = True
 
+    def offer_tail(self, node: Node, tokens: np.ndarray, page: int) -> None:
+        """Offer a row's page for copying: it goes on after `node` with `tokens`, which are computed and stay as they are."""
+        tail = node.children.get(TAIL)
+        if tail is not None and tail.page == page:
+            tail.tokens = tokens.copy()                  # the row has come further
+        elif tail is None and node.parent is not None and node.pending:
+            tail = node.children[TAIL] = Node(node, TAIL)
+            tail.tokens = tokens.copy()
+            self.publish(tail, page)
+
+    def tail(self, node: Node, tokens: np.ndarray) -> tuple[int, int]:
+        """(page, n): a page that goes on after `node` as `tokens` do for n tokens; n is 0 where there is none."""
+        tail = node.children.get(TAIL)
+        if tail is None or tail.tokens is None:
+            return 0, 0
+        n = min(tail.tokens.size, tokens.size)
+        differs = np.flatnonzero(tail.tokens[:n] != tokens[:n])
+        return tail.page, int(differs[0]) if differs.size else n
+
     def forget(self, path: Sequence[Node]) -> None:
         """A request that ran with `path` (or left) needs it no longer: what it alone kept in the tree goes."""
         if path:
@@ -146,8 +175,8 @@ class BlockPool:
         """
         n = max(n, len(self._cached) // 16)      # some at a time, since finding them costs a walk
         candidates = [node for page, node in self._cached.items() if self.refs[page] == 1]
-        unwanted = [node for node in candidates if not node.pending]
-        wanted = [node for node in reversed(candidates) if node.pending]
+        unwanted = [node for node in candidates if not node.wanted]
+        wanted = [node for node in reversed(candidates) if node.wanted]
         for node in (*unwanted, *wanted):
             if n <= 0:
                 return

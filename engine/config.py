@@ -8,7 +8,9 @@ from dataclasses import dataclass
 @dataclass(frozen=True, slots=True)
 class EngineConfig:
     device: str = "auto"                 # auto | cuda | cuda:N | cpu
-    dtype: str = "auto"                  # auto: bfloat16 on CUDA, float32 on CPU
+    dtype: str = "auto"                  # auto: bfloat16 on CUDA, or float16 for integer weights that come in it, float32 on CPU
+    quantization: str = "stored"         # weights: stored (as they come) | fp8 (made from plain ones) | dense (GGUF unpacked)
+    kv_dtype: str = "auto"               # keys and values: auto (as dtype) | fp8 (half the memory of 16 bits)
     max_model_len: int | None = None     # longest prompt + output, in tokens; None: what the model was trained for, at most 8192
     max_rows: int | None = None          # rows running at once; None: 2048 on CUDA, 32 on CPU
     max_step_tokens: int | None = None   # tokens of one step; None: 16384 on CUDA, 1024 on CPU
@@ -22,6 +24,10 @@ class EngineConfig:
     window: int = 8192                   # requests held ahead of admission, ordered by prefix
 
     def __post_init__(self) -> None:
+        if self.quantization not in ("stored", "fp8", "dense"):
+            raise ValueError(f"engine.quantization={self.quantization}: give stored, fp8 or dense")
+        if self.kv_dtype not in ("auto", "fp8"):
+            raise ValueError(f"engine.kv_dtype={self.kv_dtype}: give auto or fp8")
         if self.depth not in (1, 2):
             raise ValueError("engine.depth must be 1 or 2")
         if self.page_size < 16 or self.page_size & (self.page_size - 1):

@@ -1,4 +1,4 @@
-"""CUDA graphs of the whole decode step, one for each padded number of rows.
+"""CUDA graphs of a part of the decode step, one for each padded number of rows.
 
 A graph reads the row table's `rows` and `starts`, which the staged writes of the step have filled, so nothing is copied in; what
 stands past the step's rows is the dummy row. Graphs share one memory pool: they replay one after another on the compute stream.
@@ -20,15 +20,10 @@ def graph_sizes(most: int) -> list[int]:
     return [n for n in steps if n < most] + [most]
 
 
-def coarse_sizes(most: int) -> list[int]:
-    """For graphs captured in mid-job: few, since each holds the job up once."""
-    return [n for n in (64, 128, *range(256, most, 256)) if n < most] + [most]
-
-
 class CudaGraphs:
-    def __init__(self, forward: Callable[[int], Tensor], sizes: list[int], pool: Any) -> None:
-        """forward(n): launch the decode step of the first n rows of the table; returns logits [n, V]. sizes: ascending."""
-        self._forward, self._pool = forward, pool
+    def __init__(self, launch: Callable[[int], Tensor], sizes: list[int], pool: Any) -> None:
+        """launch(n): launch it for the first n rows of the table; returns its result, [n, ...]. sizes: ascending."""
+        self._launch, self._pool = launch, pool
         self._sizes = sizes
         self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
 
@@ -37,14 +32,12 @@ class CudaGraphs:
         return self._sizes[bisect_left(self._sizes, rows)]
 
     def replay(self, size: int) -> Tensor:
-        """-> logits [size, V], valid until the next replay; `size` as padded() gives it."""
-        if size not in self._graphs:
-            self._capture(size)
-        graph, logits = self._graphs[size]
+        """-> the result [size, ...], valid until the next replay; `size` as padded() gives it."""
+        graph, result = self._graphs[size]
         graph.replay()
-        return logits
+        return result
 
-    def capture_all(self) -> None:
+    def capture(self) -> None:
         """At start-up, so that no step of the job waits for a capture."""
         for size in reversed(self._sizes):
             self._capture(size)
@@ -55,13 +48,13 @@ class CudaGraphs:
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
-            self._forward(size)
+            self._launch(size)
             side.synchronize()
             graph = torch.cuda.CUDAGraph()
             graph.capture_begin(pool=self._pool)
             try:
-                logits = self._forward(size)
+                result = self._launch(size)
             finally:
                 graph.capture_end()
         torch.cuda.current_stream().wait_stream(side)
-        self._graphs[size] = graph, logits
+        self._graphs[size] = graph, result

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from engine.automata import Automata
 from engine.block_pool import BlockPool
 from engine.config import EngineConfig
 from engine.guided.grammar import GrammarBackend
-from engine.memory import make_caches, size_pool
+from engine.memory import size_pool
 from engine.models.decoder import Decoder
 from engine.prefix_groups import PrefixGroups
 from engine.request import Completion, EngineStats, Request
@@ -31,6 +32,7 @@ DEFAULT_CONTEXT = 8192       # the most taken unasked of what a model was traine
 class Engine:
     """One model on one device. Not thread-safe: one thread submits and steps.
 
+    `weight_bytes`: what the weights take of its memory.
     `guided` compiles and fills grammar masks, `tokenizer` is needed for stop strings, `progress` hears of the start-up.
     Raises ValueError for a configuration that cannot work, saying what to set.
     """
@@ -38,35 +40,36 @@ class Engine:
     def __init__(self, checkpoint: Checkpoint, config: EngineConfig, tokenizer: PreTrainedTokenizerFast | None = None,
                  guided: GrammarBackend | None = None, progress: Callable[[str], None] = lambda message: None) -> None:
         spec = checkpoint.spec
-        if spec.quantization is not None:
-            kind = spec.quantization.get("quant_method", "unknown")
-            raise ValueError(f"the model's weights are quantised ({kind}), which is not supported: take the unquantised model")
         self.config, self.vocab_size = config, spec.vocab_size
         self.device = _device(config.device)
         on_gpu = self.device.type == "cuda"
-        dtype = getattr(torch, config.dtype if config.dtype != "auto" else "bfloat16" if on_gpu else "float32")
+        dtype = getattr(torch, config.dtype if config.dtype != "auto" else spec.gpu_dtype if on_gpu else "float32")
         self.max_model_len = config.max_model_len or min(spec.max_positions, DEFAULT_CONTEXT)
         max_rows = config.max_rows or (2048 if on_gpu else 32)
         max_step_tokens = max(config.max_step_tokens or (16384 if on_gpu else 1024), max_rows)
         self._tokenizer, self._guided = tokenizer, guided
 
         progress("loading weights")
-        model = Decoder(spec, dtype, self.max_model_len, self.device)
+        model = Decoder(spec, dtype, self.max_model_len, self.device, config.quantization, config.kv_dtype == "fp8")
         model.load(checkpoint)
+        self.weight_bytes = model.weight_bytes()
+        progress(f"weights {self.weight_bytes / 2**30:.2f} GiB")
         progress("sizing the KV pool")
         table = RowTable(max_rows, self.max_model_len, config.page_size, self.device)
         pages = size_pool(config, model, table, max_step_tokens)
-        caches = make_caches(model, pages, config.page_size, self.device)
+        caches = model.make_cache(pages, config.page_size)
         self._pool = BlockPool(pages, config.page_size)
         self._table = table
         windowed = any(layer.window for layer in spec.layers)            # a window hides the prefix: there is nothing to share
-        token_bytes = 2 * spec.num_kv_heads * spec.head_dim * dtype.itemsize
+        token_bytes = 2 * spec.num_kv_heads * spec.head_dim * model.kv_dtype.itemsize
         groups = PrefixGroups(max_rows, config.page_size, token_bytes) if config.prefix_sharing and not windowed else None
-        self._scheduler = Scheduler(config, table, self._pool, max_step_tokens, spec.eos_token_ids, tokenizer, groups)
-        self._runner = Runner(model, table, caches, config.cuda_graphs)
+        automata = Automata(spec.vocab_size, self.device)
+        self._scheduler = Scheduler(config, table, self._pool, max_step_tokens, spec.eos_token_ids, automata, tokenizer, groups)
+        self._runner = Runner(model, table, caches, automata, config.cuda_graphs, sharing=groups is not None)
         self._inflight: deque[Step] = deque()
         progress("capturing CUDA graphs" if on_gpu and config.cuda_graphs else "ready")
         self._runner.warm_up()
+        automata.warm_up(table.grammar, dtype)
         gc.collect()
         gc.freeze()          # the heap so far lives as long as the engine: later collections need not walk it
 

@@ -59,9 +59,15 @@ class GgufFile:
 
     def read(self, name: str) -> torch.Tensor:
         """One tensor: packed types as float32, plain ones as a view of the file in their own dtype."""
+        return dequantize(self._raw(name), self.tensors[name].kind, self.tensors[name].shape)
+
+    def read_blocks(self, name: str) -> torch.Tensor:
+        """One matrix of a packed type as it is stored, a view of the file: uint8 [rows, bytes of a row's blocks]."""
+        return self._raw(name).view(self.tensors[name].shape[0], -1)
+
+    def _raw(self, name: str) -> torch.Tensor:
         info = self.tensors[name]
-        raw = torch.frombuffer(self._map, dtype=torch.uint8, count=info.size, offset=info.start)
-        return dequantize(raw, info.kind, info.shape)
+        return torch.frombuffer(self._map, dtype=torch.uint8, count=info.size, offset=info.start)
 
     def _parse(self) -> None:
         reader = _Reader(self._map)

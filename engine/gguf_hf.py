@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from engine.gguf import GgufFile
+from engine.models.quantization import GGUF_KEPT
 from engine.models.spec import ModelError, merge_token_ids
 
 _MODEL_TYPES = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "gemma3": "gemma3_text"}
@@ -27,18 +28,29 @@ _CONTROL, _USER_DEFINED = 3, 4
 
 
 class GgufTensors:
-    """The tensors of a GGUF file under Hugging Face's names and conventions."""
+    """The tensors of a GGUF file under Hugging Face's names and conventions.
+
+    A layer whose weights can be kept packed has `blocks` beside `weight`: the same as they are stored, see GgufFile.read_blocks.
+    """
 
     def __init__(self, file: GgufFile) -> None:
         self.file = file
         self.config = hf_config(file)
         self._stored = {_hf_name(file, name): name for name in file.tensors if name != _ROPE_FACTORS}
+        kinds = {name.removesuffix(".weight"): file.tensors[stored].kind.name for name, stored in self._stored.items()
+                 if name.startswith("model.layers.")}
+        self._kept = {name: kind for name, kind in kinds.items() if kind in GGUF_KEPT}
+        if self._kept:
+            self.config["quantization_config"] = {"quant_method": "gguf", "types": self._kept}
 
     def names(self) -> set[str]:
-        return set(self._stored)
+        return set(self._stored) | {f"{name}.blocks" for name in self._kept}
 
     def tensor(self, name: str) -> torch.Tensor:
-        weight = self.file.read(self._stored[name])
+        if name.endswith(".blocks"):
+            weight = self.file.read_blocks(self._stored[f"{name.removesuffix('.blocks')}.weight"])
+        else:
+            weight = self.file.read(self._stored[name])
         if self.config["model_type"] == "gemma3_text" and name.endswith("norm.weight"):
             return weight - 1.0                # the file holds the factor itself, Hugging Face what is added to 1
         if self.config["model_type"] in ("llama", "mistral") and ".q_proj." in name:

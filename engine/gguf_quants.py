@@ -1,7 +1,9 @@
-"""GGUF's block formats, turned into float32.
+"""GGUF's block formats, turned into float32, or into integers with scales.
 
 A quantised row is a run of blocks; a block holds its scales and the packed integers of 32 or 256 weights. Layouts: ggml's
-`ggml-common.h`. Every unpacker takes raw blocks, uint8 [n, block bytes], and returns float32 [n, weights a block].
+`ggml-common.h`. Every unpacker takes raw blocks, uint8 [n, block bytes], and returns float32 [n, weights a block]. Where blocks
+can be kept as integers there are `*_integers` too: codes uint8 [n, groups, weights a group], scales float32 [n, groups, 1] and
+minimums likewise, weight = code * scale - minimum; minimum None: weight = (code - middle) * scale, middle 8 or 128.
 """
 
 from __future__ import annotations
@@ -31,6 +33,13 @@ def _fifth_bits(packed: torch.Tensor) -> torch.Tensor:
     return ((packed[:, :, None] >> shifts & 1) << 4).flatten(1)
 
 
+Integers = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
+
+
+def _q4_0_integers(raw: torch.Tensor) -> Integers:
+    return _nibbles(raw[:, 2:])[:, None], _half(raw, 0)[:, None], None
+
+
 def _q4_0(raw: torch.Tensor) -> torch.Tensor:
     return (_nibbles(raw[:, 2:]).to(torch.int8) - 8) * _half(raw, 0)
 
@@ -45,6 +54,10 @@ def _q5_0(raw: torch.Tensor) -> torch.Tensor:
 
 def _q5_1(raw: torch.Tensor) -> torch.Tensor:
     return (_nibbles(raw[:, 8:]) | _fifth_bits(raw[:, 4:8])) * _half(raw, 0) + _half(raw, 2)
+
+
+def _q8_0_integers(raw: torch.Tensor) -> Integers:
+    return raw[:, None, 2:] ^ 128, _half(raw, 0)[:, None], None        # of two's complement, plus 128
 
 
 def _q8_0(raw: torch.Tensor) -> torch.Tensor:
@@ -65,6 +78,10 @@ def _k_nibbles(packed: torch.Tensor) -> torch.Tensor:
     return torch.cat((runs & 15, runs >> 4), dim=2).view(-1, 8, 32)
 
 
+def _q4_k_integers(raw: torch.Tensor) -> Integers:
+    return _k_nibbles(raw[:, 16:].contiguous()), *_k_scales(raw)
+
+
 def _q4_k(raw: torch.Tensor) -> torch.Tensor:
     scale, minimum = _k_scales(raw)
     return (_k_nibbles(raw[:, 16:].contiguous()) * scale - minimum).flatten(1)
@@ -77,14 +94,18 @@ def _q5_k(raw: torch.Tensor) -> torch.Tensor:
     return ((_k_nibbles(raw[:, 48:].contiguous()) | high) * scale - minimum).flatten(1)
 
 
-def _q6_k(raw: torch.Tensor) -> torch.Tensor:
+def _q6_k_integers(raw: torch.Tensor) -> Integers:
     low = raw[:, :128].reshape(-1, 2, 1, 64)                       # [n, half, 1, 64 bytes]
     low = torch.cat((low & 15, low >> 4), dim=2).view(-1, 2, 4, 32)
-    shifts = torch.tensor([0, 2, 4, 6], dtype=torch.uint8)[:, None]
+    shifts = torch.tensor([0, 2, 4, 6], dtype=torch.uint8, device=raw.device)[:, None]
     high = raw[:, 128:192].reshape(-1, 2, 1, 32) >> shifts & 3
-    values = (low | high << 4).view(-1, 16, 16).to(torch.int8) - 32
-    scale = raw[:, 192:208].view(torch.int8) * _half(raw, 208)
-    return (values * scale[:, :, None]).flatten(1)
+    codes = (low | high << 4).view(-1, 16, 16) + 96                # 32 is the middle of six bits
+    return codes, (raw[:, 192:208].view(torch.int8) * _half(raw, 208))[:, :, None], None
+
+
+def _q6_k(raw: torch.Tensor) -> torch.Tensor:
+    codes, scale, _ = _q6_k_integers(raw)
+    return ((codes ^ 128).view(torch.int8) * scale).flatten(1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +117,8 @@ class BlockType:
     bytes: int                                                # bytes a block
     dtype: torch.dtype = torch.float32                        # of what is read
     unpack: Callable[[torch.Tensor], torch.Tensor] | None = None
+    integers: Callable[[torch.Tensor], Integers] | None = None
+    bits: int = 0                                             # of the codes that `integers` gives, 4 or 8
 
 
 # By GGUF's type number.
@@ -103,14 +126,14 @@ BLOCK_TYPES: dict[int, BlockType] = {
     0: BlockType("F32", 1, 4),
     1: BlockType("F16", 1, 2, torch.float16),
     30: BlockType("BF16", 1, 2, torch.bfloat16),
-    2: BlockType("Q4_0", 32, 18, unpack=_q4_0),
+    2: BlockType("Q4_0", 32, 18, unpack=_q4_0, integers=_q4_0_integers, bits=4),
     3: BlockType("Q4_1", 32, 20, unpack=_q4_1),
     6: BlockType("Q5_0", 32, 22, unpack=_q5_0),
     7: BlockType("Q5_1", 32, 24, unpack=_q5_1),
-    8: BlockType("Q8_0", 32, 34, unpack=_q8_0),
-    12: BlockType("Q4_K", 256, 144, unpack=_q4_k),
+    8: BlockType("Q8_0", 32, 34, unpack=_q8_0, integers=_q8_0_integers, bits=8),
+    12: BlockType("Q4_K", 256, 144, unpack=_q4_k, integers=_q4_k_integers, bits=4),
     13: BlockType("Q5_K", 256, 176, unpack=_q5_k),
-    14: BlockType("Q6_K", 256, 210, unpack=_q6_k),
+    14: BlockType("Q6_K", 256, 210, unpack=_q6_k, integers=_q6_k_integers, bits=8),
 }
 # Only to name what is refused.
 UNSUPPORTED_NAMES = {10: "Q2_K", 11: "Q3_K", 16: "IQ2_XXS", 17: "IQ2_XS", 18: "IQ3_XXS", 19: "IQ1_S", 20: "IQ4_NL", 21: "IQ3_S",

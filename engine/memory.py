@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from engine.config import EngineConfig
-from engine.layers.attention import LayerCache, StepInputs
+from engine.layers.attention import StepInputs
 from engine.models.decoder import Decoder
 from engine.row_table import RowTable
 from kernels import ops
@@ -15,18 +15,7 @@ GRAPH_RESERVE = 2 << 30      # bytes kept for the pool of CUDA graphs and for wh
 
 def page_bytes(model: Decoder, page_size: int) -> int:
     spec = model.spec
-    return 2 * spec.num_layers * spec.num_kv_heads * page_size * spec.head_dim * model.dtype.itemsize
-
-
-def make_caches(model: Decoder, pages: int, page_size: int, device: torch.device) -> list[LayerCache]:
-    """Keys and values apart, [pages, kv heads, page size, head dim].
-
-    Zeroed, since masked slots are multiplied too, and 0 x NaN is NaN.
-    """
-    spec = model.spec
-    shape = (pages, spec.num_kv_heads, page_size, spec.head_dim)
-    return [LayerCache(torch.zeros(shape, dtype=model.dtype, device=device), torch.zeros(shape, dtype=model.dtype, device=device))
-            for _ in range(spec.num_layers)]
+    return 2 * spec.num_layers * spec.num_kv_heads * page_size * spec.head_dim * model.kv_dtype.itemsize
 
 
 def size_pool(config: EngineConfig, model: Decoder, table: RowTable, max_step_tokens: int) -> int:
@@ -58,7 +47,7 @@ def size_pool(config: EngineConfig, model: Decoder, table: RowTable, max_step_to
 def _worst_step(model: Decoder, table: RowTable, tokens: int) -> None:
     """A step of the most tokens and the most logits, all on the dummy page."""
     device = table.device
-    caches = make_caches(model, 1, table.page_size, device)
+    caches = model.make_cache(1, table.page_size).layers
     length = min(tokens, table.max_len)
     counts = [length] * (tokens // length) + ([tokens % length] if tokens % length else [])
     cu_q = torch.tensor([0, *torch.tensor(counts).cumsum(0).tolist()], dtype=torch.int32, device=device)

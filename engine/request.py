@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 class FinishReason(StrEnum):
     STOP = "stop"                    # an end token, a stop string or the end of the grammar
     LENGTH = "length"                # max_tokens or the context was reached
-    LENGTH_CLOSED = "length_closed"  # a guided row ran out of budget and was trimmed and closed
+    LENGTH_CLOSED = "length_closed"  # a guided row ran out of budget, or was not valid as it stood: trimmed and closed
     ABORTED = "aborted"
     ERROR = "error"
 
@@ -99,7 +99,7 @@ class Completion:
     finish_reason: FinishReason
     prompt_tokens: int
     cached_tokens: int = 0           # prompt tokens whose keys and values were already there
-    forced_tokens: int = 0           # tokens the grammar left no choice for: no forward step of their own
+    forced_tokens: int = 0           # tokens the grammar left no choice for
     text: str | None = None
     error: str | None = None
     logprobs: list[TokenLogprobs] | None = None

@@ -8,6 +8,7 @@ Everything a kernel reads per row lives in one flat int32 tensor, so that a step
     rows, starts [R] each          the step at hand: table row and first query position of each of its rows
     shared       [R]               tokens of the prefix that a decode row of the step shares with its neighbours, and
     prefix_tiles [R / 8, 2]        the runs of such rows (kernels/ref.py, decode_attention); what is not used is 0
+    grammar      [R + 1]           state of the token automaton a row is held to (engine/automata.py), 0: none
 
 Writes are applied on the compute stream in launch order, which makes reuse of rows and pages safe without any other barrier.
 """
@@ -31,7 +32,7 @@ class RowTable:
         self.pages_per_row = -(-max_len // page_size)
         widths = {"tokens": (max_rows + 1, max_len + 1), "block_table": (max_rows + 1, self.pages_per_row),
                   "params": (max_rows + 1, ref.PARAM_COLUMNS), "rows": (max_rows,), "starts": (max_rows,),
-                  "shared": (max_rows,), "prefix_tiles": (max(1, max_rows // 8), 2)}
+                  "shared": (max_rows,), "prefix_tiles": (max(1, max_rows // 8), 2), "grammar": (max_rows + 1,)}
         total = sum(int(np.prod(shape)) for shape in widths.values())
         if total >= 2**31:
             raise ValueError(f"engine.max_rows={max_rows} x engine.max_model_len={max_len} overflows the row table: lower one")
@@ -43,7 +44,7 @@ class RowTable:
             views[name], self.offset[name] = self.state[at : at + size].view(shape), at
             at += size
         self.tokens, self.block_table, self.params = views["tokens"], views["block_table"], views["params"]
-        self.rows, self.starts = views["rows"], views["starts"]
+        self.rows, self.starts, self.grammar = views["rows"], views["starts"], views["grammar"]
         self.shared, self.prefix_tiles = views["shared"], views["prefix_tiles"]
         self._pinned = device.type == "cuda"
         self._ring: list[tuple[Tensor, torch.cuda.Event | None]] = []
@@ -62,9 +63,13 @@ class RowTable:
         self._len.append(lengths)
         self._data.append(data)
 
-    def stage_tokens(self, row: int, position: int, tokens: np.ndarray) -> None:
-        at = self.offset["tokens"] + row * (self.max_len + 1) + position
-        self._stage(np.array([at]), np.array([tokens.size]), tokens)
+    def stage_tokens(self, rows: np.ndarray, starts: np.ndarray, ends: np.ndarray, tokens: np.ndarray) -> None:
+        """tokens[row, starts[i] : ends[i]] of each of `rows`, out of `tokens` int32 [R, length] of all rows."""
+        lengths = ends - starts
+        before = np.repeat(np.cumsum(lengths) - lengths, lengths)
+        column = np.arange(before.size) - before + np.repeat(starts, lengths)
+        at = self.offset["tokens"] + rows.astype(np.int64) * (self.max_len + 1) + starts
+        self._stage(at, lengths, tokens[np.repeat(rows, lengths), column])
 
     def stage_pages(self, rows: np.ndarray, index: np.ndarray, pages: np.ndarray) -> None:
         """block_table[rows[i], index[i]] = pages[i]."""
@@ -78,6 +83,9 @@ class RowTable:
         values[ref.TOP_K] = params.top_k
         values.view(np.uint32)[[ref.SEED_LOW, ref.SEED_HIGH]] = params.seed & 0xFFFFFFFF, (params.seed >> 32) & 0xFFFFFFFF
         self._stage(np.array([self.offset["params"] + row * ref.PARAM_COLUMNS]), np.array([values.size]), values)
+
+    def stage_grammar(self, rows: np.ndarray, states: np.ndarray) -> None:
+        self._stage(self.offset["grammar"] + rows, np.ones(rows.size, dtype=np.int64), states)
 
     def stage_step(self, rows: np.ndarray, starts: np.ndarray) -> None:
         self._stage(np.array([self.offset["rows"], self.offset["starts"]]), np.full(2, rows.size), np.concatenate([rows, starts]))

@@ -9,13 +9,18 @@ import torch
 from torch import Tensor
 
 from engine import sampler
-from engine.cuda_graphs import CudaGraphs, coarse_sizes, graph_sizes
-from engine.layers.attention import LayerCache, StepInputs
+from engine.automata import Automata
+from engine.cuda_graphs import CudaGraphs, graph_sizes
+from engine.layers.attention import KVCache, StepInputs
 from engine.models.decoder import Decoder
+from engine.prefix_groups import MIN_ROWS
 from engine.request import TokenLogprobs
 from engine.row_table import RING, RowTable
 from engine.scheduler import StepPlan
 from kernels import ops
+
+SHARING_ALWAYS = 64     # decode rows from which on a step always asks for shared prefixes: too cheap then to matter
+NO_TILES = np.empty((0, 2), dtype=np.int32)
 
 
 @dataclass(slots=True, eq=False)
@@ -26,35 +31,43 @@ class Step:
     logits: Tensor
     rows: Tensor                     # [S] table rows of the sampled rows, on the device
     positions: Tensor                # [S] position of the token they are sampled from
+    graphed: bool = False            # a graph ran it: logits, rows and positions are where the graph of the sampling looks
     tokens: Tensor | None = None     # [S] on the host, once `done`
     logprobs: sampler.LogprobsOut | None = None
     done: torch.cuda.Event | None = None
 
 
 class Runner:
-    def __init__(self, model: Decoder, table: RowTable, caches: list[LayerCache], use_graphs: bool) -> None:
-        self.model, self.table, self.caches = model, table, caches
+    """sharing: plans may say which decode rows share a prefix."""
+
+    def __init__(self, model: Decoder, table: RowTable, caches: KVCache, automata: Automata, use_graphs: bool,
+                 sharing: bool) -> None:
+        self.model, self.table, self.caches, self._automata = model, table, caches, automata
         self.device = table.device
         self.steps = self.graph_steps = 0
         rows, vocab = table.max_rows, model.spec.vocab_size
         self._pinned = self.device.type == "cuda"
+        self._sharing = sharing
         self._host_tokens = [torch.empty(rows, dtype=torch.int32, pin_memory=self._pinned) for _ in range(RING)]
         self._host_mask = [torch.empty(0, -(-vocab // 32), dtype=torch.int32) for _ in range(RING)]
         self._one_each = torch.arange(rows + 1, dtype=torch.int32, device=self.device)
-        self._graphs: CudaGraphs | None = None
         self._logits: Tensor | None = None
+        self._graphs: dict[str, CudaGraphs] = {}
         if use_graphs and self._pinned:
             # One buffer for all graphs: an output of its own for each would keep the logits of every size alive.
             self._logits = torch.empty(rows, vocab, dtype=model.dtype, device=self.device)
-            pool = torch.cuda.graph_pool_handle()
-            self._graphs = CudaGraphs(self._decode, graph_sizes(rows), pool)
-            self._sharing_graphs = CudaGraphs(lambda n: self._decode(n, sharing=True), coarse_sizes(rows), pool)
+            pool, sizes = torch.cuda.graph_pool_handle(), graph_sizes(rows)
+            plain = [n for n in sizes if n <= SHARING_ALWAYS] if sharing else sizes
+            shared = [n for n in sizes if n >= MIN_ROWS] if sharing else []
+            self._graphs = {"plain": CudaGraphs(lambda n: self._decode(n, sharing=False), plain, pool),
+                            "shared": CudaGraphs(lambda n: self._decode(n, sharing=True), shared, pool),
+                            "sample": CudaGraphs(self._sample_and_commit, sizes, pool)}
 
     def warm_up(self) -> None:
-        """Capture the graphs, all rows being dummies meanwhile; those with shared prefixes wait until a job needs them."""
-        if self._graphs is not None:
-            self.table.rows.fill_(self.table.dummy)
-            self._graphs.capture_all()
+        """Capture the graphs, all rows being dummies meanwhile; this also compiles and loads what steps with prompts need."""
+        self.table.rows.fill_(self.table.dummy)
+        for graphs in self._graphs.values():
+            graphs.capture()
 
     # --- forward ---
 
@@ -62,34 +75,48 @@ class Runner:
         """Apply the staged writes and run the model over the plan; returns at once."""
         self.steps += 1
         n = plan.num_decode
-        pure = n == plan.rows.size
-        rows, starts = plan.rows, plan.starts
-        if pure and self._graphs is not None:
-            graphs = self._graphs if plan.shared is None else self._sharing_graphs
+        if n < plan.rows.size:
+            return self._mixed(plan)
+        sharing = self._asks_for_prefixes(plan)
+        if self._graphs:
+            graphs = self._graphs["shared" if sharing else "plain"]
             size = graphs.padded(n)
-            rows = np.concatenate([rows, np.full(size - n, self.table.dummy, dtype=np.int32)])
-            starts = np.concatenate([starts, np.zeros(size - n, dtype=np.int32)])
-            self._stage(plan, rows, starts)
-            self.table.flush(np.empty(0, dtype=np.int32))
+            self._stage(plan, sharing, size - n)
             self.graph_steps += 1
-            return Step(plan, graphs.replay(size)[:n], self.table.rows[:n], self.table.starts[:n])
-        self._stage(plan, rows, starts)
-        if pure:
-            self.table.flush(np.empty(0, dtype=np.int32))
-            logits = self._decode(n, plan.shared is not None, int(starts.max()) + 1)
-            return Step(plan, logits, self.table.rows[:n], self.table.starts[:n])
-        return self._mixed(plan)
+            return Step(plan, graphs.replay(size)[:n], self.table.rows[:n], self.table.starts[:n], graphed=True)
+        self._stage(plan, sharing)
+        return Step(plan, self._decode(n, sharing, self._max_context(plan)), self.table.rows[:n], self.table.starts[:n])
 
-    def _stage(self, plan: StepPlan, rows: np.ndarray, starts: np.ndarray) -> None:
+    def _asks_for_prefixes(self, plan: StepPlan) -> bool:
+        """By the number of rows alone where it can be, so that a step finds its kernels compiled and its graph captured."""
+        return plan.shared is not None or (self._sharing and plan.num_decode >= SHARING_ALWAYS)
+
+    def _max_context(self, plan: StepPlan) -> int:
+        """On CUDA always the same, since kernels are compiled for what follows from it; lengths are read on the device."""
+        return self.table.max_len if self._pinned else int(plan.starts[: plan.num_decode].max(initial=0)) + 1
+
+    def _stage(self, plan: StepPlan, sharing: bool, padding: int = 0, extra: np.ndarray | None = None) -> Tensor:
+        """Stage the plan's rows, `padding` dummies after them, flush, and copy its pages; returns `extra` on the device."""
+        rows, starts = plan.rows, plan.starts
+        if padding:
+            rows = np.concatenate([rows, np.full(padding, self.table.dummy, dtype=np.int32)])
+            starts = np.concatenate([starts, np.zeros(padding, dtype=np.int32)])
         self.table.stage_step(rows, starts)
-        if plan.shared is not None and plan.prefix_tiles is not None:
-            padding = np.zeros(rows.size - plan.rows.size, dtype=np.int32)
-            self.table.stage_prefixes(np.concatenate([plan.shared, padding]), plan.prefix_tiles)
+        if sharing:
+            shared = np.zeros(rows.size, dtype=np.int32)
+            if plan.shared is not None:
+                shared[: plan.num_decode] = plan.shared
+            self.table.stage_prefixes(shared, plan.prefix_tiles if plan.prefix_tiles is not None else NO_TILES)
+        extra = np.empty(0, dtype=np.int32) if extra is None else extra
+        sent = self.table.flush(np.concatenate([extra, plan.copies.ravel()]))
+        if plan.copies.size:
+            ops.copy_pages(self.caches.storage, sent[extra.size :].view(-1, 2))
+        return sent[: extra.size]
 
     def _prefixes(self, n: int, sharing: bool) -> tuple[Tensor | None, Tensor | None]:
-        return (self.table.shared[:n], self.table.prefix_tiles) if sharing else (None, None)
+        return (self.table.shared[:n], self.table.prefix_tiles[: -(-n // MIN_ROWS)]) if sharing else (None, None)
 
-    def _decode(self, n: int, sharing: bool = False, max_context: int | None = None) -> Tensor:
+    def _decode(self, n: int, sharing: bool, max_context: int | None = None) -> Tensor:
         """One query for each of the first n rows of the table -> logits [n, V]. The captured part: reads device state alone."""
         table = self.table
         ids, positions, slots = self._empty(n)
@@ -97,17 +124,18 @@ class Runner:
                    ids, positions, slots)
         inputs = StepInputs(ids, positions, slots, table.block_table, table.rows[:n], n, max_context or table.max_len,
                             *self._prefixes(n, sharing))
-        return self.model.logits(self.model(inputs, self.caches), self._logits[:n] if self._logits is not None else None)
+        return self.model.logits(self.model(inputs, self.caches.layers), self._logits[:n] if self._logits is not None else None)
 
     def _mixed(self, plan: StepPlan) -> Step:
         table, n = self.table, plan.num_decode
+        sharing = n > 0 and self._asks_for_prefixes(plan)
         counts = plan.counts[n:]
         cu_q = np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
         ends = np.concatenate([np.arange(n, dtype=np.int32), n + cu_q[1:] - 1])
         sampled_rows = plan.rows[plan.sampled]
         positions_of = (plan.starts + plan.counts - 1)[plan.sampled]
         parts = [cu_q, ends[plan.sampled].astype(np.int32), sampled_rows, positions_of, _tiles(counts).ravel()]
-        extra = table.flush(np.concatenate(parts))
+        extra = self._stage(plan, sharing, extra=np.concatenate(parts))
         rest_cu_q, at, rows, positions, tiles = torch.split(extra, [p.size for p in parts])
         total = plan.num_tokens
         ids, where, slots = self._empty(total)
@@ -118,10 +146,9 @@ class Runner:
         rest = slice(n, plan.rows.size)
         ops.expand(*expand, table.rows[rest], table.starts[rest], rest_cu_q, int(counts.max()), table.page_size,
                    ids[n:], where[n:], slots[n:])
-        inputs = StepInputs(ids, where, slots, table.block_table, table.rows[:n], n, int(plan.starts[:n].max(initial=0)) + 1,
-                            *self._prefixes(n, plan.shared is not None), table.rows[rest], table.starts[rest], rest_cu_q,
-                            tiles.view(-1, 2))
-        hidden = self.model(inputs, self.caches)
+        inputs = StepInputs(ids, where, slots, table.block_table, table.rows[:n], n, self._max_context(plan),
+                            *self._prefixes(n, sharing), table.rows[rest], table.starts[rest], rest_cu_q, tiles.view(-1, 2))
+        hidden = self.model(inputs, self.caches.layers)
         return Step(plan, self.model.logits(hidden[at]), rows, positions)
 
     def _empty(self, n: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -133,23 +160,36 @@ class Runner:
     def launch_sample(self, step: Step, mask: np.ndarray | None) -> None:
         """Sample the step's rows, commit the tokens to the row table and start their way to the host; returns at once."""
         plan, n = step.plan, step.plan.sampled.size
-        turn = self.steps % RING
-        device_mask = masked = None
-        if mask is not None:
-            device_mask = torch.from_numpy(mask).to(self.device, non_blocking=True)
-            masked = torch.from_numpy(plan.guided).to(self.device, non_blocking=True)
-        if n:
+        step.tokens = self._host_tokens[self.steps % RING][:n]
+        automata = self._automata if plan.by_automata else None
+        if step.graphed and mask is None and automata is None and not plan.special:
+            graphs = self._graphs["sample"]
+            step.tokens.copy_(graphs.replay(graphs.padded(n))[:n], non_blocking=True)
+        elif n:
+            device_mask = masked = None
+            if mask is not None:
+                device_mask = torch.from_numpy(mask).to(self.device, non_blocking=True)
+                masked = torch.from_numpy(plan.guided).to(self.device, non_blocking=True)
             tokens, step.logprobs = sampler.sample(step.logits, self.table, step.rows, step.positions, plan.special, device_mask,
-                                                   masked)
-            out = torch.empty_like(tokens)
-            ops.commit(self.table.tokens, step.rows, step.positions, tokens, out)
-            step.tokens = self._host_tokens[turn][:n]
-            step.tokens.copy_(out, non_blocking=True)
-        else:
-            step.tokens = self._host_tokens[turn][:0]
+                                                   masked, automata)
+            step.tokens.copy_(self._commit(tokens, step.rows, step.positions), non_blocking=True)
+            if automata is not None:
+                automata.advance(self.table.grammar, step.rows, tokens)
         if self._pinned:
             step.done = torch.cuda.Event()
             step.done.record()
+
+    def _sample_and_commit(self, n: int) -> Tensor:
+        """The first n rows of the table, whose logits a graph has left in the buffer -> tokens [n]. Captured."""
+        assert self._logits is not None, "captured with the graphs of the forward pass, which make the buffer"
+        rows, positions = self.table.rows[:n], self.table.starts[:n]
+        tokens, _ = sampler.sample(self._logits[:n], self.table, rows, positions, [], None, None, None)
+        return self._commit(tokens, rows, positions)
+
+    def _commit(self, tokens: Tensor, rows: Tensor, positions: Tensor) -> Tensor:
+        out = torch.empty_like(tokens)
+        ops.commit(self.table.tokens, rows, positions, tokens, out)
+        return out
 
     def mask_buffer(self, n: int) -> np.ndarray:
         """Pinned int32 [n, ceil(V / 32)] for the step at hand; free again RING steps later."""

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from engine.automata import Automata
 from engine.request import TokenLogprobs
 from engine.row_table import RowTable
 from engine.scheduler import Special
@@ -32,10 +33,10 @@ class LogprobsOut:
 
 
 def sample(logits: Tensor, table: RowTable, rows: Tensor, positions: Tensor, special: list[Special], mask: Tensor | None,
-           masked: Tensor | None) -> tuple[Tensor, LogprobsOut | None]:
+           masked: Tensor | None, automata: Automata | None) -> tuple[Tensor, LogprobsOut | None]:
     """logits [S, V] (changed in place), rows and positions int32 [S] -> tokens int32 [S], and log-probabilities where asked for.
 
-    mask: int32 [n, ceil(V / 32)] of the rows masked [n] (index into S).
+    mask: int32 [n, ceil(V / 32)] of the rows masked [n] (index into S). automata: None where no row is under one.
     """
     with_logprobs = [s for s in special if s.params.logprobs is not None]
     raw = logits[[s.index for s in with_logprobs]] if with_logprobs else None
@@ -43,6 +44,8 @@ def sample(logits: Tensor, table: RowTable, rows: Tensor, positions: Tensor, spe
     _forbid(logits, [s for s in special if s.forbidden.size])
     if mask is not None and masked is not None:
         ops.mask_logits(logits, mask, masked)
+    if automata is not None:
+        automata.mask(logits, table.grammar, rows)
     tokens = ops.sample(logits, table.params, rows, positions)
     if raw is None:
         return tokens, None

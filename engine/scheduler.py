@@ -3,8 +3,8 @@
 There are no prefill and decode phases. A row has `known` tokens, of which `computed` have their keys and values; a step runs
 some of the difference (its queries), and if it runs all of it, samples the next token. One query is a decode; a chunk of a prompt
 or of forced tokens is several. `known` counts tokens that the device has sampled and the host has not read yet, so that step
-N + 1 can be planned before step N's tokens are back; `seen` counts those the host has. Rows under a grammar are planned only when
-the host has seen everything.
+N + 1 can be planned before step N's tokens are back; `seen` counts those the host has. Rows under a grammar that the device
+cannot step by itself (engine/automata.py) are planned only when the host has seen everything.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from engine.admission import LengthPredictor, admissible
+from engine.automata import Automata
 from engine.block_pool import BlockPool, Node, OutOfPages
 from engine.config import EngineConfig
 from engine.guided.grammar import Guide
@@ -68,9 +69,11 @@ class StepPlan:
     generations: np.ndarray     # int32 [S] of the sampled rows, so that late results are known
     guides: list[Guide]         # of the sampled rows under a grammar ...
     guided: np.ndarray          # ... int32, and their index into sampled
+    by_automata: bool           # some row is under an automaton
     special: list[Special]
     shared: np.ndarray | None          # int32 [num_decode] and [M, 2]: see PrefixGroups.arrange
     prefix_tiles: np.ndarray | None
+    copies: np.ndarray                 # int32 [C, 2] pages (from, to) to copy before anything is computed
 
     @property
     def num_tokens(self) -> int:
@@ -79,8 +82,10 @@ class StepPlan:
 
 class Scheduler:
     def __init__(self, config: EngineConfig, table: RowTable, pool: BlockPool, max_step_tokens: int, end_ids: tuple[int, ...],
-                 tokenizer: PreTrainedTokenizerFast | None = None, groups: PrefixGroups | None = None) -> None:
+                 automata: Automata, tokenizer: PreTrainedTokenizerFast | None = None,
+                 groups: PrefixGroups | None = None) -> None:
         self._table, self._pool, self._max_step_tokens, self.end_ids = table, pool, max_step_tokens, end_ids
+        self._automata = automata
         self.window = Window(pool, config.window, config.prefix_sharing)
         self._window_size, self._tokenizer = config.window, tokenizer
         self._predictor = LengthPredictor()
@@ -89,7 +94,10 @@ class Scheduler:
         self.pages = np.zeros((rows, table.pages_per_row), dtype=np.int32)
         self.num_pages = np.zeros(rows, dtype=np.int32)
         self.active = np.zeros(rows, dtype=bool)
-        self.guided = np.zeros(rows, dtype=bool)
+        self.guided = np.zeros(rows, dtype=bool)                              # by a guide
+        self.state = np.zeros(rows, dtype=np.int32)                           # of its automaton, after what is seen; 0: none
+        self.stale = np.zeros(rows, dtype=bool)                               # the device has another state of the row
+        self.forced = np.zeros(rows, dtype=np.int32)                          # tokens that the grammar left no choice for
         self.arrived = np.zeros(rows, dtype=bool)                             # on the device: see _arrive
         self.exact = np.zeros(rows, dtype=bool)                               # ends at its limit and nowhere else
         self.generation = np.zeros(rows, dtype=np.int32)
@@ -100,6 +108,8 @@ class Scheduler:
         self.order, self.shared_pages = (np.zeros(rows, dtype=np.int32) for _ in range(2))
         self.stop_ids = np.full((rows, MAX_STOP_IDS), -1, dtype=np.int32)
         self._groups = groups
+        self._copies: dict[int, tuple[int, int]] = {}       # for the next step: row -> pages (from, to)
+        self._offers: list[tuple[Node, int, int]] = []      # (node, row, tokens): tails that the step computes
         self.live: dict[int, Live] = {}
         self._free_rows = deque(range(rows))
         self._admitted = 0
@@ -131,8 +141,11 @@ class Scheduler:
         n = self._fitting(ready)
         if n < min(few, len(ready)) and self.live:
             return
-        for waiting in self.window.take(max(n, 0 if self.live else 1)):      # alone, a request is always let in
-            self._admit(waiting)
+        # Alone, a request is always let in. A row that a guide ends at once may be given out again.
+        rows = np.unique([self._admit(waiting) for waiting in self.window.take(max(n, 0 if self.live else 1))])
+        held = rows[self.active[rows] & (self.state[rows] > 0)]
+        if held.size:
+            self._append_forced(held, least=1)
 
     def _fitting(self, ready: list[Waiting]) -> int:
         """How many of `ready` the forecast lets in. Pages shared through the tree are counted once, a row's own by the row."""
@@ -152,10 +165,10 @@ class Scheduler:
     def _limit(self, request: Request) -> int:
         return min(request.prompt.size + request.params.max_tokens, self._table.max_len)
 
-    def _admit(self, waiting: Waiting) -> None:
+    def _admit(self, waiting: Waiting) -> int:
         row, request, params = self._free_rows.popleft(), waiting.request, waiting.request.params
         n = waiting.tokens.size
-        self.active[row], self.arrived[row], self.guided[row] = True, False, request.grammar is not None
+        self.active[row], self.arrived[row], self.stale[row] = True, False, True
         self.exact[row] = params.ignore_eos and not params.stop and not params.stop_token_ids and request.grammar is None
         self.tokens[row, :n] = waiting.tokens
         self.known[row] = self.seen[row] = n
@@ -163,6 +176,7 @@ class Scheduler:
         self.prompt_len[row], self.limit[row] = request.prompt.size, self._limit(request)
         self.least[row] = request.prompt.size + params.min_tokens
         self.shared_pages[row] = len(waiting.path)
+        self.forced[row] = waiting.forced_tokens
         self.order[row] = self._admitted
         self._admitted += 1
         # Under a grammar an output ends where the grammar says so: anything else would cut it.
@@ -170,7 +184,8 @@ class Scheduler:
         ids = self.end_ids if request.grammar is not None else (*ends, *params.stop_token_ids)
         self.stop_ids[row] = -1
         self.stop_ids[row, : len(ids)] = ids
-        guide = waiting.guide if waiting.guide is not None or request.grammar is None else request.grammar.start()
+        self.state[row], guide = self._start(waiting)
+        self.guided[row] = guide is not None
         stop = None
         if params.stop and request.grammar is None and self._tokenizer is not None:
             stop = StopStrings(self._tokenizer, params.stop)
@@ -183,11 +198,32 @@ class Scheduler:
         self.live[row] = Live(waiting, guide, stop, logprobs)
         if guide is not None:
             self._follow(row, guide)
+        return row
+
+    def _start(self, waiting: Waiting) -> tuple[int, Guide | None]:
+        """The state of the row's automaton, 0: none, and its guide where it has a grammar and no automaton."""
+        grammar = waiting.request.grammar
+        if grammar is None or waiting.state or waiting.guide is not None:
+            return waiting.state, waiting.guide
+        state = self._automata.place(grammar.automaton) if grammar.automaton is not None else 0
+        return state, None if state else grammar.start()
 
     # --- the next step ---
 
     def schedule(self) -> StepPlan | None:
         """Plan a step over all that can run: decodes first, then chunks of the rest in order of admission, within the budget."""
+        plan = self._schedule()
+        if plan is not None:
+            for node, row, size in self._offers:         # what this step computes can be copied from the next one on
+                if self.active[row]:
+                    first = node.depth * self._table.page_size
+                    self._pool.offer_tail(node, self.tokens[row, first : first + size], int(self.pages[row, node.depth]))
+            for source, _ in self._copies.values():
+                self._pool.release(np.array([source], dtype=np.int32))
+            self._copies, self._offers = {}, []
+        return plan
+
+    def _schedule(self) -> StepPlan | None:
         ready = self.active & (self.known < self.limit) & ~(self.guided & (self.seen < self.known))
         rows = np.flatnonzero(ready).astype(np.int32)
         if rows.size == 0:
@@ -227,10 +263,13 @@ class Scheduler:
         shared = self._pool.arrive(live.waiting.path)
         n, cached = shared.size, shared.size * self._table.page_size
         self.arrived[row], live.published = True, n
-        self.pages[row, :n], self.num_pages[row], self.computed[row] = shared, n, cached
+        self.pages[row, :n], self.num_pages[row] = shared, n
         self._table.stage_params(row, live.waiting.request.params)
         if n:
             self._table.stage_pages(np.full(n, row), np.arange(n), shared)
+            if n == len(live.waiting.path):
+                cached += self._copy_tail(row, live.waiting.path[-1])
+        self.computed[row] = cached
         if not live.waiting.request.params.has_penalties:                    # they read the whole history
             self.staged[row] = cached
         if live.waiting.cached_tokens is None:
@@ -240,6 +279,28 @@ class Scheduler:
         if self._groups is not None:
             self._groups.join(live.waiting.path)
 
+    def _copy_tail(self, row: int, node: Node) -> int:
+        """Take over the tokens after the last full page that a row before has computed too; returns how many.
+
+        The page copied from is held until the step is planned, so that none is both read and written by the step's copies.
+        """
+        n = int(self.num_pages[row])
+        first = n * self._table.page_size
+        page, same = self._pool.tail(node, self.tokens[row, first : int(self.prompt_len[row]) - 1])  # one is left, for its logits
+        if not same:
+            return 0
+        source = np.array([page], dtype=np.int32)
+        self._pool.hold(source)
+        try:
+            copy = self._pool.alloc(1)
+        except OutOfPages:
+            self._pool.release(source)
+            return 0
+        self.pages[row, n], self.num_pages[row] = copy[0], n + 1
+        self._table.stage_pages(np.array([row]), np.array([n]), copy)
+        self._copies[row] = page, int(copy[0])
+        return same
+
     def _plan(self, decode: np.ndarray, rest: np.ndarray, chunks: np.ndarray) -> StepPlan:
         shared = prefix_tiles = None
         if self._groups is not None:
@@ -248,20 +309,25 @@ class Scheduler:
         counts = np.concatenate([np.ones_like(decode), chunks])
         starts = self.computed[rows]
         ends = starts + counts
-        for row in rows[self.staged[rows] < ends].tolist():     # prompts and forced tokens: not sampled on the device
-            upto = int(self.computed[row]) + int(counts[rows == row][0])
-            self._table.stage_tokens(row, int(self.staged[row]), self.tokens[row, self.staged[row] : upto])
-            self.staged[row] = upto
+        behind = self.staged[rows] < ends                       # prompts and forced tokens: not sampled on the device
+        if behind.any():
+            self._table.stage_tokens(rows[behind], self.staged[rows[behind]], ends[behind], self.tokens)
+            self.staged[rows[behind]] = ends[behind]
         self.computed[rows] = ends
         sampled = np.flatnonzero(ends == self.known[rows]).astype(np.int32)
         to_sample = rows[sampled]
+        stale = rows[self.stale[rows]]
+        if stale.size:
+            self._table.stage_grammar(stale, self.state[stale])
+            self.stale[stale] = False
         self.known[to_sample] += 1
         self.staged[to_sample] += 1
         guided = np.flatnonzero(self.guided[to_sample]).astype(np.int32)
         guides = [guide for row in to_sample[guided].tolist() if (guide := self.live[row].guide) is not None]
         special = [self._special(i, int(to_sample[i])) for i in np.flatnonzero(self.special[to_sample]).tolist()]
-        return StepPlan(rows, starts, counts, decode.size, sampled, self.generation[to_sample], guides, guided, special,
-                        shared, prefix_tiles)
+        return StepPlan(rows, starts, counts, decode.size, sampled, self.generation[to_sample], guides, guided,
+                        bool(self.state[to_sample].any()), special, shared, prefix_tiles,
+                        np.array(list(self._copies.values()), dtype=np.int32).reshape(-1, 2))
 
     def _paths(self) -> dict[int, list[Node]]:
         return {row: live.waiting.path for row, live in self.live.items() if self.arrived[row]}
@@ -320,12 +386,16 @@ class Scheduler:
         while live.published < len(live.waiting.path) and (live.published + 1) * page <= upto:
             self._pool.publish(live.waiting.path[live.published], int(self.pages[row, live.published]))
             live.published += 1
+        size = min(upto - live.published * page, page)
+        if live.waiting.path and live.published == len(live.waiting.path) and size > 0:
+            self._offers.append((live.waiting.path[-1], row, size))
 
     def _preempt(self, row: int) -> None:
         """Finish the row and put its request back, with the tokens the host has seen; later results of it are dropped."""
         live, n = self.live[row], int(self.seen[row])
         live.waiting.tokens = self.tokens[row, :n].copy()
         live.waiting.guide, live.waiting.logprobs = live.guide, live.logprobs
+        live.waiting.state, live.waiting.forced_tokens = int(self.state[row]), int(self.forced[row])
         self._leave(row)
         live.waiting.path = []
         self._preemptions += 1
@@ -336,6 +406,8 @@ class Scheduler:
         self._depart(path, arrived)
         if arrived and self._groups is not None:
             self._groups.leave(row, path)
+        if row in self._copies:
+            self._pool.release(np.array([self._copies.pop(row)[0]], dtype=np.int32))
         self._pool.release(self.pages[row, : self.num_pages[row]])
         self.active[row] = False
         self.generation[row] += 1
@@ -364,6 +436,9 @@ class Scheduler:
                 kept.append(entry)
         for row in rows[self.watched[rows] & ~ended].tolist():
             self._watch(row)
+        by_automata = ~ended & (self.state[rows] > 0)
+        if by_automata.any():
+            self._step(rows[by_automata], tokens[by_automata])
         for row in rows[ended].tolist():
             self._end(row)
         full = rows[~ended]
@@ -373,18 +448,58 @@ class Scheduler:
 
     def _end(self, row: int) -> None:
         """An end token was sampled. Where the output may not end, the grammar engine gave up on the row and left nothing else."""
-        guide = self.live[row].guide
         self._take_back(row)
-        if guide is not None and (guide.error is not None or not guide.accepting):
-            self._run_out(row)
-        else:
+        if self.live[row].waiting.request.grammar is None:
             self._finish(row, FinishReason.STOP)
+        else:
+            self._settle(row)
 
     def _take_back(self, row: int) -> None:
         """The token sampled last is not part of the output."""
         self.seen[row] -= 1
         if kept := self.live[row].logprobs:
             kept.pop()
+
+    def _step(self, rows: np.ndarray, tokens: np.ndarray) -> None:
+        """Take the rows' automata on by what the device has sampled, as it has done itself."""
+        before = self.state[rows]
+        after = self._automata.step(before, tokens)
+        for row in rows[after < 0].tolist():             # no number was left above -inf: the model's logits are broken
+            self._take_back(row)
+            self._settle(row)
+        rows, before, after = rows[after >= 0], before[after >= 0], after[after >= 0]
+        without_choice = self._automata.chain_size[before] > 0
+        self.forced[rows] += without_choice
+        self._forced += int(without_choice.sum())
+        self.state[rows] = after
+        self._append_forced(rows, self._automata.jump)
+
+    def _append_forced(self, rows: np.ndarray, least: int) -> None:
+        """Append what their automata force, where that is `least` tokens or more, or the end; finish rows that are complete.
+
+        The device may have sampled the first of these tokens already, in the step in flight: it allows no other. So that step's
+        result says nothing new, and is dropped like one of a row that left.
+        """
+        automata, state = self._automata, self.state[rows]
+        size, end = automata.chain_size[state], automata.chain_end[state]
+        jump = np.flatnonzero((size >= least) | (size > 0) & automata.finished[end])
+        if jump.size:
+            to, state, end = rows[jump], state[jump], end[jump]
+            count = np.minimum(size[jump], self.limit[to] - self.seen[to])
+            i = np.arange(int(count.sum())) - np.repeat(np.cumsum(count) - count, count)
+            self.tokens[np.repeat(to, count), np.repeat(self.seen[to], count) + i] = automata.chain[
+                np.repeat(automata.chain_start[state], count) + i]
+            self.generation[to] += self.known[to] > self.seen[to]
+            self.seen[to] += count
+            self.known[to] = self.seen[to]
+            self.state[to] = np.where(count == size[jump], end, state)
+            self.stale[to] = True
+            self.forced[to] += count
+            self._forced += int(count.sum())
+            self._generated += int(count.sum())
+        complete = automata.finished[self.state[rows]]
+        for row in rows[complete | (self.seen[rows] >= self.limit[rows])].tolist():
+            self._settle(row)
 
     def _watch(self, row: int) -> None:
         """A row that the host must look at after each token: a grammar or stop strings."""
@@ -408,34 +523,49 @@ class Scheduler:
                 guide.accept(forced.tolist())
                 self.tokens[row, n : n + forced.size] = forced
                 self.known[row] = self.seen[row] = n + forced.size
-                self.live[row].waiting.forced_tokens += forced.size
+                self.forced[row] += forced.size
                 self._forced += forced.size
                 self._generated += forced.size
-        if guide.error is not None or (self.seen[row] >= self.limit[row] and not guide.finished):
-            self._run_out(row)
-        elif guide.finished:
-            self._finish(row, FinishReason.STOP)
+        if guide.error is not None or guide.finished or self.seen[row] >= self.limit[row]:
+            self._settle(row)
 
     def _run_out(self, row: int) -> None:
-        """No budget left: a guided row whose output may not end here is trimmed and closed."""
-        guide, grammar = self.live[row].guide, self.live[row].waiting.request.grammar
-        if guide is None or grammar is None or (guide.error is None and guide.accepting):
-            self._finish(row, FinishReason.LENGTH if guide is None else FinishReason.STOP)
+        """No budget left, or nothing that may follow."""
+        if self.live[row].waiting.request.grammar is None:
+            self._finish(row, FinishReason.LENGTH)
+        else:
+            self._settle(row)
+
+    def _settle(self, row: int) -> None:
+        """End a row under a grammar: as it stands if that is valid, else trimmed and closed.
+
+        What the grammar lets through may not pass the final check yet (numbers beyond a double); of most automata it is known to.
+        """
+        state, grammar, guide = int(self.state[row]), self.live[row].waiting.request.grammar, self.live[row].guide
+        assert grammar is not None
+        may_end = bool(self._automata.final[state]) if guide is None else guide.error is None and guide.accepting
+        if state and may_end and self._automata.sound[state]:
+            self._finish(row, FinishReason.STOP)
             return
         produced = self.tokens[row, self.prompt_len[row] : self.seen[row]]
         budget = int(self.limit[row] - self.prompt_len[row])
         if grammar.min_tokens > budget:
-            self._finish(row, FinishReason.ERROR, error=f"the schema needs {grammar.min_tokens} tokens and there is room for "
-                         f"{budget}: raise max_tokens, or shorten the prompt")
+            if may_end:
+                self._finish(row, FinishReason.STOP)
+            else:
+                self._finish(row, FinishReason.ERROR, error=f"the schema needs {grammar.min_tokens} tokens and there is room for "
+                             f"{budget}: raise max_tokens, or shorten the prompt")
             return
         closed = grammar.close(produced.tolist(), budget)
+        reason = FinishReason.STOP if np.array_equal(closed, produced) else FinishReason.LENGTH_CLOSED
         self.tokens[row, self.prompt_len[row] : self.prompt_len[row] + closed.size] = closed
         self.seen[row] = self.prompt_len[row] + closed.size
-        self._finish(row, FinishReason.LENGTH_CLOSED)
+        self._finish(row, reason)
 
     def _finish(self, row: int, reason: FinishReason, text: str | None = None, error: str | None = None) -> None:
         live, output = self.live[row], self.tokens[row, self.prompt_len[row] : self.seen[row]].copy()
         self._predictor.observe(output.size)
+        live.waiting.forced_tokens = int(self.forced[row])
         self._emit(live.waiting, output, reason, text, error, live.logprobs)
         self._leave(row)
 
@@ -469,3 +599,9 @@ class Scheduler:
         assert sorted([*self._free_rows, *rows.tolist()]) == list(range(self._table.max_rows)), "a row is lost or doubled"
         self._pool.check_integrity([self.pages[row, : self.num_pages[row]] for row in rows.tolist()])
         assert (self.computed[rows] <= self.num_pages[rows] * self._table.page_size).all(), "a row computed past its pages"
+        for row in rows[self.state[rows] > 0].tolist():
+            automaton = self.live[row].waiting.request.grammar.automaton     # type: ignore[union-attr]
+            state = np.array([self._automata.place(automaton)])              # type: ignore[arg-type]
+            for token in self.tokens[row, self.prompt_len[row] : self.seen[row]]:
+                state = self._automata.step(state, token)
+            assert state[0] == self.state[row], "a row's automaton is not where its tokens lead"

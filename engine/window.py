@@ -21,6 +21,7 @@ class Waiting:
     tokens: np.ndarray
     path: list[Node] = field(default_factory=list)       # the pages of its prompt that others share or will share
     guide: Guide | None = None
+    state: int = 0                                       # of its automaton, where it has one
     cached_tokens: int | None = None
     forced_tokens: int = 0
     logprobs: list[TokenLogprobs] | None = None

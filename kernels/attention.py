@@ -2,6 +2,7 @@
 
 The caches are [pages, K, P, D]. No tile depends on the page size: a tile of keys finds its pages in the block table, key by key
 or in pieces of a page. All the query heads of a KV head share one dot product, so that a key is read once for all of them.
+FP8 keys and values become float16 as they arrive, which is exact, and their scales, one a head, multiply scores and sums.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.overlap import after, launch_options, overlaps
 from kernels.ref import PREFIX_TILE, QUERY_TILE
 
 LOG2E = 1.4426950408889634
@@ -18,6 +20,22 @@ MASKED = tl.constexpr(-1.0e30)      # the score of a key that a query does not s
 LOWEST = tl.constexpr(-1.0e20)      # peaks start here: above a masked score by far, so that no rounding of one lets it weigh
 DECODE_PROGRAMS = 1024              # enough to fill the largest chips; fewer rows than that are split along their keys
 MAX_SPLITS = 64
+COMPILED = tl.constexpr(not triton.knobs.runtime.interpret)
+# Four e4m3 to four float16. A plain or a "pure" conversion is moved past shared memory, and the bytes read from there one by one.
+WIDEN = tl.constexpr("""{
+.reg .b16 low, high;
+mov.b32 {low, high}, $2;
+cvt.rn.f16x2.e4m3x2 $0, low;
+cvt.rn.f16x2.e4m3x2 $1, high;
+}""")
+
+
+@triton.jit
+def _widened(x, DTYPE: tl.constexpr):
+    """Keys or values in the type that they are multiplied in."""
+    if COMPILED and x.dtype == tl.float8e4nv:
+        return tl.inline_asm_elementwise(WIDEN, "=&r,=&r,r", [x], tl.float16, is_pure=False, pack=4)
+    return x.to(DTYPE)
 
 
 @triton.jit
@@ -37,6 +55,14 @@ def _softcap(scores, inner):
     return 1.0 - 2.0 / (tl.exp2(scores * inner) + 1.0)
 
 
+@triton.jit
+def _key_scaled(scale, inner, kv_scales, head, SOFTCAP: tl.constexpr):
+    """scale and inner times the scale of a head's keys."""
+    if SOFTCAP:
+        return scale, inner * tl.load(kv_scales + head)
+    return scale * tl.load(kv_scales + head), inner
+
+
 def _log2_scales(scale: float, softcap: float) -> tuple[float, float]:
     """(scale, inner) of _fold and _softcap: exp2 takes the place of exp."""
     return (LOG2E * softcap, 2 * LOG2E * scale / softcap) if softcap else (LOG2E * scale, 0.0)
@@ -44,6 +70,10 @@ def _log2_scales(scale: float, softcap: float) -> tuple[float, float]:
 
 def _precision(cache: Tensor) -> str:
     return "ieee" if cache.dtype == torch.float32 else "tf32"
+
+
+def _fp8(cache: Tensor) -> bool:
+    return cache.dtype == torch.float8_e4m3fn
 
 
 # --- decode ---------------------------------------------------------------------------------------------------------------------
@@ -66,6 +96,7 @@ def _attend(queries, k_cache, v_cache, table, head, lo, hi, peak, total, acc, sc
         page = tl.load(table + (key + BLOCK_N) // P, mask=key + BLOCK_N < hi, other=0)
         k = tl.load(k_cache + at, mask=there, other=0.0)
         v = tl.load(v_cache + at, mask=there, other=0.0)
+        k, v = _widened(k, queries.dtype), _widened(v, queries.dtype)
         scores = tl.dot(queries, tl.trans(k), input_precision=PRECISION)
         if SOFTCAP:
             scores = _softcap(scores, inner)
@@ -75,11 +106,12 @@ def _attend(queries, k_cache, v_cache, table, head, lo, hi, peak, total, acc, sc
 
 
 @triton.jit(do_not_specialize=["splits"], do_not_specialize_on_alignment=["rows", "positions", "shared"])
-def _decode_kernel(q, k_cache, v_cache, block_table, rows, positions, shared, prefix, out, partial, scale, inner, window,
-                   table_stride, q_stride, splits, H: tl.constexpr, K: tl.constexpr, P: tl.constexpr, D: tl.constexpr,
+def _decode_kernel(q, k_cache, v_cache, kv_scales, block_table, rows, positions, shared, prefix, out, partial, scale, inner,
+                   window, table_stride, q_stride, splits, H: tl.constexpr, K: tl.constexpr, P: tl.constexpr, D: tl.constexpr,
                    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-                   SPLIT: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, SHARED: tl.constexpr,
-                   PRECISION: tl.constexpr):
+                   SPLIT: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, SHARED: tl.constexpr, FP8: tl.constexpr,
+                   PRECISION: tl.constexpr, OVERLAP: tl.constexpr):
+    after(OVERLAP)
     head, split, i = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     hi = tl.load(positions + i) + 1
     lo = tl.load(shared + i) if SHARED else tl.maximum(hi - window, 0) if WINDOW else 0
@@ -96,7 +128,10 @@ def _decode_kernel(q, k_cache, v_cache, block_table, rows, positions, shared, pr
     d = tl.arange(0, BLOCK_D)
     real = (m < G)[:, None] & (d < D)[None, :]
     column = (head * G + m)[:, None] * D + d[None, :]
-    queries = tl.load(q + i * q_stride + column, mask=real, other=0.0).to(k_cache.dtype.element_ty)
+    queries = tl.load(q + i * q_stride + column, mask=real, other=0.0)
+    queries = queries.to(tl.float16 if FP8 else k_cache.dtype.element_ty)
+    if FP8:
+        scale, inner = _key_scaled(scale, inner, kv_scales, head, SOFTCAP)
     table = block_table + tl.load(rows + i).to(tl.int64) * table_stride
     if SHARED:
         at = i * H + head * G + m
@@ -110,6 +145,8 @@ def _decode_kernel(q, k_cache, v_cache, block_table, rows, positions, shared, pr
         acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     peak, total, acc = _attend(queries, k_cache, v_cache, table, head, lo, hi, peak, total, acc, scale, inner, K, P, D,
                                BLOCK_N, BLOCK_D, SOFTCAP, PRECISION)
+    if FP8:
+        acc *= tl.load(kv_scales + K + head)
     if SPLIT:   # partial: the sums [N, H, splits, D], then the peaks [N, H, splits], then the totals
         base = (i * H + head * G + m) * splits + split
         ends = tl.num_programs(2).to(tl.int64) * H * splits
@@ -123,7 +160,9 @@ def _decode_kernel(q, k_cache, v_cache, block_table, rows, positions, shared, pr
 
 @triton.jit(do_not_specialize=["splits"], do_not_specialize_on_alignment=["positions", "shared"])
 def _combine_kernel(partial, positions, shared, out, window, splits, H: tl.constexpr, D: tl.constexpr, BLOCK_N: tl.constexpr,
-                    BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr, WINDOW: tl.constexpr, SHARED: tl.constexpr):
+                    BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr, WINDOW: tl.constexpr, SHARED: tl.constexpr,
+                    OVERLAP: tl.constexpr):
+    after(OVERLAP)
     head, i = tl.program_id(0), tl.program_id(1).to(tl.int64)
     keys = tl.load(positions + i) + 1
     if SHARED:
@@ -153,31 +192,33 @@ def _decode_tile(cache: Tensor) -> tuple[int, dict[str, int]]:
 
 def decode_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, rows: Tensor, positions: Tensor,
                      scale: float, window: int, softcap: float, max_context: int, shared: Tensor | None = None,
-                     prefix_tiles: Tensor | None = None) -> Tensor:
+                     prefix_tiles: Tensor | None = None, out: Tensor | None = None, kv_scales: Tensor | None = None) -> Tensor:
     """See ref.decode_attention. Safe in a CUDA graph: the grid follows from N and max_context, lengths are read on the device."""
     n, heads, dim = q.shape
     kv_heads, page = k_cache.shape[1], k_cache.shape[2]
     block_m = max(16, triton.next_power_of_2(heads // kv_heads))
     block_d = triton.next_power_of_2(dim)
-    block_n, options = _decode_tile(k_cache)
+    block_n, tuned = _decode_tile(k_cache)
+    overlapping = launch_options(overlaps(q.device))
     tiles = triton.cdiv(min(max_context, window) if window else max_context, block_n)
     splits = min(triton.next_power_of_2(triton.cdiv(DECODE_PROGRAMS, n * kv_heads)), MAX_SPLITS, tiles)
-    out = torch.empty((n, heads, dim), dtype=q.dtype, device=q.device)
+    out = torch.empty((n, heads, dim), dtype=q.dtype, device=q.device) if out is None else out
     partial = torch.empty(n * heads * splits * (dim + 2), dtype=torch.float32, device=q.device) if splits > 1 else out
     factor, inner = _log2_scales(scale, softcap)
     prefix, lengths = out, positions        # not read without SHARED
+    scales = out if kv_scales is None else kv_scales
     if shared is not None and prefix_tiles is not None:
-        prefix = _prefix_sums(q, k_cache, v_cache, block_table, rows, shared, prefix_tiles, factor, inner, softcap > 0)
+        prefix = _prefix_sums(q, k_cache, v_cache, scales, block_table, rows, shared, prefix_tiles, factor, inner, softcap > 0)
         lengths = shared
     _decode_kernel[kv_heads, splits, n](
-        q, k_cache, v_cache, block_table, rows, positions, lengths, prefix, out, partial, factor, inner, window,
+        q, k_cache, v_cache, scales, block_table, rows, positions, lengths, prefix, out, partial, factor, inner, window,
         block_table.stride(0), q.stride(0), splits, H=heads, K=kv_heads, P=page, D=dim,
         BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_D=block_d, SPLIT=splits > 1, WINDOW=window > 0,
-        SOFTCAP=softcap > 0, SHARED=shared is not None, PRECISION=_precision(k_cache), **options)
+        SOFTCAP=softcap > 0, SHARED=shared is not None, FP8=_fp8(k_cache), PRECISION=_precision(k_cache), **tuned, **overlapping)
     if splits > 1:
         _combine_kernel[heads, n](partial, positions, lengths, out, window, splits, H=heads, D=dim, BLOCK_N=block_n,
                                   BLOCK_D=block_d, BLOCK_S=triton.next_power_of_2(splits), WINDOW=window > 0,
-                                  SHARED=shared is not None, num_warps=4)
+                                  SHARED=shared is not None, num_warps=4, **overlapping)
     return out
 
 
@@ -213,8 +254,8 @@ def _attend_block(queries, positions, k_cache, v_cache, table, head, begin, end,
         else:
             k = tl.load(k_cache + at)
             v = tl.load(v_cache + at)
-        k = tl.reshape(k, [BLOCK_N, BLOCK_D])
-        v = tl.reshape(v, [BLOCK_N, BLOCK_D])
+        k = _widened(tl.reshape(k, [BLOCK_N, BLOCK_D]), queries.dtype)
+        v = _widened(tl.reshape(v, [BLOCK_N, BLOCK_D]), queries.dtype)
         scores = tl.dot(queries, tl.trans(k), input_precision=PRECISION)
         if SOFTCAP:
             scores = _softcap(scores, inner)
@@ -228,10 +269,10 @@ def _attend_block(queries, positions, k_cache, v_cache, table, head, begin, end,
 
 
 @triton.jit(do_not_specialize_on_alignment=["rows", "starts", "cu_q", "tiles"])
-def _prefill_kernel(q, k_cache, v_cache, block_table, rows, starts, cu_q, tiles, out, scale, inner, window, table_stride,
-                    q_stride, H: tl.constexpr, K: tl.constexpr, P: tl.constexpr, D: tl.constexpr, TILE: tl.constexpr,
-                    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-                    WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr):
+def _prefill_kernel(q, k_cache, v_cache, kv_scales, block_table, rows, starts, cu_q, tiles, out, scale, inner, window,
+                    table_stride, q_stride, H: tl.constexpr, K: tl.constexpr, P: tl.constexpr, D: tl.constexpr,
+                    TILE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+                    WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, FP8: tl.constexpr, PRECISION: tl.constexpr):
     # A tile's queries times the G heads of a KV head are TILE G rows of a dot product, in blocks of BLOCK_M; row m is head m % G
     # of query m // G. Blocks run from the list's end: late queries see the most keys, and long work should start first.
     G: tl.constexpr = H // K
@@ -250,7 +291,9 @@ def _prefill_kernel(q, k_cache, v_cache, block_table, rows, starts, cu_q, tiles,
     real = (m < count)[:, None] & (d < D)[None, :]
     column = ((head * G + m % G) * D)[:, None] + d[None, :]
     row = (token + m // G).to(tl.int64)[:, None]
-    queries = tl.load(q + row * q_stride + column, mask=real, other=0.0).to(k_cache.dtype.element_ty)
+    queries = tl.load(q + row * q_stride + column, mask=real, other=0.0).to(tl.float16 if FP8 else k_cache.dtype.element_ty)
+    if FP8:
+        scale, inner = _key_scaled(scale, inner, kv_scales, head, SOFTCAP)
     start = tl.load(starts + i) + first
     positions = start + m // G
     low = start + r // G                                            # positions of the block's first and last query
@@ -274,6 +317,8 @@ def _prefill_kernel(q, k_cache, v_cache, block_table, rows, starts, cu_q, tiles,
     peak, total, acc = _attend_block(
         queries, positions, k_cache, v_cache, table, head, edge, hi, lo, hi, peak, total, acc,
         scale, inner, window, K, P, D, BLOCK_N, BLOCK_D, True, WINDOW, SOFTCAP, PRECISION)
+    if FP8:
+        acc *= tl.load(kv_scales + K + head)
     result = (acc / total[:, None]).to(out.dtype.element_ty)
     tl.store(out + row * (H * D) + column, result, mask=real)
 
@@ -290,11 +335,12 @@ def _prefill_tile(cache: Tensor) -> tuple[int, int, dict[str, int]]:
 
 
 def prefill_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, rows: Tensor, starts: Tensor,
-                      cu_q: Tensor, tiles: Tensor, scale: float, window: int, softcap: float) -> Tensor:
+                      cu_q: Tensor, tiles: Tensor, scale: float, window: int, softcap: float,
+                      out: Tensor | None = None, kv_scales: Tensor | None = None) -> Tensor:
     """See ref.prefill_attention. What lies past cu_q[-1] in the output is not written."""
     _, heads, dim = q.shape
     kv_heads, page = k_cache.shape[1], k_cache.shape[2]
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device) if out is None else out
     if not tiles.shape[0]:
         return out
     block_m, block_n, options = _prefill_tile(k_cache)
@@ -302,9 +348,10 @@ def prefill_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: 
     factor, inner = _log2_scales(scale, softcap)
     grid = tiles.shape[0] * triton.cdiv(QUERY_TILE * (heads // kv_heads), block_m) * kv_heads
     _prefill_kernel[grid,](
-        q, k_cache, v_cache, block_table, rows, starts, cu_q, tiles, out, factor, inner, window, block_table.stride(0),
-        q.stride(0), H=heads, K=kv_heads, P=page, D=dim, TILE=QUERY_TILE, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_D=block_d,
-        WINDOW=window > 0, SOFTCAP=softcap > 0, PRECISION=_precision(k_cache), **options)
+        q, k_cache, v_cache, out if kv_scales is None else kv_scales, block_table, rows, starts, cu_q, tiles, out, factor, inner,
+        window, block_table.stride(0), q.stride(0), H=heads, K=kv_heads, P=page, D=dim, TILE=QUERY_TILE, BLOCK_M=block_m,
+        BLOCK_N=block_n, BLOCK_D=block_d, WINDOW=window > 0, SOFTCAP=softcap > 0, FP8=_fp8(k_cache),
+        PRECISION=_precision(k_cache), **options)
     return out
 
 
@@ -312,10 +359,10 @@ def prefill_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: 
 
 
 @triton.jit(do_not_specialize=["n"], do_not_specialize_on_alignment=["rows", "shared", "tiles"])
-def _prefix_kernel(q, k_cache, v_cache, block_table, rows, shared, tiles, prefix, scale, inner, n, table_stride, q_stride,
-                   H: tl.constexpr, K: tl.constexpr, P: tl.constexpr, D: tl.constexpr, TILE: tl.constexpr,
+def _prefix_kernel(q, k_cache, v_cache, kv_scales, block_table, rows, shared, tiles, prefix, scale, inner, n, table_stride,
+                   q_stride, H: tl.constexpr, K: tl.constexpr, P: tl.constexpr, D: tl.constexpr, TILE: tl.constexpr,
                    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-                   SOFTCAP: tl.constexpr, PRECISION: tl.constexpr):
+                   SOFTCAP: tl.constexpr, FP8: tl.constexpr, PRECISION: tl.constexpr):
     # As in prefill, a tile's rows times the G heads of a KV head are the rows of a dot product; all of them see all keys.
     G: tl.constexpr = H // K
     BLOCKS: tl.constexpr = (TILE * G + BLOCK_M - 1) // BLOCK_M
@@ -330,7 +377,10 @@ def _prefix_kernel(q, k_cache, v_cache, block_table, rows, shared, tiles, prefix
     real = (m < count)[:, None] & (d < D)[None, :]
     row = (first + m // G).to(tl.int64)
     column = (head * G + m % G)[:, None] * D + d[None, :]
-    queries = tl.load(q + row[:, None] * q_stride + column, mask=real, other=0.0).to(k_cache.dtype.element_ty)
+    queries = tl.load(q + row[:, None] * q_stride + column, mask=real, other=0.0)
+    queries = queries.to(tl.float16 if FP8 else k_cache.dtype.element_ty)
+    if FP8:
+        scale, inner = _key_scaled(scale, inner, kv_scales, head, SOFTCAP)
     hi = tl.load(shared + first)
     table = block_table + tl.load(rows + first).to(tl.int64) * table_stride
     peak = tl.full([BLOCK_M], LOWEST, tl.float32)
@@ -349,15 +399,19 @@ def _prefix_kernel(q, k_cache, v_cache, block_table, rows, shared, tiles, prefix
     tl.store(prefix + ends * (D + 1) + at, total, mask=m < count)
 
 
-def _prefix_sums(q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, rows: Tensor, shared: Tensor, tiles: Tensor,
-                 factor: float, inner: float, softcap: bool) -> Tensor:
-    """Softmax sums of every row over the prefix it shares, whose keys and values a tile of rows reads once (arXiv 2402.05099)."""
+def _prefix_sums(q: Tensor, k_cache: Tensor, v_cache: Tensor, kv_scales: Tensor, block_table: Tensor, rows: Tensor,
+                 shared: Tensor, tiles: Tensor, factor: float, inner: float, softcap: bool) -> Tensor:
+    """Softmax sums of every row over the prefix it shares, whose keys and values a tile of rows reads once (arXiv 2402.05099).
+
+    The sums of FP8 values still want their scale.
+    """
     n, heads, dim = q.shape
     kv_heads, page = k_cache.shape[1], k_cache.shape[2]
     block_m, block_n, options = _prefill_tile(k_cache)
     prefix = torch.empty(n * heads * (dim + 2), dtype=torch.float32, device=q.device)
     grid = kv_heads, tiles.shape[0] * triton.cdiv(PREFIX_TILE * (heads // kv_heads), block_m)
-    _prefix_kernel[grid](q, k_cache, v_cache, block_table, rows, shared, tiles, prefix, factor, inner, n, block_table.stride(0),
-                         q.stride(0), H=heads, K=kv_heads, P=page, D=dim, TILE=PREFIX_TILE, BLOCK_M=block_m, BLOCK_N=block_n,
-                         BLOCK_D=triton.next_power_of_2(dim), SOFTCAP=softcap, PRECISION=_precision(k_cache), **options)
+    _prefix_kernel[grid](
+        q, k_cache, v_cache, kv_scales, block_table, rows, shared, tiles, prefix, factor, inner, n, block_table.stride(0),
+        q.stride(0), H=heads, K=kv_heads, P=page, D=dim, TILE=PREFIX_TILE, BLOCK_M=block_m, BLOCK_N=block_n,
+        BLOCK_D=triton.next_power_of_2(dim), SOFTCAP=softcap, FP8=_fp8(k_cache), PRECISION=_precision(k_cache), **options)
     return prefix

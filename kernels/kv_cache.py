@@ -7,6 +7,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels import ref
+from kernels.overlap import after, launch_options, overlaps
+
+E4M3_MAX = tl.constexpr(ref.E4M3_MAX)
 TILE = 2048     # elements of q that one program handles: 16 a lane
 
 
@@ -33,12 +37,21 @@ def _rotated(x, heads, inside, d, partner, cos, sin, weight, eps, D: tl.constexp
     return a * cos[None, :] + b * sin[None, :]
 
 
+@triton.jit
+def _scaled(x, scales, inside):
+    """x over the scales of its heads [HEADS], within what e4m3 holds."""
+    scale = tl.load(scales, mask=inside, other=1.0)[:, None]
+    return tl.minimum(tl.maximum(x.to(tl.float32) / scale, -E4M3_MAX), E4M3_MAX)
+
+
 # Where in their buffer positions and slots begin must not decide whether a step compiles this anew.
 @triton.jit(do_not_specialize_on_alignment=["positions", "slots"])
-def _rope_and_cache_kernel(qkv, q_weight, k_weight, cos_sin, positions, slots, q_out, k_cache, v_cache, qkv_stride, eps,
-                           H: tl.constexpr, K: tl.constexpr, D: tl.constexpr, P: tl.constexpr, ROTARY: tl.constexpr,
+def _rope_and_cache_kernel(qkv, q_weight, k_weight, cos_sin, positions, slots, q_out, k_cache, v_cache, kv_scales, qkv_stride,
+                           eps, H: tl.constexpr, K: tl.constexpr, D: tl.constexpr, P: tl.constexpr, ROTARY: tl.constexpr,
                            HEADS_Q: tl.constexpr, HEADS_K: tl.constexpr, BLOCK_D: tl.constexpr,
-                           Q_NORM: tl.constexpr, K_NORM: tl.constexpr, PLUS_ONE: tl.constexpr):
+                           Q_NORM: tl.constexpr, K_NORM: tl.constexpr, PLUS_ONE: tl.constexpr, FP8: tl.constexpr,
+                           OVERLAP: tl.constexpr):
+    after(OVERLAP)
     token = tl.program_id(0).to(tl.int64)
     block = tl.program_id(1)
     HALF: tl.constexpr = ROTARY // 2
@@ -63,6 +76,9 @@ def _rope_and_cache_kernel(qkv, q_weight, k_weight, cos_sin, positions, slots, q
         v = tl.load(x + (H + K + kv_heads[:, None]) * D + d[None, :], mask=kv_inside)
         k = _rotated(x + H * D, kv_heads, kv_inside, d, partner, cos, sin, k_weight, eps, D, K_NORM, PLUS_ONE)
         k = k.to(qkv.dtype.element_ty)
+        if FP8:
+            k = _scaled(k, kv_scales + kv_heads, kv_heads < K)
+            v = _scaled(v, kv_scales + K + kv_heads, kv_heads < K)
         slot = tl.load(slots + token)
         at = (((slot // P).to(tl.int64) * K + kv_heads) * P + slot % P)[:, None] * D + d[None, :]
         tl.store(k_cache + at, k.to(k_cache.dtype.element_ty), mask=kv_inside)
@@ -70,7 +86,8 @@ def _rope_and_cache_kernel(qkv, q_weight, k_weight, cos_sin, positions, slots, q
 
 
 def rope_and_cache(qkv: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, eps: float, plus_one: bool, cos_sin: Tensor,
-                   positions: Tensor, slots: Tensor, k_cache: Tensor, v_cache: Tensor, num_heads: int) -> Tensor:
+                   positions: Tensor, slots: Tensor, k_cache: Tensor, v_cache: Tensor, num_heads: int,
+                   kv_scales: Tensor | None = None) -> Tensor:
     """See ref.rope_and_cache; rows of qkv may be strided."""
     tokens = qkv.shape[0]
     _, kv_heads, page, dim = k_cache.shape
@@ -81,7 +98,26 @@ def rope_and_cache(qkv: Tensor, q_weight: Tensor | None, k_weight: Tensor | None
     grid = tokens, triton.cdiv(num_heads, heads_q) + triton.cdiv(kv_heads, heads_k)
     _rope_and_cache_kernel[grid](
         qkv, qkv if q_weight is None else q_weight, qkv if k_weight is None else k_weight, cos_sin, positions, slots,
-        q, k_cache, v_cache, qkv.stride(0), eps, H=num_heads, K=kv_heads, D=dim, P=page, ROTARY=cos_sin.shape[1],
-        HEADS_Q=heads_q, HEADS_K=heads_k, BLOCK_D=block_d, Q_NORM=q_weight is not None, K_NORM=k_weight is not None,
-        PLUS_ONE=plus_one, num_warps=min(max(heads_q * block_d // 512, 1), 4))
+        q, k_cache, v_cache, q if kv_scales is None else kv_scales, qkv.stride(0), eps,
+        H=num_heads, K=kv_heads, D=dim, P=page, ROTARY=cos_sin.shape[1], HEADS_Q=heads_q, HEADS_K=heads_k, BLOCK_D=block_d,
+        Q_NORM=q_weight is not None, K_NORM=k_weight is not None, PLUS_ONE=plus_one, FP8=k_cache.dtype == torch.float8_e4m3fn,
+        num_warps=min(max(heads_q * block_d // 512, 1), 4), **launch_options(overlaps(qkv.device)))
     return q
+
+
+@triton.jit(do_not_specialize_on_alignment=["pages"])
+def _copy_pages_kernel(storage, pages, part_stride, SIZE: tl.constexpr, BLOCK: tl.constexpr):
+    pair = pages + tl.program_id(0) * 2
+    part = storage + tl.program_id(1).to(tl.int64) * part_stride
+    source, target = tl.load(pair).to(tl.int64), tl.load(pair + 1).to(tl.int64)
+    for first in range(0, SIZE, BLOCK):
+        i = first + tl.arange(0, BLOCK)
+        tl.store(part + target * SIZE + i, tl.load(part + source * SIZE + i, mask=i < SIZE), mask=i < SIZE)
+
+
+def copy_pages(storage: Tensor, pages: Tensor) -> None:
+    """See ref.copy_pages; storage is contiguous, a page a multiple of four bytes."""
+    words = storage.view(torch.int32)
+    parts, size = words.shape[0], words[0, 0].numel()
+    block = min(4096, triton.next_power_of_2(size))
+    _copy_pages_kernel[pages.shape[0], parts](words, pages, words.stride(0), SIZE=size, BLOCK=block, num_warps=4)

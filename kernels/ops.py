@@ -10,16 +10,23 @@ from torch import Tensor
 from kernels import ref
 
 attention: ModuleType = ref
+automaton: ModuleType = ref
+dequantize: ModuleType = ref
+gemm_fp8: ModuleType = ref
+gemm_w4: ModuleType = ref
 kv_cache: ModuleType = ref
+dense: ModuleType = ref
 pointwise: ModuleType = ref
 sampling: ModuleType = ref
 step: ModuleType = ref
 if torch.cuda.is_available():
-    from kernels import attention, kv_cache, pointwise, step
+    from kernels import attention, automaton, dequantize, gemm_fp8, gemm_w4, kv_cache, pointwise, step
+    from kernels import linear as dense
     from kernels import sample as sampling
 
 QUERY_TILE = ref.QUERY_TILE
 PREFIX_TILE = ref.PREFIX_TILE
+E4M3_MAX = ref.E4M3_MAX
 
 
 def apply_writes(state: Tensor, packed: Tensor, segments: Tensor) -> None:
@@ -47,23 +54,73 @@ def gated_act(x: Tensor, activation: str) -> Tensor:
     return (pointwise if x.is_cuda else ref).gated_act(x, activation)
 
 
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, out: Tensor | None = None) -> Tensor:
+    return (dense if x.is_cuda else ref).linear(x, weight, bias, out)
+
+
+def gated_linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
+    return (dense if x.is_cuda else ref).gated_linear(x, weight, bias, activation)
+
+
 def rope_and_cache(qkv: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, eps: float, plus_one: bool, cos_sin: Tensor,
-                   positions: Tensor, slots: Tensor, k_cache: Tensor, v_cache: Tensor, num_heads: int) -> Tensor:
+                   positions: Tensor, slots: Tensor, k_cache: Tensor, v_cache: Tensor, num_heads: int,
+                   kv_scales: Tensor | None = None) -> Tensor:
     return (kv_cache if qkv.is_cuda else ref).rope_and_cache(
-        qkv, q_weight, k_weight, eps, plus_one, cos_sin, positions, slots, k_cache, v_cache, num_heads)
+        qkv, q_weight, k_weight, eps, plus_one, cos_sin, positions, slots, k_cache, v_cache, num_heads, kv_scales)
+
+
+def w4_pack(codes: Tensor) -> Tensor:
+    return (gemm_w4 if codes.is_cuda else ref).w4_pack(codes)
+
+
+def w8_pack(codes: Tensor) -> Tensor:
+    return (gemm_w4 if codes.is_cuda else ref).w8_pack(codes)
+
+
+def dequantize_symmetric(codes: Tensor, scales: Tensor, group: int) -> Tensor:
+    return (dequantize if codes.is_cuda else ref).dequantize_symmetric(codes, scales, group)
+
+
+def w4_matmul(x: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor | None, group: int, bias: Tensor | None = None,
+              perm: Tensor | None = None) -> Tensor:
+    return (gemm_w4 if x.is_cuda else ref).w4_matmul(x, packed, scales, zeros, group, bias, perm)
+
+
+def w8_matmul(x: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor | None, group: int, bias: Tensor | None = None,
+              perm: Tensor | None = None) -> Tensor:
+    return (gemm_w4 if x.is_cuda else ref).w8_matmul(x, packed, scales, zeros, group, bias, perm)
+
+
+def fp8_quantize(x: Tensor, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    return (gemm_fp8 if x.is_cuda else ref).fp8_quantize(x, scale)
+
+
+def fp8_matmul(x: Tensor, weight: Tensor, weight_scale: Tensor, input_scale: Tensor | None = None,
+               bias: Tensor | None = None) -> Tensor:
+    return (gemm_fp8 if x.is_cuda else ref).fp8_matmul(x, weight, weight_scale, input_scale, bias)
+
+
+def fp8_block_matmul(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None = None) -> Tensor:
+    return (gemm_fp8 if x.is_cuda else ref).fp8_block_matmul(x, weight, weight_scale, bias)
+
+
+def copy_pages(storage: Tensor, pages: Tensor) -> None:
+    (kv_cache if storage.is_cuda else ref).copy_pages(storage, pages)
 
 
 def decode_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, rows: Tensor, positions: Tensor,
                      scale: float, window: int, softcap: float, max_context: int, shared: Tensor | None = None,
-                     prefix_tiles: Tensor | None = None) -> Tensor:
+                     prefix_tiles: Tensor | None = None, out: Tensor | None = None, kv_scales: Tensor | None = None) -> Tensor:
     return (attention if q.is_cuda else ref).decode_attention(
-        q, k_cache, v_cache, block_table, rows, positions, scale, window, softcap, max_context, shared, prefix_tiles)
+        q, k_cache, v_cache, block_table, rows, positions, scale, window, softcap, max_context, shared, prefix_tiles, out,
+        kv_scales)
 
 
 def prefill_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, rows: Tensor, starts: Tensor,
-                      cu_q: Tensor, tiles: Tensor, scale: float, window: int, softcap: float) -> Tensor:
+                      cu_q: Tensor, tiles: Tensor, scale: float, window: int, softcap: float,
+                      out: Tensor | None = None, kv_scales: Tensor | None = None) -> Tensor:
     return (attention if q.is_cuda else ref).prefill_attention(
-        q, k_cache, v_cache, block_table, rows, starts, cu_q, tiles, scale, window, softcap)
+        q, k_cache, v_cache, block_table, rows, starts, cu_q, tiles, scale, window, softcap, out, kv_scales)
 
 
 def mask_logits(logits: Tensor, mask: Tensor, index: Tensor) -> None:
@@ -72,6 +129,14 @@ def mask_logits(logits: Tensor, mask: Tensor, index: Tensor) -> None:
 
 def sample(logits: Tensor, params: Tensor, rows: Tensor, positions: Tensor) -> Tensor:
     return (sampling if logits.is_cuda else ref).sample(logits, params, rows, positions)
+
+
+def mask_by_state(logits: Tensor, states: Tensor, rows: Tensor, table: Tensor, masks: Tensor) -> None:
+    (automaton if logits.is_cuda else ref).mask_by_state(logits, states, rows, table, masks)
+
+
+def advance(states: Tensor, rows: Tensor, sampled: Tensor, table: Tensor, next: Tensor, classes: Tensor) -> None:
+    (automaton if states.is_cuda else ref).advance(states, rows, sampled, table, next, classes)
 
 
 def apply_penalties(logits: Tensor, index: Tensor, tokens: Tensor, rows: Tensor, prompt_len: Tensor, length: Tensor,

@@ -7,8 +7,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.overlap import after, launch_options, overlaps
+
 SQRT_8_OVER_PI = tl.constexpr(1.5957691216057308)
 GATE_BLOCK = 1024
+
+
+@triton.jit
+def gate(low, up, GELU: tl.constexpr, DTYPE: tl.constexpr):
+    """act(low) * up, float32 in, rounded where the torch twin rounds."""
+    # silu(x) = x / (1 + exp(-x)); GELU too, since (1 + tanh(u)) / 2 = 1 / (1 + exp(-2 u))
+    slope = SQRT_8_OVER_PI * (low + 0.044715 * low * low * low) if GELU else low
+    act = low / (1.0 + tl.exp(-slope))
+    return (act.to(DTYPE).to(tl.float32) * up).to(DTYPE)
 
 
 @triton.jit
@@ -22,7 +33,9 @@ def _normalise(h, weight, columns, inside, eps, WIDTH: tl.constexpr, PLUS_ONE: t
 
 
 @triton.jit
-def _rms_norm_kernel(x, weight, out, x_stride, eps, WIDTH: tl.constexpr, BLOCK: tl.constexpr, PLUS_ONE: tl.constexpr):
+def _rms_norm_kernel(x, weight, out, x_stride, eps, WIDTH: tl.constexpr, BLOCK: tl.constexpr, PLUS_ONE: tl.constexpr,
+                     OVERLAP: tl.constexpr):
+    after(OVERLAP)
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     inside = columns < WIDTH
@@ -33,7 +46,8 @@ def _rms_norm_kernel(x, weight, out, x_stride, eps, WIDTH: tl.constexpr, BLOCK: 
 
 @triton.jit
 def _add_rms_norm_kernel(x, residual, weight, out, x_stride, residual_stride, eps,
-                         WIDTH: tl.constexpr, BLOCK: tl.constexpr, PLUS_ONE: tl.constexpr):
+                         WIDTH: tl.constexpr, BLOCK: tl.constexpr, PLUS_ONE: tl.constexpr, OVERLAP: tl.constexpr):
+    after(OVERLAP)
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     inside = columns < WIDTH
@@ -46,18 +60,16 @@ def _add_rms_norm_kernel(x, residual, weight, out, x_stride, residual_stride, ep
 
 
 @triton.jit
-def _gated_act_kernel(x, out, x_stride, WIDTH: tl.constexpr, BLOCK: tl.constexpr, GELU: tl.constexpr):
+def _gated_act_kernel(x, out, x_stride, WIDTH: tl.constexpr, BLOCK: tl.constexpr, GELU: tl.constexpr,
+                      OVERLAP: tl.constexpr):
+    after(OVERLAP)
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < WIDTH
     at = x + row * x_stride + columns
-    gate = tl.load(at, mask=inside, other=0.0).to(tl.float32)
+    low = tl.load(at, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(at + WIDTH, mask=inside, other=0.0).to(tl.float32)
-    # silu(x) = x / (1 + exp(-x)); GELU too, since (1 + tanh(u)) / 2 = 1 / (1 + exp(-2 u))
-    slope = SQRT_8_OVER_PI * (gate + 0.044715 * gate * gate * gate) if GELU else gate
-    act = gate / (1.0 + tl.exp(-slope))
-    act = act.to(out.dtype.element_ty).to(tl.float32)
-    tl.store(out + row * WIDTH + columns, (act * up).to(out.dtype.element_ty), mask=inside)
+    tl.store(out + row * WIDTH + columns, gate(low, up, GELU, out.dtype.element_ty), mask=inside)
 
 
 def _shape(width: int) -> tuple[int, int]:
@@ -71,7 +83,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, plus_one: bool) -> Tensor:
     rows, width = x.shape
     out = torch.empty((rows, width), dtype=x.dtype, device=x.device)
     block, warps = _shape(width)
-    _rms_norm_kernel[rows,](x, weight, out, x.stride(0), eps, WIDTH=width, BLOCK=block, PLUS_ONE=plus_one, num_warps=warps)
+    _rms_norm_kernel[rows,](x, weight, out, x.stride(0), eps, WIDTH=width, BLOCK=block, PLUS_ONE=plus_one, num_warps=warps,
+                           **launch_options(overlaps(x.device)))
     return out
 
 
@@ -81,7 +94,7 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float, plus_o
     out = torch.empty((rows, width), dtype=x.dtype, device=x.device)
     block, warps = _shape(width)
     _add_rms_norm_kernel[rows,](x, residual, weight, out, x.stride(0), residual.stride(0), eps, WIDTH=width, BLOCK=block,
-                                PLUS_ONE=plus_one, num_warps=warps)
+                                PLUS_ONE=plus_one, num_warps=warps, **launch_options(overlaps(x.device)))
     return out
 
 
@@ -90,5 +103,6 @@ def gated_act(x: Tensor, activation: str) -> Tensor:
     rows, width = x.shape[0], x.shape[1] // 2
     out = torch.empty((rows, width), dtype=x.dtype, device=x.device)
     _gated_act_kernel[rows, triton.cdiv(width, GATE_BLOCK)](x, out, x.stride(0), WIDTH=width, BLOCK=GATE_BLOCK,
-                                                            GELU=activation == "gelu_tanh", num_warps=4)
+                                                            GELU=activation == "gelu_tanh", num_warps=4,
+                                                            **launch_options(overlaps(x.device)))
     return out

@@ -74,13 +74,24 @@ def gated_act(x: Tensor, activation: str) -> Tensor:
     return (F.silu(gate) if activation == "silu" else F.gelu(gate, approximate="tanh")) * up
 
 
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None) -> Tensor:
+    """x [T, K] times weight [N, K] transposed, plus bias [N] -> [T, N]; into `out`, contiguous, if given (then without bias)."""
+    return F.linear(x, weight, bias) if out is None else torch.mm(x, weight.t(), out=out)
+
+
+def gated_linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
+    """linear with the weight [gate | up], [2 I, K], then gated_act -> [T, I]."""
+    return gated_act(linear(x, weight, bias, None), activation)
+
+
 def rope_and_cache(qkv: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, eps: float, plus_one: bool, cos_sin: Tensor,
-                   positions: Tensor, slots: Tensor, k_cache: Tensor, v_cache: Tensor, num_heads: int) -> Tensor:
+                   positions: Tensor, slots: Tensor, k_cache: Tensor, v_cache: Tensor, num_heads: int,
+                   kv_scales: Tensor | None = None) -> Tensor:
     """Optional RMSNorm of each head of q and k, rotary embedding, keys and values into the cache; returns q [T, H, D].
 
     qkv: [T, (H + 2 K) D]. cos_sin: float32 [positions, rotary], cosines then sines of rotary / 2 frequencies each, halves rotated
     against each other (arXiv 2104.09864, the layout of Llama checkpoints); dimensions past `rotary` pass through.
-    Caches: [pages, K, P, D].
+    Caches: [pages, K, P, D]. In float8_e4m3fn they hold keys and values over kv_scales, float32 [2, K], of keys, then of values.
     """
     _, kv_heads, page, dim = k_cache.shape
     q, k, v = qkv.view(qkv.shape[0], -1, dim).split([num_heads, kv_heads, kv_heads], dim=1)
@@ -91,6 +102,8 @@ def rope_and_cache(qkv: Tensor, q_weight: Tensor | None, k_weight: Tensor | None
     cos, sin = cos_sin[positions.long()].unsqueeze(1).chunk(2, dim=-1)
     q, k = _rotate(q, cos, sin), _rotate(k, cos, sin)
     slot = slots.long()
+    if kv_scales is not None:
+        k, v = ((x.float() / scale[:, None]).clamp(-E4M3_MAX, E4M3_MAX) for x, scale in zip((k, v), kv_scales, strict=True))
     k_cache[slot // page, :, slot % page] = k.to(k_cache.dtype)
     v_cache[slot // page, :, slot % page] = v.to(v_cache.dtype)
     return q
@@ -102,6 +115,105 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat([(a * cos - b * sin).to(x.dtype), (b * cos + a * sin).to(x.dtype), rest], dim=-1)
 
 
+def copy_pages(storage: Tensor, pages: Tensor) -> None:
+    """storage [A, pages, ...]: what is on page pages[i, 0] goes to page pages[i, 1], int32 [C, 2], in all A at once.
+
+    No page is copied to twice, and none that is copied from is copied to.
+    """
+    source, target = pages.long().unbind(1)
+    storage[:, target] = storage[:, source]
+
+
+# --- quantised weights ----------------------------------------------------------------------------------------------------------
+#
+# Integer weights: codes with a scale and a zero point for every `group` inputs, weight = (code - zero) * scale in the dtype of
+# scales, which is that of x. scales and zeros: [N, K / group]. zeros: whole as uint8, broken in the dtype of scales; None: the
+# middle code, 8 of 16 or 128 of 256.
+# perm int32 [K]: column i of the codes belongs to input perm[i] (GPTQ's act-order); None: in order.
+
+# Nibble j of a word is column NIBBLES[j] of its eight: neighbours lie 16 bits apart, which is where a pair of halves wants them.
+NIBBLES = (0, 2, 4, 6, 1, 3, 5, 7)
+E4M3_MAX = 448.0        # largest float8_e4m3fn
+FP8_BLOCK = 128
+
+
+def w4_pack(codes: Tensor) -> Tensor:
+    """uint8 [N, K] of values 0 to 15, K a multiple of 8 -> int32 [N, K / 8], the layout of w4_matmul."""
+    packed = torch.zeros(codes.shape[0], codes.shape[1] // 8, dtype=torch.int32, device=codes.device)
+    for j, at in enumerate(NIBBLES):
+        packed |= codes[:, at::8].int() << (4 * j)
+    return packed
+
+
+def w4_unpack(packed: Tensor) -> Tensor:
+    """The codes that w4_pack packed, uint8 [N, K]."""
+    codes = torch.empty(*packed.shape, 8, dtype=torch.uint8, device=packed.device)
+    for j, at in enumerate(NIBBLES):
+        codes[..., at] = packed >> (4 * j) & 15
+    return codes.flatten(1)
+
+
+def dequantize_int(codes: Tensor, scales: Tensor, zeros: Tensor | None, group: int, middle: int) -> Tensor:
+    """Codes uint8 [N, K] as weights [N, K] in the dtype of scales, columns in the codes' order."""
+    grouped = codes.view(codes.shape[0], -1, group).to(scales.dtype)
+    return ((grouped - (middle if zeros is None else zeros[..., None])) * scales[..., None]).flatten(1)
+
+
+def dequantize_symmetric(codes: Tensor, scales: Tensor, group: int) -> Tensor:
+    """8-bit codes uint8 [N, K], 128 the middle, as weights [N, K] in the dtype of scales [N, K / group]."""
+    return dequantize_int(codes, scales, None, group, 128)
+
+
+def w4_matmul(x: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor | None, group: int, bias: Tensor | None = None,
+              perm: Tensor | None = None) -> Tensor:
+    """x [M, K] times 4-bit weights, packed by w4_pack -> [M, N]; bias [N] in x's dtype."""
+    zeros = torch.full_like(scales, 8, dtype=torch.uint8) if zeros is None else zeros
+    return w8_matmul(x, w4_unpack(packed), scales, zeros, group, bias, perm)
+
+
+def w8_pack(codes: Tensor) -> Tensor:
+    """uint8 [N, K] -> the layout of w8_matmul, here the codes themselves."""
+    return codes.contiguous()
+
+
+def w8_matmul(x: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor | None, group: int, bias: Tensor | None = None,
+              perm: Tensor | None = None) -> Tensor:
+    """x [M, K] times 8-bit weights, packed by w8_pack -> [M, N]; bias [N] in x's dtype."""
+    if perm is not None:
+        x = x.index_select(1, perm)
+    return F.linear(x, dequantize_int(packed, scales, zeros, group, 128), bias)
+
+
+def fp8_quantize(x: Tensor, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Rows of x [M, K] as float8_e4m3fn and what they were divided by, float32: `scale` [1], or [M, 1] of each row's largest."""
+    if scale is None:
+        scale = x.float().abs().amax(-1, keepdim=True).clamp_min(1e-12) / E4M3_MAX
+    return (x.float() / scale).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn), scale
+
+
+def fp8_matmul(x: Tensor, weight: Tensor, weight_scale: Tensor, input_scale: Tensor | None = None,
+               bias: Tensor | None = None) -> Tensor:
+    """x [M, K] times float8_e4m3fn weights [N, K], both quantised, sums in float32 -> [M, N] in x's dtype.
+
+    weight_scale: float32 [N], of output channels. input_scale: float32 [1], of all of x; None: each row is scaled by its largest.
+    """
+    quantised, scale = fp8_quantize(x, input_scale)
+    out = (quantised.float() @ weight.float().t()) * scale * weight_scale
+    return (out if bias is None else out + bias.float()).to(x.dtype)
+
+
+def fp8_block_matmul(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x [M, K] times float8_e4m3fn weights [N, K] with a scale for every 128 x 128 block, float32 [N / 128, K / 128] -> [M, N].
+
+    Every 128 inputs of a row of x are scaled by their largest (DeepSeek-V3, arXiv 2412.19437, section 3.3).
+    """
+    groups, scale = fp8_quantize(x.reshape(-1, FP8_BLOCK))
+    inputs = (groups.float() * scale).view(x.shape)
+    weights = weight.float() * weight_scale.repeat_interleave(FP8_BLOCK, 0).repeat_interleave(FP8_BLOCK, 1)
+    out = inputs @ weights.t()
+    return (out if bias is None else out + bias.float()).to(x.dtype)
+
+
 # --- attention ------------------------------------------------------------------------------------------------------------------
 
 QUERY_TILE = 128    # queries of one tile of prefill_attention's work list
@@ -110,7 +222,7 @@ PREFIX_TILE = 32    # rows of one tile of decode_attention's shared prefixes
 
 def decode_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, rows: Tensor, positions: Tensor,
                      scale: float, window: int, softcap: float, max_context: int, shared: Tensor | None = None,
-                     prefix_tiles: Tensor | None = None) -> Tensor:
+                     prefix_tiles: Tensor | None = None, out: Tensor | None = None, kv_scales: Tensor | None = None) -> Tensor:
     """One query a row: q [N, H, D] at positions [N] attends to positions 0 .. positions[i] of table row rows[i] -> [N, H, D].
 
     window > 0: only the last `window` positions, the query's own included. softcap > 0: scores become
@@ -118,13 +230,16 @@ def decode_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: T
     max_context: an upper bound of positions + 1, known on the host.
     shared [N], prefix_tiles [M, 2]: rows tiles[j, 0] .. + tiles[j, 1] (at most PREFIX_TILE) have the same first shared[i] keys
     and values, so a kernel may read them once; 0: none. No window then. They change how the result is computed, not what it is.
+    out: where to write the result; None: a new tensor.
+    kv_scales [2, K]: of float8_e4m3fn caches, see rope_and_cache.
     """
     n, heads, dim = q.shape
     kv_heads, page = k_cache.shape[1], k_cache.shape[2]
     first = max(0, int(positions.min()) + 1 - window) // page if window else 0
     pages = block_table[rows.long(), first : (max_context + page - 1) // page].long()
-    k = k_cache[pages].transpose(1, 2).reshape(n, kv_heads, -1, dim)
-    v = v_cache[pages].transpose(1, 2).reshape(n, kv_heads, -1, dim)
+    k, v = _read(q, k_cache, v_cache, pages, kv_scales)
+    k = k.transpose(1, 2).reshape(n, kv_heads, -1, dim)
+    v = v.transpose(1, 2).reshape(n, kv_heads, -1, dim)
     where = first * page + torch.arange(k.shape[2], device=q.device)
     last = positions.long().unsqueeze(1)
     visible = where <= last
@@ -134,25 +249,37 @@ def decode_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: T
     if softcap:
         scores = softcap * torch.tanh(scores / softcap)
     scores = scores.float().masked_fill(~visible[:, None, None], NEG_INF)
-    return (torch.softmax(scores, -1).to(v.dtype) @ v).reshape(n, heads, dim).to(q.dtype)
+    out = torch.empty_like(q) if out is None else out
+    return out.copy_((torch.softmax(scores, -1).to(v.dtype) @ v).reshape(n, heads, dim))
+
+
+def _read(q: Tensor, k_cache: Tensor, v_cache: Tensor, pages: Tensor, kv_scales: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Keys and values of these pages, [*pages.shape, K, P, D], as the numbers that they stand for."""
+    k, v = k_cache[pages], v_cache[pages]
+    if kv_scales is not None:
+        k, v = ((x.float() * scale[:, None, None]).to(q.dtype) for x, scale in zip((k, v), kv_scales, strict=True))
+    return k, v
 
 
 def prefill_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, rows: Tensor, starts: Tensor,
-                      cu_q: Tensor, tiles: Tensor, scale: float, window: int, softcap: float) -> Tensor:
+                      cu_q: Tensor, tiles: Tensor, scale: float, window: int, softcap: float,
+                      out: Tensor | None = None, kv_scales: Tensor | None = None) -> Tensor:
     """Several queries a row: q [T, H, D]; row i's stand at cu_q[i] .. cu_q[i + 1] and start at position starts[i] of row rows[i].
 
     Each attends to all positions up to its own (keys and values of the step are in the cache already) -> [T, H, D].
     tiles [M, 2]: (i, first query) of every tile of QUERY_TILE queries, the kernel's work list; not needed here.
+    out: where to write the result; None: a new tensor.
     """
-    out = torch.empty_like(q)
+    out = torch.empty_like(q) if out is None else out
     heads, page = q.shape[1], k_cache.shape[2]
     groups = heads // k_cache.shape[1]
     for row, start, begin, end in zip(rows.tolist(), starts.tolist(), cu_q[:-1].tolist(), cu_q[1:].tolist(), strict=True):
         context = start + end - begin
         first = max(0, start + 1 - window) // page if window else 0
         pages = block_table[row, first : (context + page - 1) // page].long()
-        k = k_cache[pages].transpose(0, 1).flatten(1, 2)[:, : context - first * page]
-        v = v_cache[pages].transpose(0, 1).flatten(1, 2)[:, : context - first * page]
+        k, v = _read(q, k_cache, v_cache, pages, kv_scales)
+        k = k.transpose(0, 1).flatten(1, 2)[:, : context - first * page]
+        v = v.transpose(0, 1).flatten(1, 2)[:, : context - first * page]
         where = torch.arange(first * page, context, device=q.device)
         at = torch.arange(start, context, device=q.device).unsqueeze(1)
         visible = where <= at
@@ -188,6 +315,34 @@ def mask_logits(logits: Tensor, mask: Tensor, index: Tensor) -> None:
     allowed = F.pad(allowed, (0, max(0, width - allowed.shape[1])))[:, :width]
     rows = index.long()
     logits[rows] = torch.where(allowed, logits[rows], NEG_INF)
+
+
+# Columns of an automaton state's line [N, 4] int32: which mask, where its steps begin, which row of classes.
+STATE_MASK, STATE_NEXT, STATE_CLASSES = range(3)
+STATE_COLUMNS = 4
+
+
+def mask_by_state(logits: Tensor, states: Tensor, rows: Tensor, table: Tensor, masks: Tensor) -> None:
+    """logits[i, v] = -inf in place where the state of row rows[i] forbids token v; state 0 forbids nothing.
+
+    states: [R], of each table row. table: [N, STATE_COLUMNS]. masks: [M, ceil(V / 32)], bits of allowed tokens, little-endian.
+    """
+    state = states[rows.long()].long()
+    index = state.nonzero().flatten()
+    if index.numel():
+        mask_logits(logits, masks[table[state[index], STATE_MASK].long()], index)
+
+
+def advance(states: Tensor, rows: Tensor, sampled: Tensor, table: Tensor, next: Tensor, classes: Tensor) -> None:
+    """Move states[rows[i]] on by the token sampled[i], in place; 0 stays, and what is not allowed leads to 0.
+
+    next: flat [...], of each state and class the next state, or -1; classes: int16 [G, V], of each token. Rows must not repeat.
+    """
+    state = states[rows.long()].long()
+    line = table[state]
+    kind = classes[line[:, STATE_CLASSES].long(), sampled.long()]
+    after = next[(line[:, STATE_NEXT] + kind).long()].clamp(min=0)
+    states[rows.long()] = torch.where(state > 0, after, 0)
 
 
 def apply_penalties(logits: Tensor, index: Tensor, tokens: Tensor, rows: Tensor, prompt_len: Tensor, length: Tensor,

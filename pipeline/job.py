@@ -187,7 +187,7 @@ def fingerprint(config: RunConfig, spec: GuideSpec | None, identity: Mapping[str
         "sampling": config.effective_sampling.model_dump(mode="json"),
         "seed": config.seed,
         "input": {key: value for key, value in sections["input"].items() if key != "threads"},
-        "engine": {key: sections["engine"][key] for key in ("dtype", "max_model_len")},
+        "engine": {key: sections["engine"][key] for key in ("dtype", "quantization", "max_model_len")},
         "guided": {key: sections["guided"][key] for key in ("backend", "whitespace", "extra_keys", "on_unsupported", "retries")},
         "model": {"tool_format": sections["model"]["tool_format"]},
     }

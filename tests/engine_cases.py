@@ -16,7 +16,6 @@ from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.guided.grammar import GrammarBackend
 from engine.layers.attention import StepInputs
-from engine.memory import make_caches
 from engine.models.decoder import Decoder
 from engine.request import Completion, Request, SamplingParams
 from engine.weights import open_checkpoint
@@ -76,10 +75,11 @@ def mixed_requests(count: int = 16, shared: int = 50) -> list[Request]:
     return make_requests(random_prompts(count, seed=3, longest=60, shared=shared), params)
 
 
-def load_decoder(path: Path, dtype: torch.dtype, device: str = "cpu") -> Decoder:
+def load_decoder(path: Path, dtype: torch.dtype, device: str = "cpu", quantization: str = "stored",
+                 fp8_kv: bool = False) -> Decoder:
     """The bare model, for at most 512 positions."""
     checkpoint = open_checkpoint(path)
-    model = Decoder(checkpoint.spec, dtype, 512, torch.device(device))
+    model = Decoder(checkpoint.spec, dtype, 512, torch.device(device), quantization, fp8_kv)
     model.load(checkpoint)
     return model
 
@@ -92,7 +92,7 @@ def full_logits(model: Decoder, tokens: Sequence[int], decode: int = 0) -> Tenso
     """
     device, page, total = model.embedding.weight.device, 16, len(tokens)
     pages = -(-total // page)
-    caches = make_caches(model, pages + 1, page, device)
+    caches = model.make_cache(pages + 1, page).layers
 
     def ints(values: Sequence[Any]) -> Tensor:
         return torch.tensor(values, dtype=torch.int32, device=device)

@@ -5,6 +5,7 @@ What is expected is computed in float64, or is exact; what must not be written h
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import ModuleType
 
 import torch
@@ -54,6 +55,30 @@ def check_gated_act(kernels: ModuleType, like: Tensor, tokens: int, width: int, 
     gate, up = x.double().chunk(2, -1)
     act = F.silu(gate) if activation == "silu" else gate * torch.sigmoid(2 * (2 / torch.pi) ** 0.5 * (gate + 0.044715 * gate**3))
     torch.testing.assert_close(kernels.gated_act(x, activation).double(), act * up, rtol=RELATIVE[x.dtype], atol=3e-6)
+
+
+# --- dense layers ---------------------------------------------------------------------------------------------------------------
+
+
+def check_linear(run: Callable[..., Tensor], like: Tensor, m: int, features: int, depth: int, activation: str = "",
+                 bias: bool = False) -> None:
+    """`run` takes what kernels.gemm_skinny.product takes, but for the tile; x stands in wider rows."""
+    x = randn(m, depth + 16, like=like)[:, :depth]
+    weight = randn(features, depth, like=like) / depth**0.5
+    shift = randn(features, like=like) if bias else None
+    want = x.double() @ weight.double().T
+    if shift is not None:
+        want += shift.double()
+    size = float(want.abs().max())
+    if activation:
+        gate, up = want.to(like.dtype).double().chunk(2, -1)
+        act = F.silu(gate) if activation == "silu" else F.gelu(gate, approximate="tanh")
+        want, size = act * up, size * float(up.abs().max())
+    out, again = (torch.full_like(want, float("nan"), dtype=like.dtype) for _ in range(2))
+    assert run(x, weight, shift, activation, out) is out
+    torch.testing.assert_close(out.double(), want, rtol=RELATIVE[like.dtype], atol=RELATIVE[like.dtype] * size)
+    run(x, weight, shift, activation, again)
+    assert torch.equal(out, again)
 
 
 # --- rotary embedding and cache -------------------------------------------------------------------------------------------------
@@ -239,6 +264,37 @@ def check_mask(kernels: ModuleType, like: Tensor, n: int, width: int, words: int
     assert torch.equal(logits.cpu(), want)
 
 
+def check_automaton(kernels: ModuleType, like: Tensor, n: int, width: int) -> None:
+    """Rows in random states of two random automata, or in none: their masks, then their steps, against plain loops."""
+    words, rows_of_table = -(-width // 32), n + 5
+    masks = torch.randint(-(2**31), 2**31, (7, words)).int()
+    classes = torch.randint(0, 6, (3, width)).short()
+    sizes = {1: 4, 2: 6}                                        # classes of each automaton
+    table, steps = torch.zeros(1, ref.STATE_COLUMNS, dtype=torch.int32), torch.zeros(3, dtype=torch.int32)
+    for kind in (1, 2, 1):
+        classes[kind] %= sizes[kind]
+        line = torch.tensor([[int(torch.randint(0, 7, ())), steps.numel(), kind, 0]], dtype=torch.int32)
+        table, steps = torch.cat([table, line]), torch.cat([steps, torch.randint(-1, 4, (sizes[kind],)).int()])
+    states = torch.randint(0, 4, (rows_of_table,)).int()
+    rows = torch.randperm(rows_of_table)[:n].int()
+    sampled = torch.randint(0, width, (n,)).int()
+    logits = randn(n, width + 16, like=like)[:, :width]
+    want, after = logits.cpu().clone(), states.clone()
+    for i, row in enumerate(rows.tolist()):
+        if not (state := int(states[row])):
+            continue
+        mask, first, kind, _ = table[state].tolist()
+        allowed = (masks[mask][:, None] >> torch.arange(32)).flatten()[:width] & 1
+        want[i] = want[i].masked_fill(allowed == 0, ref.NEG_INF)
+        after[row] = max(0, int(steps[first + int(classes[kind, int(sampled[i])])]))
+    device = like.device
+    states, rows, table = states.to(device), rows.to(device), table.to(device)
+    kernels.mask_by_state(logits, states, rows, table, masks.to(device))
+    assert torch.equal(logits.cpu(), want)
+    kernels.advance(states, rows, sampled.to(device), table, steps.to(device), classes.to(device))
+    assert torch.equal(states.cpu(), after)
+
+
 @triton.jit
 def _noise_kernel(out, keys, second_keys, V, BLOCK: tl.constexpr):
     i = tl.program_id(0)
@@ -285,3 +341,14 @@ def chi_square_holds(counts: Tensor, probs: Tensor) -> bool:
     freedom = counts.numel() - 1
     statistic = float(((counts - expected) ** 2 / expected.clamp(min=1e-9)).sum())
     return statistic < freedom + 5 * (2 * freedom) ** 0.5
+
+
+def check_copy_pages(kernels: ModuleType, dtype: torch.dtype, device: str, shape: tuple[int, ...] = (6, 40, 3, 16, 80)) -> None:
+    """Pages copied in all parts at once, one of them to several places; nothing else changes."""
+    storage = torch.randn(shape, device=device).to(dtype)
+    pages = torch.tensor([(1, 30), (1, 31), (7, 2), (39, 3)], dtype=torch.int32, device=device)
+    want = storage.clone()
+    for source, target in pages.tolist():
+        want[:, target] = storage[:, source]
+    kernels.copy_pages(storage, pages)
+    assert torch.equal(storage, want)

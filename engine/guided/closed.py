@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from engine.guided.automaton import TokenAutomaton
 from engine.guided.closing import Closer
 from engine.guided.grammar import SchemaError
 from engine.guided.vocabulary import GrammarVocabulary
@@ -18,6 +19,8 @@ class ClosedGrammar:
     closer: of the same language. check: text -> value; raises ValueError where the text is not a valid output.
     minimal: a short valid output, int32 tokens; min_tokens is its length.
     """
+
+    automaton: TokenAutomaton | None = None              # see Grammar
 
     def __init__(self, vocabulary: GrammarVocabulary, closer: Closer, check: Callable[[str], Any]) -> None:
         self.vocabulary, self.check, self._closer = vocabulary, check, closer

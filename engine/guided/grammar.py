@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from engine.guided.automaton import TokenAutomaton
+
 if TYPE_CHECKING:
     from engine.guided.tools import Tool
 
@@ -49,6 +51,7 @@ class Grammar(Protocol):
 
     min_tokens: int      # an upper bound on the fewest tokens a valid output needs
     minimal: np.ndarray  # such an output: int32 [min_tokens]
+    automaton: TokenAutomaton | None     # lets through what the guides do
 
     def check(self, text: str) -> Any:
         """The value of a finished output: parsed JSON, or the text itself for regex and choice. ValueError if it is not valid."""

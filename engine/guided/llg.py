@@ -5,19 +5,22 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from llguidance import LLExecutor, LLMatcher, LLParserLimits, LLTokenizer
 
+from engine.guided.automaton import MAX_STATES, TokenAutomaton, Vocabulary, token_automaton
+from engine.guided.byte_dfa import ByteDfa, TooLarge
 from engine.guided.closed import ClosedGrammar
 from engine.guided.closing import Closer, byte_tokenizer
 from engine.guided.distinct import CallScanner, Scanner, Unique, either
 from engine.guided.front import parse_schema
 from engine.guided.grammar import SchemaError
 from engine.guided.hints import example, schema_hints
-from engine.guided.lower import lower
+from engine.guided.lower import Lowered, lower
+from engine.guided.regular import NotRegular, choice_dfa, schema_dfa
 from engine.guided.simple import choice_check, validator_of
 from engine.guided.tool_formats import FORMATS
 from engine.guided.tools import Tool, ToolCheck, allowed
@@ -35,6 +38,10 @@ WHITESPACE: dict[str, JsonCompileOptions] = {
     "compact": {"whitespace_flexible": False, "item_separator": ",", "key_separator": ":", "json_allowed_escapes": _ESCAPES},
     "flexible": {"whitespace_flexible": True, "json_allowed_escapes": _ESCAPES},
 }
+
+# Grammars that are made an automaton, the first ones: that doubles the time to compile, takes megabytes, and pays where many rows
+# have the same grammar.
+MAX_AUTOMATA = 256
 
 
 def default_limits() -> LLParserLimits:
@@ -118,13 +125,15 @@ class DistinctGuide(LLGuide):
 
 class LLGrammar(ClosedGrammar):
     """hints, is_json, opening: see Closer. notes: (JSON pointer, what the grammar leaves out of what the schema allows).
-    scanner: makes what follows keys and items that must differ, see Scanner; None: none must."""
+    scanner: makes what follows keys and items that must differ, see Scanner; None: none must.
+    automaton: the same grammar as a table, where it is regular and small enough; else rows need guides."""
 
     def __init__(self, backend: LLGuidanceBackend, source: str, check: Callable[[str], Any], hints: Sequence[bytes] = (),
                  is_json: bool = True, scanner: Callable[[], Scanner] | None = None, notes: Sequence[tuple[str, str]] = (),
-                 vocabulary: GrammarVocabulary | None = None, opening: bytes = b"") -> None:
+                 vocabulary: GrammarVocabulary | None = None, opening: bytes = b"",
+                 automaton: TokenAutomaton | None = None) -> None:
         vocabulary = vocabulary or backend.vocabulary
-        self.notes, self._scanner = notes, scanner
+        self.notes, self._scanner, self.automaton = notes, scanner, automaton
         self._matcher = _matcher(vocabulary.tokenizer, source, backend.limits)
         by_bytes = _matcher(byte_tokenizer(), source, backend.limits)
         super().__init__(vocabulary, Closer(by_bytes, vocabulary.tokenize, check, hints, is_json, scanner, opening), check)
@@ -173,8 +182,13 @@ class LLGuidanceBackend:
         self._lock = threading.Lock()
         self._end = [t for t in eos_token_ids if t < vocab_size]
         self._executor = LLExecutor(threads)
+        self._tries = iter(range(MAX_AUTOMATA))
         # The mask llguidance writes: as wide as the larger of its vocabulary and the logits.
         self._words = (self.vocabulary.size + 31) // 32
+
+    @cached_property
+    def _texts(self) -> Vocabulary:
+        return Vocabulary(self.vocabulary.token_bytes[: self.vocab_size])
 
     def compile_schema(self, schema: str | dict[str, Any] | bool) -> LLGrammar:
         original = parse_schema(schema) if isinstance(schema, str) else schema
@@ -182,7 +196,8 @@ class LLGuidanceBackend:
         validator = validator_of(original)
         source = LLMatcher.grammar_from_json_schema(json.dumps(lowered.schema), overrides=WHITESPACE[self.whitespace])
         scanner = None if lowered.distinct is None else partial(Scanner, lowered.distinct)
-        return LLGrammar(self, source, validator.check, schema_hints(lowered.schema), scanner=scanner, notes=lowered.notes)
+        return LLGrammar(self, source, validator.check, schema_hints(lowered.schema), scanner=scanner, notes=lowered.notes,
+                         automaton=self._automaton(lambda: self._regular(lowered)))
 
     def compile_loose(self, schema: str | dict[str, Any] | bool) -> LooseGrammar:
         """The keywords that the engine knows, the others left out; any JSON where even that cannot be."""
@@ -213,8 +228,27 @@ class LLGuidanceBackend:
 
     def compile_choice(self, choices: Sequence[str]) -> LLGrammar:
         check = choice_check(choices)
-        lark = "start: " + " | ".join(json.dumps(c, ensure_ascii=False) for c in dict.fromkeys(choices))
-        return LLGrammar(self, LLMatcher.grammar_from_lark(lark), check, is_json=False)
+        options = list(dict.fromkeys(choices))
+        lark = "start: " + " | ".join(json.dumps(c, ensure_ascii=False) for c in options)
+        return LLGrammar(self, LLMatcher.grammar_from_lark(lark), check, is_json=False,
+                         automaton=self._automaton(lambda: choice_dfa(options, MAX_STATES)))
+
+    def _regular(self, lowered: Lowered) -> ByteDfa:
+        style = WHITESPACE[self.whitespace]
+        comma, colon = style.get("item_separator"), style.get("key_separator")
+        if lowered.distinct is not None or comma is None or colon is None:      # no separators: white space as the model likes
+            raise NotRegular
+        return schema_dfa(lowered.schema, comma, colon, MAX_STATES)
+
+    def _automaton(self, build: Callable[[], ByteDfa]) -> TokenAutomaton | None:
+        """None where guides are to serve: the language is not regular, its tables are too large, or many have some already."""
+        try:
+            dfa = build()
+            if next(self._tries, None) is None:
+                return None
+            return token_automaton(dfa, self._texts, self.vocabulary.tokenize, self._end, self.vocab_size)
+        except (NotRegular, TooLarge):
+            return None
 
     def compile_tools(self, form: str, tools: Sequence[Tool], choice: str) -> LLGrammar:
         """Outputs that call tools (read_tools) as `choice` (read_choice, but "none") has it, in a format of tool_formats."""

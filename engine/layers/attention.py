@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from engine.layers.linear import Linear, LinearMethod
+from engine.layers.linear import MethodOf, make_linear
 from engine.layers.norm import RMSNorm
 from engine.models.spec import ModelSpec
 from kernels import ops
@@ -34,21 +35,37 @@ class StepInputs:
 
 @dataclass(slots=True)
 class LayerCache:
-    """Keys and values of one layer, [pages, kv heads, page size, head dim] each."""
+    """Keys and values of one layer, [pages, kv heads, page size, head dim] each; as FP8, over `scales` [2, kv heads]."""
 
     k: Tensor
     v: Tensor
+    scales: Tensor | None = None
+
+
+class KVCache:
+    """All layers' keys and values in one tensor, [2 layers, pages, kv heads, page size, head dim]: one launch copies a page.
+
+    Zeroed, since masked slots are multiplied too, and 0 x NaN is NaN.
+    """
+
+    def __init__(self, spec: ModelSpec, pages: int, page_size: int, dtype: torch.dtype, device: torch.device,
+                 scales: Sequence[Tensor | None] | None = None) -> None:
+        shape = (2 * spec.num_layers, pages, spec.num_kv_heads, page_size, spec.head_dim)
+        self.storage = torch.zeros(shape, dtype=dtype, device=device)
+        scales = scales or [None] * spec.num_layers
+        self.layers = [LayerCache(self.storage[2 * i], self.storage[2 * i + 1], scales[i]) for i in range(spec.num_layers)]
 
 
 class Attention(nn.Module):
-    def __init__(self, spec: ModelSpec, index: int, prefix: str, method: LinearMethod, dtype: torch.dtype) -> None:
+    def __init__(self, spec: ModelSpec, index: int, prefix: str, method_of: MethodOf, dtype: torch.dtype) -> None:
         super().__init__()
         heads, kv_heads, dim = spec.num_heads, spec.num_kv_heads, spec.head_dim
         self.num_heads, self.scale, self.softcap = heads, spec.attn_scale, spec.attn_softcap
         self.window, self.eps, self.plus_one = spec.layers[index].window, spec.norm_eps, spec.norm_plus_one
         parts = [(f"{prefix}.q_proj", heads * dim), (f"{prefix}.k_proj", kv_heads * dim), (f"{prefix}.v_proj", kv_heads * dim)]
-        self.qkv = Linear(spec.hidden_size, parts, bias=spec.qkv_bias, dtype=dtype, method=method)
-        self.out = Linear(heads * dim, [(f"{prefix}.o_proj", spec.hidden_size)], bias=spec.o_bias, dtype=dtype, method=method)
+        self.qkv = make_linear(spec.hidden_size, parts, bias=spec.qkv_bias, dtype=dtype, method_of=method_of)
+        self.out = make_linear(heads * dim, [(f"{prefix}.o_proj", spec.hidden_size)], bias=spec.o_bias, dtype=dtype,
+                               method_of=method_of)
         if spec.qk_norm:
             self.q_norm: RMSNorm | None = RMSNorm(dim, f"{prefix}.q_norm", eps=self.eps, plus_one=self.plus_one, dtype=dtype)
             self.k_norm: RMSNorm | None = RMSNorm(dim, f"{prefix}.k_norm", eps=self.eps, plus_one=self.plus_one, dtype=dtype)
@@ -59,17 +76,17 @@ class Attention(nn.Module):
         q_weight = self.q_norm.weight if self.q_norm is not None else None
         k_weight = self.k_norm.weight if self.k_norm is not None else None
         q = ops.rope_and_cache(self.qkv(x), q_weight, k_weight, self.eps, self.plus_one, cos_sin, step.positions, step.slots,
-                               cache.k, cache.v, self.num_heads)
+                               cache.k, cache.v, self.num_heads, cache.scales)
         return self.out(self._attend(q, step, cache).flatten(1))
 
     def _attend(self, q: Tensor, step: StepInputs, cache: LayerCache) -> Tensor:
-        n, outputs = step.num_decode, []
+        n, out = step.num_decode, torch.empty_like(q)
         if n:
-            outputs.append(ops.decode_attention(q[:n], cache.k, cache.v, step.block_table, step.decode_rows, step.positions[:n],
-                                                self.scale, self.window, self.softcap, step.max_context, step.shared,
-                                                step.prefix_tiles))
+            ops.decode_attention(q[:n], cache.k, cache.v, step.block_table, step.decode_rows, step.positions[:n], self.scale,
+                                 self.window, self.softcap, step.max_context, step.shared, step.prefix_tiles, out[:n],
+                                 cache.scales)
         if (step.rest_rows is not None and step.rest_starts is not None and step.rest_cu_q is not None
                 and step.tiles is not None):
-            outputs.append(ops.prefill_attention(q[n:], cache.k, cache.v, step.block_table, step.rest_rows, step.rest_starts,
-                                                 step.rest_cu_q, step.tiles, self.scale, self.window, self.softcap))
-        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+            ops.prefill_attention(q[n:], cache.k, cache.v, step.block_table, step.rest_rows, step.rest_starts, step.rest_cu_q,
+                                  step.tiles, self.scale, self.window, self.softcap, out[n:], cache.scales)
+        return out

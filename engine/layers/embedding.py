@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engine.layers.linear import copy_checked
+from kernels import ops
 
 if TYPE_CHECKING:
     from engine.weights import Checkpoint
@@ -32,4 +33,4 @@ class Embedding(nn.Module):
 
     def logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
         """hidden [N, hidden_size] -> [N, vocab_size], as the LM head of a tied model or of its own; into `out` if given."""
-        return torch.mm(hidden, self.weight.t(), out=out)
+        return ops.linear(hidden, self.weight, out=out)

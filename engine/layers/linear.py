@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from itertools import groupby
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+
+from engine.models.errors import ModelError
+from kernels import ops
 
 if TYPE_CHECKING:
     from engine.weights import Checkpoint
@@ -16,73 +19,137 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class ParamSpec:
-    """One tensor of a linear layer in the checkpoint's layout. `out_dim`: the dimension along which merged parts are joined."""
+    """One tensor of a linear layer in the checkpoint's layout.
+
+    `out_dim`: the dimension along which merged parts are joined; None: each part has the whole of it, and they are stacked in
+    front, [parts, *shape].
+    """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
-    out_dim: int
-    out_pack: int = 1        # output features in one stored element along out_dim
+    out_dim: int | None
+    out_pack: int = 1           # output features in one stored element along out_dim
+    optional: bool = False      # a layer may have none
 
 
 class LinearMethod(Protocol):
-    """How a weight format is stored, prepared and multiplied."""
+    """How a weight format is stored, prepared and multiplied. Layers whose methods are equal may be merged."""
 
     def specs(self, in_features: int, out_features: int, bias: bool, dtype: torch.dtype) -> dict[str, ParamSpec]:
         """The parameters by their name in the checkpoint (`weight`, `qweight` ...)."""
 
-    def finalize(self, layer: Linear) -> None:
-        """Once, after loading: transpose, repack, fold scales."""
+    def finalize(self, layer: Linear, stored: dict[str, Tensor]) -> dict[str, Tensor | None]:
+        """Once, after loading: what is stored, repacked, by the names that `apply` finds it under in the layer."""
 
     def apply(self, layer: Linear, x: Tensor) -> Tensor:
         """x [T, in_features] -> [T, out_features]."""
 
+    def apply_gated(self, layer: Linear, x: Tensor, activation: str) -> Tensor:
+        """ops.gated_act of the product of a layer [gate | up]: x [T, in_features] -> [T, out_features / 2]."""
+        return ops.gated_act(self.apply(layer, x), activation)
 
-class DenseMethod:
-    """Plain weights in the model's dtype; the product is cuBLAS's (or oneDNN's on CPU)."""
+
+MethodOf = Callable[[str], LinearMethod]    # of a layer by its name in the checkpoint
+
+
+@dataclass(frozen=True, slots=True)
+class DenseMethod(LinearMethod):
+    """Plain weights in the model's dtype."""
 
     def specs(self, in_features: int, out_features: int, bias: bool, dtype: torch.dtype) -> dict[str, ParamSpec]:
-        specs = {"weight": ParamSpec((out_features, in_features), dtype, out_dim=0)}
-        if bias:
-            specs["bias"] = ParamSpec((out_features,), dtype, out_dim=0)
-        return specs
+        return {"weight": ParamSpec((out_features, in_features), dtype, out_dim=0), **bias_spec(out_features, bias, dtype)}
 
-    def finalize(self, layer: Linear) -> None:
-        layer.bias = getattr(layer, "bias", None)
+    def finalize(self, layer: Linear, stored: dict[str, Tensor]) -> dict[str, Tensor | None]:
+        return {"weight": stored["weight"], "bias": stored.get("bias")}
 
     def apply(self, layer: Linear, x: Tensor) -> Tensor:
-        return F.linear(x, layer.weight, layer.bias)
+        return ops.linear(x, layer.weight, layer.bias)
+
+    def apply_gated(self, layer: Linear, x: Tensor, activation: str) -> Tensor:
+        return ops.gated_linear(x, layer.weight, layer.bias, activation)
+
+
+def bias_spec(out_features: int, bias: bool, dtype: torch.dtype) -> dict[str, ParamSpec]:
+    return {"bias": ParamSpec((out_features,), dtype, out_dim=0)} if bias else {}
 
 
 class Linear(nn.Module):
-    """y = x W^T + b over merged parts: `sources` are the checkpoint's prefixes, joined along the output in that order."""
+    """y = x W^T + b over merged parts: `sources` are the checkpoint's prefixes, joined along the output in that order.
 
-    weight: Tensor
-    bias: Tensor | None
+    Its tensors are made by load(), one layer after the other, so that no more than one stands in memory as it was stored.
+    """
+
+    if TYPE_CHECKING:
+        def __getattr__(self, name: str) -> Any: ...        # the format's own tensors
 
     def __init__(self, in_features: int, sources: Sequence[tuple[str, int]], *, bias: bool, dtype: torch.dtype,
                  method: LinearMethod) -> None:
         super().__init__()
         self.in_features, self.out_features = in_features, sum(width for _, width in sources)
-        self.sources, self.method = tuple(sources), method
+        self.sources, self.method, self.dtype, self.device = tuple(sources), method, dtype, torch.empty(0).device
         self.specs = method.specs(in_features, self.out_features, bias, dtype)
-        for name, spec in self.specs.items():
-            self.register_buffer(name, torch.empty(spec.shape, dtype=spec.dtype), persistent=False)
 
     def load(self, checkpoint: Checkpoint) -> None:
-        for name, spec in self.specs.items():
-            target, start = getattr(self, name), 0
-            for source, width in self.sources:
-                size = width // spec.out_pack
-                copy_checked(target.narrow(spec.out_dim, start, size), checkpoint.tensor(f"{source}.{name}"), f"{source}.{name}")
-                start += size
-        self.method.finalize(self)
+        stored = {name: self._read(checkpoint, name, spec) for name, spec in self.specs.items()
+                  if not spec.optional or any(checkpoint.has(f"{source}.{name}") for source, _ in self.sources)}
+        for source, _ in self.sources:
+            if "bias" not in stored and checkpoint.has(f"{source}.bias") and checkpoint.tensor(f"{source}.bias").any():
+                raise ModelError(f"tensor {source}.bias is not zero, but the model's config says that there is none")
+        for name, tensor in self.method.finalize(self, stored).items():
+            self.register_buffer(name, tensor, persistent=False)
+
+    def _read(self, checkpoint: Checkpoint, name: str, spec: ParamSpec) -> Tensor:
+        """One tensor of all parts, on the layer's device."""
+        shape = spec.shape if spec.out_dim is not None else (len(self.sources), *spec.shape)
+        target, start = torch.empty(shape, dtype=spec.dtype, device=self.device), 0
+        for i, (source, width) in enumerate(self.sources):
+            size = width // spec.out_pack
+            part = target[i] if spec.out_dim is None else target.narrow(spec.out_dim, start, size)
+            copy_checked(part, checkpoint.tensor(f"{source}.{name}"), f"{source}.{name}")
+            start += size
+        return target
 
     def forward(self, x: Tensor) -> Tensor:
         return self.method.apply(self, x)
 
+    def gated(self, x: Tensor, activation: str) -> Tensor:
+        """See LinearMethod.apply_gated."""
+        return self.method.apply_gated(self, x, activation)
+
+
+class Joined(nn.Module):
+    """Linear layers side by side: the parts of a merged layer that are stored in different formats."""
+
+    def __init__(self, parts: Sequence[Linear]) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList(parts)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([part(x) for part in self.parts], dim=-1)
+
+    def gated(self, x: Tensor, activation: str) -> Tensor:
+        """See LinearMethod.apply_gated."""
+        return ops.gated_act(self(x), activation)
+
+
+def make_linear(in_features: int, sources: Sequence[tuple[str, int]], *, bias: bool, dtype: torch.dtype,
+                method_of: MethodOf) -> Linear | Joined:
+    """One layer of all sources where they are stored alike, else as few as can be, side by side."""
+    runs = [(method, list(run)) for method, run in groupby(sources, lambda source: method_of(source[0]))]
+    parts = [Linear(in_features, run, bias=bias, dtype=dtype, method=method) for method, run in runs]
+    return parts[0] if len(parts) == 1 else Joined(parts)
+
 
 def copy_checked(target: Tensor, source: Tensor, name: str) -> None:
-    """target <- source, converted to its dtype; a wrong shape is an error that names the tensor."""
+    """target <- source, converted between plain float types; another shape or kind of type is an error that names the tensor."""
+    if target.numel() == source.numel() == 1:
+        source = source.view(target.shape)          # scales of one element are stored with and without a dimension
     if target.shape != source.shape:
         raise ValueError(f"tensor {name} has shape {list(source.shape)}, but the model's config asks for {list(target.shape)}")
+    if target.dtype != source.dtype and not (_plain(target) and _plain(source)):
+        raise ValueError(f"tensor {name} is stored as {source.dtype}, but the model's config asks for {target.dtype}")
     target.copy_(source)
+
+
+def _plain(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() and tensor.dtype.itemsize > 1

@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from engine.layers.attention import Attention, LayerCache, StepInputs
+from engine.layers.attention import Attention, KVCache, LayerCache, StepInputs
 from engine.layers.embedding import Embedding
-from engine.layers.linear import DenseMethod, Linear, LinearMethod
+from engine.layers.kv_scales import KVScales
+from engine.layers.linear import Linear, MethodOf
 from engine.layers.mlp import MLP
 from engine.layers.norm import RMSNorm
+from engine.layers.quantized import linear_methods
 from engine.layers.rope import cos_sin_table
 from engine.models.spec import ModelSpec
 
@@ -23,15 +25,15 @@ if TYPE_CHECKING:
 class Block(nn.Module):
     """Pre-norm block; the residual stream is carried beside x, so that each addition fuses with the norm that follows it."""
 
-    def __init__(self, spec: ModelSpec, index: int, method: LinearMethod, dtype: torch.dtype) -> None:
+    def __init__(self, spec: ModelSpec, index: int, method_of: MethodOf, dtype: torch.dtype) -> None:
         super().__init__()
         prefix = f"model.layers.{index}"
 
         def norm(name: str) -> RMSNorm:
             return RMSNorm(spec.hidden_size, f"{prefix}.{name}", eps=spec.norm_eps, plus_one=spec.norm_plus_one, dtype=dtype)
 
-        self.attention = Attention(spec, index, f"{prefix}.self_attn", method, dtype)
-        self.mlp = MLP(spec, f"{prefix}.mlp", method, dtype)
+        self.attention = Attention(spec, index, f"{prefix}.self_attn", method_of, dtype)
+        self.mlp = MLP(spec, f"{prefix}.mlp", method_of, dtype)
         self.input_norm = norm("input_layernorm")
         if spec.sandwich_norms:
             self.attention_out: nn.Module = norm("post_attention_layernorm")
@@ -49,25 +51,40 @@ class Block(nn.Module):
 
 
 class Decoder(nn.Module):
-    def __init__(self, spec: ModelSpec, dtype: torch.dtype, max_positions: int, device: torch.device) -> None:
+    """`quantization`: what becomes of linear layers' weights, see linear_methods. `fp8_kv`: keys and values are kept as e4m3."""
+
+    def __init__(self, spec: ModelSpec, dtype: torch.dtype, max_positions: int, device: torch.device,
+                 quantization: str = "stored", fp8_kv: bool = False) -> None:
         super().__init__()
-        method = DenseMethod()
+        method_of = linear_methods(spec, quantization, device)
         self.spec, self.dtype = spec, dtype
         with torch.device(device):
             self.embedding = Embedding(spec.vocab_size, spec.hidden_size, "model.embed_tokens", scale=spec.embed_scale,
                                        dtype=dtype)
-            self.blocks = nn.ModuleList(Block(spec, i, method, dtype) for i in range(spec.num_layers))
+            self.blocks = nn.ModuleList(Block(spec, i, method_of, dtype) for i in range(spec.num_layers))
             self.norm = RMSNorm(spec.hidden_size, "model.norm", eps=spec.norm_eps, plus_one=spec.norm_plus_one, dtype=dtype)
             self.head = self.embedding if spec.tied_embeddings else Embedding(
                 spec.vocab_size, spec.hidden_size, "lm_head", scale=1.0, dtype=dtype)
+            self.kv_scales = nn.ModuleList(KVScales(spec, f"model.layers.{i}.self_attn") for i in range(spec.num_layers * fp8_kv))
+        self.kv_dtype = torch.float8_e4m3fn if fp8_kv else dtype
         tables = {rope: cos_sin_table(rope, max_positions, device) for rope in {layer.rope for layer in spec.layers}}
         self.cos_sin = [tables[layer.rope] for layer in spec.layers]
 
     def load(self, checkpoint: Checkpoint) -> None:
         """Fill every weight from the checkpoint; raises KeyError or ValueError naming a tensor that is missing or misshapen."""
         for module in self.modules():
-            if isinstance(module, (Embedding, Linear, RMSNorm)):
+            if isinstance(module, (Embedding, Linear, RMSNorm, KVScales)):
                 module.load(checkpoint)
+
+    def make_cache(self, pages: int, page_size: int) -> KVCache:
+        """Room for the keys and values of so many pages."""
+        scales = [layer.get_buffer("scales") for layer in self.kv_scales]
+        return KVCache(self.spec, pages, page_size, self.kv_dtype, self.embedding.weight.device, scales)
+
+    def weight_bytes(self) -> int:
+        """Memory of the weights as they are kept."""
+        return sum(tensor.nbytes for module in self.modules() if isinstance(module, (Embedding, Linear, RMSNorm, KVScales))
+                   for tensor in module.buffers(recurse=False))
 
     def forward(self, step: StepInputs, caches: Sequence[LayerCache]) -> Tensor:
         """-> hidden states [T, hidden_size] after the last norm."""

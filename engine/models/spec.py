@@ -7,15 +7,15 @@ supported is refused by name, never ignored.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
+from engine.models.errors import ModelError as ModelError
+from engine.models.quantization import Quantization
 
-
-class ModelError(ValueError):
-    """A model that cannot be loaded: one line that names the file or key and what to do."""
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +37,8 @@ class RopeSpec:
 
     def inv_freq(self) -> torch.Tensor:
         """Radians a position, float32 [rotary_dim / 2]; worked out in float64."""
+        import torch  # here alone, so that a config can be checked without it
+
         exponent = torch.arange(0, self.rotary_dim, 2, dtype=torch.float64) / self.rotary_dim
         freq = self.theta**-exponent
         if self.scaling == "linear":
@@ -93,7 +95,7 @@ class ModelSpec:
     eos_token_ids: tuple[int, ...]
     bos_token_id: int | None
     dtype: str                        # of the stored weights: "bfloat16", "float16", "float32"
-    quantization: Mapping[str, Any] | None   # config.json's quantization_config
+    quantization: Quantization | None   # None: weights are plain
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> ModelSpec:
@@ -118,7 +120,8 @@ class ModelSpec:
         max_positions = _size(text, "max_position_embeddings")
         kinds, window = _attention_kinds(text, family, num_layers)
         ropes = {kind: _rope(text, family, kind, head_dim, max_positions) for kind in set(kinds)}
-        return cls(
+        stored = config.get("quantization_config") or text.get("quantization_config") or config.get("compression_config")
+        spec = cls(
             family=family,
             vocab_size=_size(text, "vocab_size"),
             hidden_size=hidden_size,
@@ -146,8 +149,27 @@ class ModelSpec:
             bos_token_id=text.get("bos_token_id", config.get("bos_token_id")),
             dtype=str(text.get("dtype") or text.get("torch_dtype") or config.get("dtype") or config.get("torch_dtype")
                       or "float32").removeprefix("torch."),
-            quantization=config.get("quantization_config") or text.get("quantization_config"),
+            quantization=Quantization.read(stored) if stored else None,
         )
+        if spec.quantization is not None:
+            spec.quantization.check(spec.linears())
+        return spec
+
+    @property
+    def gpu_dtype(self) -> str:
+        """What it runs in on a GPU unasked: bfloat16, but float16 for integer weights whose scales are that."""
+        return "float16" if self.quantization and self.quantization.integer and self.dtype == "float16" else "bfloat16"
+
+    def linears(self) -> Iterator[tuple[str, int, int]]:
+        """(name in checkpoints, inputs, outputs) of every linear layer of the blocks."""
+        hidden, wide = self.hidden_size, self.intermediate_size
+        heads, kv = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        for i in range(self.num_layers):
+            for name, inputs, outputs in (
+                    ("self_attn.q_proj", hidden, heads), ("self_attn.k_proj", hidden, kv), ("self_attn.v_proj", hidden, kv),
+                    ("self_attn.o_proj", heads, hidden), ("mlp.gate_proj", hidden, wide), ("mlp.up_proj", hidden, wide),
+                    ("mlp.down_proj", wide, hidden)):
+                yield f"model.layers.{i}.{name}", inputs, outputs
 
 
 def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -1,9 +1,9 @@
 """Attention on one GPU: decode in TB/s of keys and values, prefill in TFLOP/s, for several tiles.
 
-    python jobs/bench/attention.py [decode] [prefill]
+    python jobs/bench/attention.py [decode] [prefill] [fp8]
 
-Each call is checked on some rows against the torch twin. Times are of CUDA graphs of several calls over caches that do not fit in
-L2 together, median of the replays. NaN: does not fit on the chip.
+fp8: the caches hold e4m3, else bf16. Each call is checked on some rows against the torch twin. Times are of CUDA graphs of
+several calls over caches that do not fit in L2 together, median of the replays. NaN: does not fit on the chip.
 """
 
 from __future__ import annotations
@@ -55,9 +55,9 @@ class DecodeShape:
     def pages(self) -> int:
         return sum(-(-context // PAGE) for context in self.contexts)
 
-    def bytes(self, model: Model) -> int:
+    def bytes(self, model: Model, fp8: bool) -> int:
         """Of keys and values."""
-        return 2 * 2 * sum(self.contexts) * model.kv_heads * model.dim
+        return 2 * (1 if fp8 else 2) * sum(self.contexts) * model.kv_heads * model.dim
 
 
 @dataclass(frozen=True)
@@ -117,11 +117,15 @@ DECODE_WAYS = [
     DecodeWay((64, 4, 2), 1024), DecodeWay((64, 4, 3), 1024), DecodeWay((128, 4, 2), 1024), DecodeWay((32, 4, 4), 1024),
     DecodeWay((64, 4, 2), 512), DecodeWay((64, 4, 2), 2048),
 ]
+FP8_WAYS = [
+    DecodeWay((64, 4, 2), 1024), DecodeWay((64, 4, 3), 1024), DecodeWay((64, 4, 4), 1024), DecodeWay((128, 4, 2), 1024),
+    DecodeWay((128, 8, 2), 1024), DecodeWay((128, 4, 3), 1024), DecodeWay((64, 4, 3), 2048),
+]
 PREFILL_SHAPES = [PrefillShape("8 x 2048", 8, 0, 2048), PrefillShape("16 x 1024", 16, 0, 1024),
                   PrefillShape("64 x 150 after 800", 64, 800, 150)]
 PREFILL_TILES = {
     MISTRAL: [Tile(128, 64, 8, 3), Tile(128, 64, 8, 4), Tile(128, 128, 8, 2), Tile(128, 128, 8, 3), Tile(128, 64, 8, 2, 128),
-              Tile(128, 32, 8, 3, 128), Tile(128, 64, 4, 2), Tile(64, 64, 4, 2)],
+              Tile(128, 64, 8, 2), Tile(128, 32, 8, 3, 128), Tile(128, 64, 4, 2), Tile(64, 64, 4, 2)],
     SMOLLM: [Tile(128, 64, 8, 3), Tile(128, 128, 8, 2), Tile(128, 128, 8, 3), Tile(128, 64, 4, 3), Tile(64, 64, 4, 3),
              Tile(64, 128, 4, 3)],
     GEMMA: [Tile(128, 64, 8, 2), Tile(128, 32, 8, 3), Tile(64, 64, 4, 2), Tile(64, 32, 4, 3)],
@@ -131,9 +135,12 @@ PREFILL_TILES = {
 class Pool:
     """Random keys and values, and the block tables of any contexts over shuffled pages of it."""
 
-    def __init__(self, model: Model, pages: int) -> None:
+    def __init__(self, model: Model, pages: int, fp8: bool) -> None:
         shape = (pages, model.kv_heads, PAGE, model.dim)
         self.k, self.v = (torch.empty(shape, dtype=DTYPE, device=DEVICE).normal_() for _ in range(2))
+        self.scales = torch.rand(2, model.kv_heads, device=DEVICE) + 0.5 if fp8 else None
+        if fp8:
+            self.k, self.v = self.k.to(torch.float8_e4m3fn), self.v.to(torch.float8_e4m3fn)
         self.pages = pages
 
     def tables(self, contexts: Tensor) -> Tensor:
@@ -182,7 +189,7 @@ def copies(size: int) -> int:
 
 def decode(way: DecodeWay, model: Model, shape: DecodeShape, pool: Pool, timed: bool) -> float:
     """TB/s of keys and values."""
-    size = shape.bytes(model)
+    size = shape.bytes(model, pool.scales is not None)
     n, scale, contexts = len(shape.contexts), model.dim**-0.5, ints(shape.contexts)
     tables = pool.tables(contexts.repeat(copies(size) if timed else 1)).split(n)
     q = torch.randn(n, model.heads, model.dim, dtype=DTYPE, device=DEVICE)
@@ -191,13 +198,13 @@ def decode(way: DecodeWay, model: Model, shape: DecodeShape, pool: Pool, timed: 
     tile = mock.Mock(return_value=(keys * 128 // model.dim, {"num_warps": warps, "num_stages": stages}))
     with mock.patch.multiple(attention, DECODE_PROGRAMS=way.programs, _decode_tile=tile):
         calls = [functools.partial(attention.decode_attention, q, pool.k, pool.v, table, rows, contexts - 1, scale, 0, 0.0,
-                                   MAX_MODEL_LEN) for table in tables]
+                                   MAX_MODEL_LEN, kv_scales=pool.scales) for table in tables]
         got = calls[0]()
         if not timed:
             return 0.0
         few = min(n, 8)
         want = ref.decode_attention(q[:few], pool.k, pool.v, tables[0], rows[:few], contexts[:few] - 1, scale, 0, 0.0,
-                                    max(shape.contexts[:few]))
+                                    max(shape.contexts[:few]), kv_scales=pool.scales)
         check(f"{model.name} {shape.name} {way.name}", got[:few], want)
         return size / seconds(calls) / 1e12
 
@@ -213,12 +220,13 @@ def prefill(tile: Tile, model: Model, shape: PrefillShape, pool: Pool, timed: bo
     inputs = (q, pool.k, pool.v, pool.tables(ints([context] * n)), ints(range(n)), ints([shape.prefix] * n))
     options = {"num_warps": tile.warps, "num_stages": tile.stages} | ({"maxnreg": tile.registers} if tile.registers else {})
     with mock.patch.object(attention, "_prefill_tile", return_value=(tile.rows, tile.keys, options)):
-        call = functools.partial(attention.prefill_attention, *inputs, ints(cu_q), tiles, scale, 0, 0.0)
+        call = functools.partial(attention.prefill_attention, *inputs, ints(cu_q), tiles, scale, 0, 0.0, pool.scales)
         got = call()
         if not timed:
             return 0.0
         last = [x[-1:] for x in inputs[4:]]
-        want = ref.prefill_attention(q[-shape.queries :], *inputs[1:4], *last, ints([0, shape.queries]), tiles, scale, 0, 0.0)
+        want = ref.prefill_attention(q[-shape.queries :], *inputs[1:4], *last, ints([0, shape.queries]), tiles, scale, 0, 0.0,
+                                     pool.scales)
         check(f"{model.name} {shape.name} {tile.name}", got[-shape.queries :], want)
         return flops / seconds([call] * 4) / 1e12
 
@@ -241,10 +249,10 @@ def attempt(measure: Callable[..., float], *args: object) -> float:
         return float("nan")
 
 
-def compile_one(job: tuple[str, object, Model]) -> None:
+def compile_one(job: tuple[str, object, Model, bool]) -> None:
     """In a process of its own: fill Triton's cache on disk with one way or tile."""
-    kind, what, model = job
-    pool = Pool(model, 64)
+    kind, what, model, fp8 = job
+    pool = Pool(model, 64, fp8)
     if kind == "decode":
         for shape in (DecodeShape("one launch", (600,) * 2048), DecodeShape("split", (600,) * 8)):
             attempt(decode, what, model, shape, pool, False)
@@ -260,32 +268,34 @@ def table_of(title: str, columns: Sequence[str], lines: Sequence[tuple[str, Sequ
 
 
 def main() -> None:
-    what = sys.argv[1:] or ["decode", "prefill"]
+    fp8 = "fp8" in sys.argv[1:]
+    what = [word for word in sys.argv[1:] if word != "fp8"] or ["decode", "prefill"]
+    kind, ways = ("e4m3", FP8_WAYS) if fp8 else ("bf16", DECODE_WAYS)
     begin = time.perf_counter()
-    jobs: list[tuple[str, object, Model]] = []
+    jobs: list[tuple[str, object, Model, bool]] = []
     if "decode" in what:
-        jobs += [("decode", way, model) for model in DECODE_SHAPES for way in DECODE_WAYS]
+        jobs += [("decode", way, model, fp8) for model in DECODE_SHAPES for way in ways]
     if "prefill" in what:
-        jobs += [("prefill", tile, model) for model, tiles in PREFILL_TILES.items() for tile in tiles]
+        jobs += [("prefill", tile, model, fp8) for model, tiles in PREFILL_TILES.items() for tile in tiles]
     with ProcessPoolExecutor(12, mp_context=multiprocessing.get_context("spawn")) as workers:
         list(workers.map(compile_one, jobs))
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}; "
           f"{len(jobs)} ways compiled in {time.perf_counter() - begin:.0f} s")
     if "decode" in what:
         for model, shapes in DECODE_SHAPES.items():
-            pool = Pool(model, max(s.pages * copies(s.bytes(model)) for s in shapes))
-            lines = [(s.name, [attempt(decode, way, model, s, pool, True) for way in DECODE_WAYS]) for s in shapes]
-            table_of(f"decode, {model.name}, bf16: TB/s of keys and values (reading runs at {READ_RATE})",
-                     [w.name for w in DECODE_WAYS], lines, 2)
+            pool = Pool(model, max(s.pages * copies(s.bytes(model, fp8)) for s in shapes), fp8)
+            lines = [(s.name, [attempt(decode, way, model, s, pool, True) for way in ways]) for s in shapes]
+            table_of(f"decode, {model.name}, {kind}: TB/s of keys and values (reading runs at {READ_RATE})",
+                     [w.name for w in ways], lines, 2)
             del pool
     if "prefill" in what:
         for model, tiles in PREFILL_TILES.items():
-            pool = Pool(model, 64 * 30 + 8 * 64)
+            pool = Pool(model, 64 * 30 + 8 * 64, fp8)
             lines = []
             for s in PREFILL_SHAPES:
                 own = [attempt(prefill, tile, model, s, pool, True) for tile in tiles]
                 lines.append((s.name, own + [torch_prefill(model, s, backend) for backend in BACKENDS if not s.prefix]))
-            table_of(f"prefill, {model.name}, bf16: TFLOP/s",
+            table_of(f"prefill, {model.name}, {kind}: TFLOP/s",
                      [*(tile.name for tile in tiles), *(f"torch {b.name}" for b in BACKENDS)], lines, 0)
     print(f"\n{time.perf_counter() - begin:.0f} s in all")
 

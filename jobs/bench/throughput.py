@@ -5,7 +5,6 @@
 --workloads: a file that defines workload(name, vocab) -> rows with prompt, max_tokens, schema and ignore_eos.
 --dummy: random weights of the shape of the folder's config.json. --engine: more engine settings, '{"max_rows": 2048}'.
 The workload CB is the test of continuous batching: 100 prompts all at once, against the same one at a time.
---profile N: also print where N steps from the middle of each workload spend the GPU's time.
 """
 
 from __future__ import annotations
@@ -16,9 +15,10 @@ import json
 import sys
 import time
 from pathlib import Path
+from types import ModuleType
 
 import torch
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
@@ -39,32 +39,22 @@ def main() -> None:
     ap.add_argument("--engine", type=json.loads, default={})
     ap.add_argument("--dummy", action="store_true")
     ap.add_argument("--temperature", type=float, default=0.6)
-    ap.add_argument("--profile", type=int, default=0)
     ap.add_argument("--tag", default="")
     a = ap.parse_args()
-    spec = importlib.util.spec_from_file_location("workloads", a.workloads)
-    workloads = importlib.util.module_from_spec(spec)
-    sys.modules["workloads"] = workloads
-    spec.loader.exec_module(workloads)
-
+    workloads = load_workloads(a.workloads)
     started = time.perf_counter()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    checkpoint = RandomCheckpoint(a.model, device) if a.dummy else open_checkpoint(a.model)
-    tokenizer = AutoTokenizer.from_pretrained(a.model)
-    guided = LLGuidanceBackend(tokenizer, checkpoint.spec.vocab_size, checkpoint.spec.eos_token_ids)
-    engine = Engine(checkpoint, EngineConfig(**{"max_model_len": 4096, **a.engine}), tokenizer, guided)
-    print(json.dumps({"tag": a.tag, "init_s": round(time.perf_counter() - started, 1), "stats": str(engine.stats())}), flush=True)
+    engine, guided, tokenizer = load_engine(a.model, a.dummy, a.engine)
+    print(json.dumps({"tag": a.tag, "init_s": round(time.perf_counter() - started, 1),
+                      "weights_gib": round(engine.weight_bytes / 2**30, 2), "stats": str(engine.stats())}), flush=True)
     vocab = min(32000, len(tokenizer))
     for name in ["warm", *a.w]:
         if name == "CB":
             continuous_batching(engine, workloads.workload("W2", vocab), a)
             continue
         rows = workloads.workload(name, vocab=vocab)
-        grammar = guided.compile_schema(rows[0].schema) if rows[0].schema else None
-        requests = [Request(i, r.prompt, SamplingParams(max_tokens=r.max_tokens, ignore_eos=r.ignore_eos, seed=i,
-                                                        temperature=a.temperature), grammar) for i, r in enumerate(rows)]
+        requests = requests_of(rows, guided, a.temperature)
         before, t = engine.stats(), time.perf_counter()
-        done = run(engine, requests, a.profile)
+        done = list(engine.run(requests))
         sec = time.perf_counter() - t
         after = engine.stats()
         n_in, n_out = sum(len(r.prompt) for r in rows), sum(c.tokens.size for c in done)
@@ -77,31 +67,27 @@ def main() -> None:
                           "preemptions": after.preemptions - before.preemptions}), flush=True)
 
 
-def run(engine: Engine, requests: list[Request], profile: int) -> list[Completion]:
-    if not profile:
-        return list(engine.run(requests))
-    for request in requests:
-        engine.submit(request)
-    done: list[Completion] = []
-    half = sum(r.params.max_tokens for r in requests) // 2 + engine.stats().generated_tokens
-    while engine.pending and engine.stats().generated_tokens < half:
-        done += engine.step()
-    torch.cuda.synchronize()
-    t = time.perf_counter()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as trace:
-        for _ in range(profile):
-            done += engine.step()
-        torch.cuda.synchronize()
-    wall = time.perf_counter() - t
-    events = sorted(trace.key_averages(), key=lambda e: -e.self_device_time_total)
-    busy = sum(e.self_device_time_total for e in events)
-    rows = engine.stats().running
-    print(f"# {profile} steps, {rows} rows: {1e3 * wall / profile:.2f} ms a step, GPU busy {busy / 1e6 / wall:.0%}")
-    for e in events[:14]:
-        print(f"#   {e.self_device_time_total / 1e3 / profile:8.3f} ms {e.count / profile:6.1f} x  {e.key[:90]}")
-    while engine.pending:
-        done += engine.step()
-    return done
+def load_workloads(path: Path) -> ModuleType:
+    """The file's module, with its function workload(name, vocab)."""
+    spec = importlib.util.spec_from_file_location("workloads", path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["workloads"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def load_engine(model: Path, dummy: bool, settings: dict) -> tuple[Engine, LLGuidanceBackend, PreTrainedTokenizerFast]:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    checkpoint = RandomCheckpoint(model, device) if dummy else open_checkpoint(model)
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    guided = LLGuidanceBackend(tokenizer, checkpoint.spec.vocab_size, checkpoint.spec.eos_token_ids)
+    return Engine(checkpoint, EngineConfig(**{"max_model_len": 4096, **settings}), tokenizer, guided), guided, tokenizer
+
+
+def requests_of(rows: list, guided: LLGuidanceBackend, temperature: float) -> list[Request]:
+    grammar = guided.compile_schema(rows[0].schema) if rows[0].schema else None
+    return [Request(i, r.prompt, SamplingParams(max_tokens=r.max_tokens, ignore_eos=r.ignore_eos, seed=i,
+                                                temperature=temperature), grammar) for i, r in enumerate(rows)]
 
 
 def continuous_batching(engine: Engine, rows: list, a: argparse.Namespace) -> None:

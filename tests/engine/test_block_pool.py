@@ -247,6 +247,37 @@ def test_a_row_may_publish_after_its_prefix_was_evicted() -> None:
     assert tree(pool) == []
 
 
+def test_a_tail_is_found_by_what_it_shares() -> None:
+    pool = BlockPool(6, PAGE)
+    path, waiting = pool.expect(tokens(1), 1), pool.expect(tokens(1), 1)
+    pool.arrive(path)
+    mine = pool.alloc(2)
+    pool.publish(path[0], int(mine[0]))
+    pool.offer_tail(path[0], np.array([5, 6], dtype=np.int32), int(mine[1]))
+    assert pool.tail(path[0], np.array([5, 7, 8], dtype=np.int32)) == (mine[1], 1)
+    pool.offer_tail(path[0], np.array([5, 6, 7], dtype=np.int32), int(mine[1]))             # its row has come further
+    assert pool.tail(path[0], np.array([5, 6, 7, 8], dtype=np.int32)) == (mine[1], 3)
+    assert pool.tail(path[0], np.array([6], dtype=np.int32))[1] == 0
+    pool.forget(path)
+    pool.release(mine)
+    pool.check_integrity([])
+    assert pool.evictable == 2                                                              # kept for the one that waits
+    pool.release(pool.arrive(waiting))
+    pool.forget(waiting)
+    pool.alloc(5)
+    assert tree(pool) == []
+
+
+def test_a_tail_nobody_waits_for_is_not_kept() -> None:
+    pool = BlockPool(4, PAGE)
+    path = pool.expect(tokens(1), 1)
+    pool.arrive(path)
+    mine = pool.alloc(2)
+    pool.publish(path[0], int(mine[0]))
+    pool.offer_tail(path[0], np.array([5, 6], dtype=np.int32), int(mine[1]))
+    assert pool.tail(path[0], np.array([5], dtype=np.int32)) == (0, 0)
+
+
 def test_a_prefix_of_many_pages_is_dropped_at_once() -> None:
     """As deep as a context of 128k tokens makes it, which is beyond Python's recursion limit."""
     pool = BlockPool(4098, PAGE)

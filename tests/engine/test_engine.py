@@ -32,9 +32,14 @@ def backend() -> LLGuidanceBackend:
     return LLGuidanceBackend(tiny_tokenizer(), VOCAB, [TURN_END])
 
 
-@pytest.fixture(scope="module")
-def grammar(backend: LLGuidanceBackend) -> Grammar:
-    return backend.compile_schema(SCHEMA)
+@pytest.fixture(scope="module", params=["automaton", "guide"])
+def grammar(request: pytest.FixtureRequest, backend: LLGuidanceBackend) -> Grammar:
+    """Stepped by the device, and by the host."""
+    grammar = backend.compile_schema(SCHEMA)
+    assert grammar.automaton is not None
+    if request.param == "guide":
+        grammar.automaton = None
+    return grammar
 
 
 # --- the same rows, however they are run ---
@@ -339,6 +344,37 @@ def test_guided_rows_validate_and_leave_others_alone(llama: Path, backend: LLGui
     with running(llama) as engine:
         plain = finish(engine, [r for r in guided_requests(grammar, 120) if r.grammar is None])
     assert all(plain[i].tokens.tolist() == results[0][i][0] for i in plain)
+
+
+def test_automata_and_guides_give_the_same_tokens(llama: Path, backend: LLGuidanceBackend) -> None:
+    requests, results = guided_requests(backend.compile_schema(SCHEMA), 120), []
+    for _ in range(2):
+        with running(llama, guided=backend) as engine:
+            done = finish(engine, requests)
+            results.append({i: (c.tokens.tolist(), c.finish_reason) for i, c in done.items()})
+        for request in requests[::2]:
+            request.grammar.automaton = None
+    assert results[0] == results[1]
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_several_automata_and_guides_in_one_batch(llama: Path, backend: LLGuidanceBackend, depth: int) -> None:
+    """Some forced runs are long enough for a chunk, some are not; rows take the places of others with another grammar or none."""
+    schemas = [SCHEMA, {"enum": ["a", "ab", "abcdefgh", "b"]}, {"type": "integer", "minimum": -300, "maximum": 12345},
+               {"type": "array", "items": {"type": "boolean"}, "minItems": 1, "maxItems": 5},
+               {"type": "string", "pattern": "^x+$"}]
+    grammars = [*map(backend.compile_schema, schemas), None]
+    assert [g is not None and g.automaton is not None for g in grammars] == [True] * 4 + [False] * 2
+    requests = make_requests(random_prompts(36, seed=19, longest=30), [
+        SamplingParams(max_tokens=60, temperature=1.5, seed=i) for i in range(36)])
+    for i, request in enumerate(requests):
+        request.grammar = grammars[i % 6]
+    with running(llama, guided=backend, depth=depth, max_rows=5) as engine:
+        done = finish(engine, requests)
+    for request in requests:
+        if request.grammar is not None:
+            request.grammar.check(bytes(done[request.id].tokens.tolist()).decode())
+    assert len({tuple(done[i].tokens) for i in range(1, 36, 6)}) > 1
 
 
 def test_guided_rows_out_of_budget_are_closed(llama: Path, backend: LLGuidanceBackend, grammar: Grammar) -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
+from engine_cases import full_logits, load_decoder
 from gguf import GGMLQuantizationType, GGUFWriter, LlamaFileType
 from gguf.quants import dequantize as reference_dequantize
 from gguf.quants import quantize
@@ -12,6 +15,11 @@ from models import load_reference, real_model, tiny_checkpoint
 
 from engine.gguf import GgufFile
 from engine.gguf_quants import BLOCK_TYPES, dequantize
+from engine.layers.gguf import GgufMethod
+from engine.layers.linear import DenseMethod, Linear
+from engine.layers.quantized import linear_methods
+from engine.models import decoder
+from engine.models.quantization import GGUF_KEPT
 from engine.models.spec import ModelError
 from engine.weights import Checkpoint, open_checkpoint
 
@@ -62,8 +70,11 @@ def test_q6_k_by_hand():
     assert got[255] == 2.0 * 15 * -32
 
 
-def write_gguf(checkpoint: Checkpoint, path, tensor_type: str = "F32", rope_factors=None, **extra) -> None:
-    """Write a checkpoint as llama.cpp's converter does: its names, permuted llama queries and keys, Gemma's norms plus 1."""
+def write_gguf(checkpoint: Checkpoint, path, tensor_type="F32", rope_factors=None, **extra) -> None:
+    """Write a checkpoint as llama.cpp's converter does: its names, permuted llama queries and keys, Gemma's norms plus 1.
+
+    `tensor_type`: of all matrices, or a function from the file's names to it.
+    """
     spec, arch = checkpoint.spec, META[checkpoint.spec.family]
     writer = GGUFWriter(path, arch)
     writer.add_block_count(spec.num_layers)
@@ -107,8 +118,9 @@ def write_gguf(checkpoint: Checkpoint, path, tensor_type: str = "F32", rope_fact
             stored = top[name]
         if arch == "gemma3" and name.endswith("norm.weight"):
             weight = weight + 1
-        if tensor_type != "F32" and weight.ndim == 2:
-            kind = GGMLQuantizationType[tensor_type]
+        wanted = tensor_type(stored) if callable(tensor_type) else tensor_type
+        if wanted != "F32" and weight.ndim == 2:
+            kind = GGMLQuantizationType[wanted]
             writer.add_tensor(stored, quantize(weight, kind), raw_dtype=kind)
         else:
             writer.add_tensor(stored, weight)
@@ -238,3 +250,63 @@ def test_smollm2_is_what_transformers_reads():
         assert torch.equal(checkpoint.tensor(name), expected[name]), name
     assert checkpoint.spec.eos_token_ids[0] == 2           # <|im_end|>
     assert checkpoint.spec.tied_embeddings
+
+
+def as_on_a_gpu(monkeypatch) -> None:
+    """Keep blocks packed, as is done on CUDA devices alone."""
+    monkeypatch.setattr(decoder, "linear_methods", lambda spec, how, _: linear_methods(spec, how, torch.device("cuda")))
+
+
+@pytest.mark.parametrize("name", GGUF_KEPT)
+def test_blocks_kept_as_integers_stand_for_the_same_weights(name):
+    """Random blocks; among Q4_K's also such whose scale, or scale and minimum, are nought."""
+    kind, rng, outputs, inputs = BLOCK_TYPES[NUMBERS[name]], np.random.default_rng(2), 24, 512
+    blocks = rng.integers(0, 256, size=(outputs * inputs // kind.weights, kind.bytes), dtype=np.uint8)
+    for at in HALVES.get(name, [0, 2]):
+        blocks[:, at:at + 2] = rng.uniform(0.01, 1, size=(len(blocks), 1)).astype(np.float16).view(np.uint8)
+    if name == "Q4_K":
+        blocks[:6, 0:2] = 0                             # no scales
+        blocks[3:9, 2:4] = 0                            # no minimums
+        blocks[9:20, 4:8] = 0                           # no scale in half of the groups
+        blocks[-8:, 0:2] = np.array([1e-7], np.float16).view(np.uint8)          # scales that are next to nothing
+    want = torch.from_numpy(reference_dequantize(blocks, GGMLQuantizationType(NUMBERS[name])).reshape(outputs, inputs))
+    codes, scales, minimums = kind.integers(torch.from_numpy(blocks))
+    terms = want.abs() if minimums is None else ((codes * scales).abs() + minimums.abs()).view(outputs, inputs)
+    packed = {"layer.blocks": torch.from_numpy(blocks.reshape(outputs, -1))}
+    checkpoint = SimpleNamespace(has=packed.__contains__, tensor=packed.__getitem__)
+    for dtype, close in ((torch.float32, 1e-5), (torch.float16, 2e-3), (torch.bfloat16, 2e-2)):
+        layer = Linear(inputs, [("layer", outputs)], bias=False, dtype=dtype, method=GgufMethod.of(name))
+        layer.load(checkpoint)
+        got = layer(torch.eye(inputs, dtype=dtype)).t().float()
+        apart = (got - want).abs() / (terms + 1e-5)
+        assert apart[:20].max() < close, dtype
+        assert apart.max() < max(close, 5e-3), dtype        # the last four rows' codes do not show in 16 bits, so are let go
+
+
+@pytest.mark.parametrize(("family", "tensor_type"), [("llama-bias", "Q8_0"), ("qwen2", "Q4_0")])
+def test_models_that_are_kept_packed(family, tensor_type, tmp_path, monkeypatch):
+    """Logits as with the blocks unpacked at load; Llama's queries and keys are put in order block by block."""
+    path, prompt = tmp_path / "model.gguf", list(range(40))
+    write_gguf(open_checkpoint(tiny_checkpoint(family, tmp_path)), path, tensor_type)
+    unpacked = load_decoder(path, torch.float32)
+    as_on_a_gpu(monkeypatch)
+    packed, dense = load_decoder(path, torch.float32), load_decoder(path, torch.float32, quantization="dense")
+    want = full_logits(unpacked, prompt)
+    assert (full_logits(packed, prompt) - want).abs().max() < 1e-4 * want.std()
+    assert torch.equal(full_logits(dense, prompt), want)
+    assert packed.weight_bytes() < 0.6 * unpacked.weight_bytes() == 0.6 * dense.weight_bytes()
+    assert load_decoder(path, torch.float32, quantization="fp8").blocks[0].mlp.down.weight.dtype == torch.float8_e4m3fn
+
+
+def test_parts_of_different_types_stand_side_by_side(tmp_path, monkeypatch):
+    """As in Q4_K_M files, where values and some others have more bits; a type that is not kept is unpacked at load."""
+    path = tmp_path / "model.gguf"
+    kinds = {"attn_v": "Q8_0", "attn_output": "Q5_0"}
+    write_gguf(open_checkpoint(tiny_checkpoint("qwen2", tmp_path)), path, lambda name: kinds.get(name.split(".")[-2], "Q4_0"))
+    unpacked = full_logits(load_decoder(path, torch.float32), [1, 2, 3, 4])
+    as_on_a_gpu(monkeypatch)
+    packed = load_decoder(path, torch.float32)
+    qkv = packed.blocks[1].attention.qkv
+    assert [(part.method.kind.name, len(part.sources)) for part in qkv.parts] == [("Q4_0", 2), ("Q8_0", 1)]
+    assert isinstance(packed.blocks[1].attention.out.method, DenseMethod)
+    assert (full_logits(packed, [1, 2, 3, 4]) - unpacked).abs().max() < 1e-4 * unpacked.std()

@@ -20,7 +20,7 @@ class Mirror:
 
     def __init__(self, table: RowTable) -> None:
         self.table = table
-        names = ("tokens", "block_table", "params", "rows", "starts", "shared", "prefix_tiles")
+        names = ("tokens", "block_table", "params", "rows", "starts", "shared", "prefix_tiles", "grammar")
         self.arrays = {name: getattr(table, name).numpy().copy() for name in names}
 
     def check(self) -> None:
@@ -36,11 +36,14 @@ def test_random_staged_writes(seed: int, flushes: int, max_rows: int, max_len: i
     mirror = Mirror(table)
     arrays = mirror.arrays
     for _ in range(flushes):
-        for row in rng.permutation(max_rows)[: rng.integers(0, max_rows + 1)].tolist():
-            at = int(rng.integers(0, max_len))
-            tokens = rng.integers(0, 1000, size=int(rng.integers(0, max_len + 2 - at)), dtype=np.int32)
-            table.stage_tokens(row, at, tokens)
-            arrays["tokens"][row, at : at + tokens.size] = tokens
+        chosen = rng.permutation(max_rows)[: rng.integers(0, max_rows + 1)]
+        begins = rng.integers(0, max_len, size=chosen.size)
+        ends = begins + rng.integers(0, max_len + 2 - begins)
+        for row, begin, end in zip(chosen.tolist(), begins.tolist(), ends.tolist(), strict=True):
+            arrays["tokens"][row, begin:end] = rng.integers(0, 1000, size=end - begin, dtype=np.int32)
+        if chosen.size:
+            table.stage_tokens(chosen, begins, ends, arrays["tokens"])
+        for row in chosen.tolist():
             params = SamplingParams(temperature=rng.random(), top_k=int(rng.integers(0, 99)), seed=int(rng.integers(0, 2**63)))
             table.stage_params(row, params)
             arrays["params"][row] = bits(params)
@@ -49,6 +52,8 @@ def test_random_staged_writes(seed: int, flushes: int, max_rows: int, max_len: i
             values = rng.integers(1, 99, size=pages, dtype=np.int32)
             table.stage_pages(np.full(pages, row, dtype=np.int32), index, values)
             arrays["block_table"][row, index] = values
+        arrays["grammar"][chosen] = rng.integers(0, 99, size=chosen.size, dtype=np.int32)
+        table.stage_grammar(chosen, arrays["grammar"][chosen])
         n = int(rng.integers(1, max_rows + 1))
         rows, starts = rng.integers(0, max_rows + 1, size=(2, n), dtype=np.int32)
         table.stage_step(rows, starts)
@@ -86,7 +91,9 @@ def test_seeds_keep_all_64_bits(seed: int) -> None:
 
 def test_what_is_staged_waits_for_the_flush() -> None:
     table = RowTable(2, 16, 16, CPU)
-    table.stage_tokens(0, 3, np.array([7, 8], dtype=np.int32))
+    tokens = np.zeros((2, 17), dtype=np.int32)
+    tokens[0, 3:5] = 7, 8
+    table.stage_tokens(np.array([0]), np.array([3]), np.array([5]), tokens)
     assert table.tokens.count_nonzero() == 0
     table.flush_staged()
     assert table.tokens[0, 3:5].tolist() == [7, 8]

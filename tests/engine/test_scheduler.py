@@ -21,8 +21,10 @@ from models import TURN_END as END
 from models import tiny_tokenizer
 
 from engine import admission, prefix_groups
+from engine.automata import Automata
 from engine.block_pool import BlockPool, Node
 from engine.config import EngineConfig
+from engine.guided.automaton import TokenAutomaton
 from engine.prefix_groups import PrefixGroups
 from engine.request import Completion, FinishReason, Request, SamplingParams, TokenLogprobs
 from engine.row_table import RowTable
@@ -46,12 +48,14 @@ class Script:
     tokens: np.ndarray
     forced: list[bool]
     accepting: set[int]
+    valid: bool                      # all outputs that may end pass the final check
     ends: int                        # the model samples the end token here, if the grammar lets it
     error: int                       # the grammar engine gives up on the row when this many are accepted ...
     fill_error: int                  # ... or when it fills the mask for this one ...
     garbage: int                     # ... so that this is sampled
     min_tokens: int
     minimal: np.ndarray
+    automaton: TokenAutomaton | None = None
 
     def start(self) -> ScriptGuide:
         return ScriptGuide(self)
@@ -62,6 +66,8 @@ class Script:
     def close(self, tokens: Sequence[int], budget: int) -> np.ndarray:
         assert budget >= self.min_tokens
         assert list(tokens) == self.tokens[: len(tokens)].tolist(), "the row's tokens are not what the guide accepted"
+        if self.valid and len(tokens) in self.accepting:
+            return np.array(tokens, dtype=np.int32)
         return np.concatenate([np.array(tokens[: budget - self.min_tokens], dtype=np.int32), self.minimal])
 
 
@@ -151,37 +157,56 @@ def guided_job(name: int, prompt: np.ndarray, params: SamplingParams, max_len: i
     n = rng.randint(1, 12)
     tokens = np.array(rng.choices(LETTERS.tolist(), k=n), dtype=np.int32)
     share, minimal = rng.choice([0.0, 0.3, 0.8]), rng.randint(1, 5)
-    script = Script(tokens, [rng.random() < share for _ in range(n)], {n, *rng.choices(range(n), k=2)}, rng.randint(0, 2 * n),
-                    rng.randint(0, 6 * n), rng.randint(0, 6 * n), rng.choice([END, *LETTERS]), minimal,
+    script = Script(tokens, [rng.random() < share for _ in range(n)], {n, *rng.choices(range(n), k=2)}, rng.random() < 0.8,
+                    rng.randint(0, 2 * n), rng.randint(0, 6 * n), rng.randint(0, 6 * n), rng.choice([END, *LETTERS]), minimal,
                     np.full(minimal, LETTERS[0], dtype=np.int32))
+    if rng.random() < 0.5:
+        by_automaton(script)
     limit = min(params.max_tokens, max_len - prompt.size)
     guide, forced = ScriptGuide(script), 0
 
-    def close() -> tuple[np.ndarray, FinishReason]:
+    def settle() -> tuple[np.ndarray, FinishReason]:
+        produced = tokens[: guide.at]
         if script.min_tokens > limit:
-            return tokens[: guide.at], FinishReason.ERROR
-        return script.close(tokens[: guide.at].tolist(), limit), FinishReason.LENGTH_CLOSED
+            return produced, FinishReason.STOP if guide.accepting and guide.error is None else FinishReason.ERROR
+        closed = script.close(produced.tolist(), limit)
+        return closed, FinishReason.STOP if np.array_equal(closed, produced) else FinishReason.LENGTH_CLOSED
 
     while True:
         run = guide.forced()[: limit - guide.at] if guide.error is None else []
         forced += guide.accept(run)
-        if guide.finished or (guide.at == limit and guide.accepting and guide.error is None):
-            result = tokens[: guide.at], FinishReason.STOP
-            break
-        if guide.error is not None or guide.at == limit:
-            result = close()
-            break
-        guide.broken = guide.at == script.fill_error
-        if guide.broken:
-            result = close()
-            break
-        if guide.at == script.ends and guide.accepting:
-            result = tokens[: guide.at], FinishReason.STOP
+        if not guide.finished and guide.at < limit:
+            guide.broken = guide.at == script.fill_error
+        if guide.finished or guide.at == limit or guide.error is not None or (guide.at == script.ends and guide.accepting):
+            result = settle()
             break
         guide.accept(tokens[guide.at : guide.at + 1].tolist())
     expected = Completion(name, *result, prompt.size, forced_tokens=forced)
     outputs = np.concatenate([tokens, np.full(max_len + 2, LETTERS[1], dtype=np.int32)])
+    if script.automaton is not None:
+        outputs[[n, *({script.ends} & script.accepting)]] = END          # which the device samples before the host knows
     return Job(Request(name, prompt, params, grammar=script), outputs, script, expected)
+
+
+def by_automaton(script: Script) -> None:
+    """The same as states 0 .. n of an automaton, with a class for each token; that never fails."""
+    n, width = script.tokens.size, END + 1
+    script.error, script.fill_error = -1, -1
+    for i in script.accepting - {n}:
+        script.forced[i] = False                         # an output that may end here need not go on
+    step = np.full((n + 1, width), -1, dtype=np.int16)
+    step[np.arange(n), script.tokens] = np.arange(1, n + 1)
+    final = np.isin(np.arange(n + 1), list(script.accepting))
+    step[final, END] = np.flatnonzero(final)
+    size = np.zeros(n + 1, dtype=np.int32)
+    for i in reversed(range(n)):
+        size[i] = size[i + 1] + 1 if script.forced[i] else 0
+    masks = np.zeros((n + 1, 4 * -(-width // 32)), dtype=np.uint8)
+    bits = np.packbits(step >= 0, axis=1, bitorder="little")
+    masks[:, : bits.shape[1]] = bits
+    at = np.arange(n + 1, dtype=np.int32)
+    script.automaton = TokenAutomaton(np.arange(width, dtype=np.int16), step, masks.view(np.int32), at, final, at == n,
+                                      script.valid, script.tokens, at, size, at + size)
 
 
 def make_jobs(count: int, max_len: int, rng: random.Random) -> list[Job]:
@@ -210,8 +235,8 @@ def make_jobs(count: int, max_len: int, rng: random.Random) -> list[Job]:
 class FakeDevice:
     """What the runner and the GPU do with a plan. A launch takes effect at once, as it does for all later ones."""
 
-    def __init__(self, table: RowTable, num_pages: int) -> None:
-        self.table = table
+    def __init__(self, table: RowTable, automata: Automata, num_pages: int) -> None:
+        self.table, self.automata = table, automata
         self.kv = np.zeros(num_pages * PAGE, dtype=np.uint64)
 
     def launch(self, plan: StepPlan, jobs: list[Job], pages: list[np.ndarray], guides: list[ScriptGuide | None]) -> np.ndarray:
@@ -219,6 +244,7 @@ class FakeDevice:
         table = self.table
         table.stage_step(plan.rows, plan.starts)
         table.flush(np.empty(0, dtype=np.int32))
+        ref.copy_pages(torch.from_numpy(self.kv.view(np.int64).reshape(1, -1, PAGE)), torch.from_numpy(plan.copies))
         n, total = plan.rows.size, plan.num_tokens
         cu_q = np.concatenate([[0], np.cumsum(plan.counts)]).astype(np.int32)
         ids, positions, slots = torch.empty(3, total, dtype=torch.int32).unbind()
@@ -238,8 +264,20 @@ class FakeDevice:
         at = (plan.starts + plan.counts - 1)[plan.sampled]
         tokens = [jobs[i].sample(guides[i], at[k] + 1) for k, i in enumerate(plan.sampled.tolist())]
         sampled, rows = torch.tensor(tokens, dtype=torch.int32), torch.from_numpy(plan.rows[plan.sampled])
+        self.check_states(plan, jobs, at)
         ref.commit(table.tokens, rows, torch.from_numpy(at), sampled, torch.empty_like(sampled))
+        self.automata.advance(table.grammar, rows, sampled)
         return sampled.numpy()
+
+    def check_states(self, plan: StepPlan, jobs: list[Job], at: np.ndarray) -> None:
+        """Sampled rows are where their tokens lead, but for those past their end; without an automaton they are at 0."""
+        for k, i in enumerate(plan.sampled.tolist()):
+            row, script = int(plan.rows[i]), jobs[i].script
+            state, produced = int(self.table.grammar[row]), int(at[k]) + 1 - jobs[i].request.prompt.size
+            if script is None or script.automaton is None:
+                assert state == 0
+            elif END not in jobs[i].outputs[:produced]:
+                assert state == self.automata.place(script.automaton) + produced
 
     def check_prefix(self, row: int, job: Job, length: int) -> None:
         """What attention of this row reads is its own prefix."""
@@ -288,13 +326,15 @@ class Trace:
         config = EngineConfig(depth=setting.depth, window=setting.window, prefix_sharing=setting.sharing)
         self.budget = setting.max_rows + setting.spare_tokens
         groups = PrefixGroups(setting.max_rows, PAGE, token_bytes=1 << 40) if setting.sharing else None
-        self.scheduler = Scheduler(config, self.table, self.pool, self.budget, (END,), TOKENIZER, groups)
-        self.device = FakeDevice(self.table, pages)
+        automata = Automata(END + 1, torch.device("cpu"))
+        automata.jump = self.rng.choice([1, 2, 3, 100])
+        self.scheduler = Scheduler(config, self.table, self.pool, self.budget, (END,), automata, TOKENIZER, groups)
+        self.device = FakeDevice(self.table, automata, pages)
         self.jobs = make_jobs(setting.jobs, setting.max_len, self.rng)
         self.done: dict[int, Completion] = {}
         self.aborted: set[int] = set()
         self.inflight: deque[tuple[StepPlan, np.ndarray, dict[int, TokenLogprobs]]] = deque()
-        self.steps = self.steps_with_groups = 0
+        self.steps = self.steps_with_groups = self.steps_with_copies = self.by_automata = 0
 
     def run(self) -> None:
         coming, turns = deque(self.jobs), 0
@@ -326,6 +366,7 @@ class Trace:
             self.inflight.append((plan, *self.launch(plan)))
             self.steps += 1
             self.steps_with_groups += plan.shared is not None
+            self.steps_with_copies += plan.copies.size > 0
         else:
             self.table.flush_staged()
             if self.inflight:
@@ -342,6 +383,7 @@ class Trace:
         assert plan.guides == [guides[i] for i in plan.sampled[plan.guided].tolist()]
         for guide in plan.guides:
             guide.broken = guide.at == guide.script.fill_error
+        self.by_automata += int(plan.by_automata)
         pages = [self.scheduler.pages[row, : self.scheduler.num_pages[row]] for row in plan.rows.tolist()]
         tokens = self.device.launch(plan, [self.job(live[row]) for row in plan.rows.tolist()], pages, guides)
         logprobs = {s.index: TokenLogprobs(int(tokens[s.index]), 0.0, ()) for s in plan.special if s.params.logprobs is not None}
@@ -365,7 +407,10 @@ class Trace:
             assert produced >= 0, "sampled before the whole prompt was computed"
             assert length < job.request.prompt.size + params.max_tokens
             assert length < self.setting.max_len
-            if job.script is not None:
+            if job.script is not None and job.script.automaton is not None:
+                assert plan.by_automata
+                assert scheduler.live[row].guide is None
+            elif job.script is not None:
                 guide = scheduler.live[row].guide
                 assert guide.at == produced, "the grammar is not where the row is"
                 assert not (guide.at < len(job.script.forced) and job.script.forced[guide.at]), "sampled although forced"
@@ -385,10 +430,10 @@ class Trace:
         stack: list[tuple[Node, bytes]] = [(node, b"") for node in self.pool._root.children.values()]
         while stack:
             node, before = stack.pop()
-            prefix = before + node.key
+            prefix = before + (node.key if node.tokens is None else node.tokens.tobytes())
             if node.page:
-                want = hashes(np.frombuffer(prefix, dtype=np.int32))[-PAGE:]
-                cached = self.device.kv[node.page * PAGE : (node.page + 1) * PAGE]
+                want = hashes(np.frombuffer(prefix, dtype=np.int32))[node.depth * PAGE - PAGE :]
+                cached = self.device.kv[node.page * PAGE :][: want.size]
                 np.testing.assert_array_equal(cached, want, "a cached page was written")
             stack.extend((child, prefix) for child in node.children.values())
 
@@ -458,6 +503,8 @@ def test_a_long_trace_preempts_shares_and_learns(depth: int) -> None:
     assert set(reasons) == set(FinishReason)
     assert stats.forced_tokens > 50
     assert trace.steps_with_groups > 50
+    assert trace.steps_with_copies > 20
+    assert trace.by_automata > 50
 
 
 @given(st.lists(st.integers(0, 400), max_size=40))

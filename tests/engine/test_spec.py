@@ -9,6 +9,7 @@ import torch
 import transformers
 from models import TINY_FAMILIES, tiny_checkpoint
 
+from engine.models.quantization import Quantization
 from engine.models.spec import ModelError, ModelSpec, RopeSpec
 from engine.weights import open_checkpoint
 
@@ -121,9 +122,11 @@ def test_multimodal_gemma_takes_the_text_part():
 
 
 def test_tie_and_quantization():
-    quantization = {"quant_method": "awq", "bits": 4}
+    quantization = {"quant_method": "awq", "bits": 4, "group_size": 32}
     got = spec(quantization_config=quantization, tie_word_embeddings=True, torch_dtype="float16", eos_token_id=[2, 5, 2])
-    assert (got.quantization, got.tied_embeddings, got.dtype, got.eos_token_ids) == (quantization, True, "float16", (2, 5))
+    assert (got.quantization, got.tied_embeddings, got.dtype, got.eos_token_ids) == (
+        Quantization.read(quantization), True, "float16", (2, 5))
+    assert (got.gpu_dtype, spec(torch_dtype="float16").gpu_dtype) == ("float16", "bfloat16")
     assert not spec().tied_embeddings
 
 

@@ -86,14 +86,17 @@ def test_greedy_tokens_are_those_of_transformers(family: str, folders: dict[str,
         assert float((logits.amax(-1) - chosen).max()) < TIE
 
 
-def test_guided_rows(folders: dict[str, Path]) -> None:
+@pytest.mark.parametrize("by_automaton", [True, False])
+def test_guided_rows(folders: dict[str, Path], by_automaton: bool) -> None:
     pytest.importorskip("llguidance")
     from engine.guided.llg import LLGuidanceBackend
 
     backend = LLGuidanceBackend(tiny_tokenizer(), VOCAB, [TURN_END])
+    note = {"type": "string", "maxLength": 20} if by_automaton else {"type": "string", "pattern": "^[a-z]{1,20}$"}
     grammar = backend.compile_schema({
-        "type": "object", "properties": {"label": {"enum": ["billing", "delivery"]}, "note": {"type": "string", "maxLength": 20}},
+        "type": "object", "properties": {"label": {"enum": ["billing", "delivery"]}, "note": note},
         "required": ["label", "note"], "additionalProperties": False})
+    assert (grammar.automaton is not None) == by_automaton
     results = []
     for config in ({"depth": 1, "cuda_graphs": False}, {"depth": 2}):
         params = [SamplingParams(max_tokens=90, temperature=1.0, seed=i) for i in range(20)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from kernel_cases import check_rope_and_cache
+from kernel_cases import check_copy_pages, check_rope_and_cache
 
 if not torch.cuda.is_available():
     pytest.skip("needs CUDA", allow_module_level=True)
@@ -35,3 +35,8 @@ def test_head_sizes(dtype, norm, heads, kv_heads, dim, rotary, tokens):
 @pytest.mark.parametrize("page", [16, 32, 64, 128])
 def test_pages(page):
     check_rope_and_cache(kv_cache, torch.empty(0, dtype=torch.bfloat16, device="cuda"), 777, 32, 8, 128, 128, False, page=page)
+
+
+@pytest.mark.parametrize("shape", [(6, 40, 3, 16, 80), (64, 50, 8, 32, 128)])
+def test_copies_of_pages(shape):
+    check_copy_pages(kv_cache, torch.bfloat16, "cuda", shape)

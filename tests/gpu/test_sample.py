@@ -4,12 +4,21 @@ from __future__ import annotations
 
 import pytest
 import torch
-from kernel_cases import check_batch_invariance, check_mask, check_noise, check_sample, chi_square_holds, kept64, sampling_table
+from kernel_cases import (
+    check_automaton,
+    check_batch_invariance,
+    check_mask,
+    check_noise,
+    check_sample,
+    chi_square_holds,
+    kept64,
+    sampling_table,
+)
 
 if not torch.cuda.is_available():
     pytest.skip("needs CUDA", allow_module_level=True)
 
-from kernels import ref, sample
+from kernels import automaton, ref, sample
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 
@@ -70,6 +79,12 @@ def test_frequencies_follow_the_filtered_softmax(setting):
 @pytest.mark.parametrize("n, width, words", [(1, 300, 10), (2048, 32000, 1000), (300, 151936, 4748), (4, 300, 7), (3, 100, 9)])
 def test_mask(dtype, n, width, words):
     check_mask(sample, torch.empty(0, dtype=dtype, device="cuda"), n, width, words)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("n, width", [(1, 300), (2048, 32000), (300, 151936), (130, 5001)])
+def test_automaton(dtype, n, width):
+    check_automaton(automaton, torch.empty(0, dtype=dtype, device="cuda"), n, width)
 
 
 def test_a_graph_replays_with_the_parameters_of_then():

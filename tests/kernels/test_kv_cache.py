@@ -8,7 +8,7 @@ os.environ["TRITON_INTERPRET"] = "1"
 
 import pytest
 import torch
-from kernel_cases import check_rope_and_cache
+from kernel_cases import check_copy_pages, check_rope_and_cache
 
 from kernels import kv_cache, ref
 
@@ -44,3 +44,8 @@ def test_norm_with_weights_less_one(kernels):
 
 def test_cache_of_another_type(kernels):
     check_rope_and_cache(kernels, torch.empty(0), 5, 4, 2, 64, 64, False, cache_dtype=torch.float16)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_copies_of_pages(kernels, dtype):
+    check_copy_pages(kernels, dtype, "cpu")

@@ -1,4 +1,4 @@
-"""What has only a torch implementation: the noise's statistics, frequencies of samples, penalties and log-probabilities."""
+"""The torch twins by themselves: the noise's statistics, sampling, penalties and log-probabilities, quantised products."""
 
 from __future__ import annotations
 
@@ -111,3 +111,66 @@ def test_logprobs(k):
     assert torch.equal(ids.long(), top.indices)
     assert chosen.dtype == values.dtype == torch.float32
     assert ids.dtype == torch.int32
+
+
+def test_packed_nibbles():
+    """Neighbours lie 16 bits apart: what the kernels unpack as a pair of halves."""
+    codes = torch.arange(16, dtype=torch.uint8).view(1, 16)
+    assert [f"{word & 0xFFFFFFFF:08x}" for word in ref.w4_pack(codes)[0].tolist()] == ["75316420", "fdb9eca8"]
+    codes = torch.randint(0, 16, (5, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(ref.w4_unpack(ref.w4_pack(codes)), codes)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("group", [32, 128])
+def test_integer_products(bits, group):
+    gen = torch.Generator().manual_seed(bits + group)
+    codes = torch.randint(0, 1 << bits, (24, 128), dtype=torch.uint8, generator=gen)
+    scales, bias = torch.rand(24, 128 // group, generator=gen), torch.randn(24, generator=gen)
+    zeros = torch.randint(0, 1 << bits, scales.shape, generator=gen).float()
+    perm, x = torch.randperm(128, generator=gen).int(), torch.randn(7, 128, generator=gen)
+    matmul, weight = (ref.w4_matmul, ref.w4_pack(codes)) if bits == 4 else (ref.w8_matmul, codes)
+    column = torch.arange(128) // group
+    for given in (zeros, None):
+        zero = zeros if given is not None else torch.full_like(zeros, 1 << (bits - 1))
+        dense = torch.empty(24, 128, dtype=torch.float64)
+        dense[:, perm.long()] = (codes.double() - zero.double()[:, column]) * scales.double()[:, column]
+        want = x.double() @ dense.t() + bias.double()
+        torch.testing.assert_close(matmul(x, weight, scales, given, group, bias, perm).double(), want, rtol=1e-5, atol=1e-4)
+        plain = matmul(x[:, perm.long()], weight, scales, given, group, bias)
+        torch.testing.assert_close(plain.double(), want, rtol=1e-5, atol=1e-4)
+
+
+def test_fp8_products():
+    """Against float64 on what the quantised values stand for, and near the unquantised product."""
+    gen = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(9, 256, generator=gen), torch.randn(128, 256, generator=gen) * 0.02
+    bias = torch.randn(128, generator=gen)
+    x[3] = 0
+    x[4] *= 1e4                             # outliers of a token are its own
+    quantised, scale = ref.fp8_quantize(weight)
+    assert quantised.dtype == torch.float8_e4m3fn and quantised.float().abs().amax(-1).eq(448).all()
+    for input_scale in (None, torch.tensor([0.01])):
+        tokens, token_scale = ref.fp8_quantize(x, input_scale)
+        want = (tokens.double() * token_scale.double()) @ (quantised.double() * scale.double()).t() + bias.double()
+        got = ref.fp8_matmul(x, quantised, scale.flatten(), input_scale, bias)
+        torch.testing.assert_close(got.double(), want, rtol=1e-4, atol=1e-4)
+    exact = x.double() @ weight.double().t()
+    apart = ref.fp8_matmul(x, quantised, scale.flatten()).double() - exact
+    assert (apart.norm(dim=-1) <= 0.05 * exact.norm(dim=-1)).all()
+    # What is beyond the range of a fixed scale is cut off, not infinite.
+    assert ref.fp8_matmul(x * 1e3, quantised, scale.flatten(), torch.tensor([0.01])).isfinite().all()
+
+
+def test_fp8_blocks():
+    gen = torch.Generator().manual_seed(1)
+    x, weight = torch.randn(5, 256, generator=gen), torch.randn(384, 256, generator=gen) * 0.02
+    x[:, 128:] *= 1e3
+    weight[128:256] *= 50
+    blocks = weight.view(3, 128, 2, 128).abs().amax((1, 3)) / ref.E4M3_MAX
+    spread = blocks.repeat_interleave(128, 0).repeat_interleave(128, 1)
+    quantised = (weight / spread).to(torch.float8_e4m3fn)
+    halves = [ref.fp8_quantize(half) for half in x.split(128, -1)]
+    inputs = torch.cat([value.double() * scale.double() for value, scale in halves], -1)
+    want = inputs @ (quantised.double() * spread.double()).t()
+    torch.testing.assert_close(ref.fp8_block_matmul(x, quantised, blocks).double(), want, rtol=1e-4, atol=1e-2)

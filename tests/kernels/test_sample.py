@@ -8,9 +8,9 @@ os.environ["TRITON_INTERPRET"] = "1"
 
 import pytest
 import torch
-from kernel_cases import check_batch_invariance, check_mask, check_noise, check_sample, sampling_table
+from kernel_cases import check_automaton, check_batch_invariance, check_mask, check_noise, check_sample, sampling_table
 
-from kernels import ref, sample
+from kernels import automaton, ref, sample
 
 both = pytest.mark.parametrize("kernels", [sample, ref])
 
@@ -93,3 +93,9 @@ def test_noise_is_the_twins():
 @pytest.mark.parametrize("n, width, words", [(1, 300, 10), (5, 320, 10), (6, 5000, 157), (4, 300, 7), (3, 100, 9)])
 def test_mask(kernels, n, width, words):
     check_mask(kernels, torch.empty(0), n, width, words)
+
+
+@pytest.mark.parametrize("kernels", [automaton, ref])
+@pytest.mark.parametrize("n, width", [(1, 300), (5, 320), (7, 5001), (200, 40)])
+def test_automaton(kernels, n, width):
+    check_automaton(kernels, torch.empty(0), n, width)

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import fnmatch
 import hashlib
+import json
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from pipeline.config import check
+from pipeline.exits import ConfigError
+from pipeline.model import RealModel
 from pipeline.model_source import ModelSourceError, WheelSource, resolve_model
 
 
@@ -138,3 +144,38 @@ def test_hub_offline_is_one_clear_line(monkeypatch, tmp_path):
     with pytest.raises(ModelSourceError, match="HF_HUB_OFFLINE is set") as error:
         resolve_model("no-such-org/no-such-model@main")
     assert "\n" not in str(error.value)
+
+
+class Hub:
+    """Stands in for the hub: a repository of two files, and which of them were fetched."""
+
+    def __init__(self, folder: Path, config: dict[str, Any]) -> None:
+        self.files = {"config.json": json.dumps(config), "model.safetensors": "weights"}
+        self.folder, self.fetched = folder, []
+
+    def snapshot_download(self, repo: str, allow_patterns: list[str], **_: Any) -> str:
+        for name, text in self.files.items():
+            if any(fnmatch.fnmatch(name, pattern) for pattern in allow_patterns):
+                self.fetched.append(name)
+                (self.folder / name).write_text(text)
+        return str(self.folder)
+
+
+@pytest.mark.parametrize(("bits", "fetched"), [(4, ["config.json", "config.json", "model.safetensors"]), (3, ["config.json"])])
+def test_a_model_on_the_hub_is_refused_before_its_weights_are_fetched(bits, fetched, monkeypatch, tmp_path):
+    quantization = {"quant_method": "awq", "bits": bits, "group_size": 64}
+    hub = Hub(tmp_path, {"model_type": "llama", "vocab_size": 8, "hidden_size": 64, "intermediate_size": 64,
+                         "num_hidden_layers": 1, "num_attention_heads": 2, "max_position_embeddings": 16,
+                         "quantization_config": quantization})
+    monkeypatch.setattr("huggingface_hub.snapshot_download", hub.snapshot_download)
+    model = RealModel(check({"model": {"source": "org/name"}, "data": "a.parquet", "output": {"dir": "out"}}))
+    if bits == 4:
+        assert model.fingerprint() == {"model.source": f"org/name at {tmp_path.name}"}
+    else:
+        with pytest.raises(ConfigError, match=r"^model\.source: quantization_config\.bits=3 is not supported; supported: 4$"):
+            model.fingerprint()
+    assert hub.fetched == fetched
+    del hub.files["config.json"]
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(ConfigError, match=r"^model\.source: org/name on the Hugging Face hub has no config\.json"):
+        model.fingerprint()

@@ -1,0 +1,80 @@
+"""FP8: float8_e4m3fn weights and inputs, from a checkpoint or made from plain weights at load."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from engine.layers.linear import DenseMethod, Linear, LinearMethod, ParamSpec, bias_spec
+from engine.models.quantization import FP8_BLOCK, Fp8
+from kernels import ops
+
+
+@dataclass(frozen=True, slots=True)
+class Fp8Method(LinearMethod):
+    """Weights with a scale for the tensor or for each output, inputs with one from calibration or for each token."""
+
+    scheme: Fp8
+
+    def specs(self, in_features: int, out_features: int, bias: bool, dtype: torch.dtype) -> dict[str, ParamSpec]:
+        if self.scheme.granularity == "tensor":
+            scale = ParamSpec((1,), torch.float32, out_dim=None)
+        else:
+            scale = ParamSpec((out_features, 1), torch.float32, out_dim=0)
+        specs = {
+            "weight": ParamSpec((out_features, in_features), torch.float8_e4m3fn, out_dim=0),
+            self.scheme.scale: scale,
+            **bias_spec(out_features, bias, dtype),
+        }
+        if self.scheme.static:
+            specs["input_scale"] = ParamSpec((1,), torch.float32, out_dim=None)
+        return specs
+
+    def finalize(self, layer: Linear, stored: dict[str, Tensor]) -> dict[str, Tensor | None]:
+        scale, inputs = stored[self.scheme.scale], stored.get("input_scale")
+        if self.scheme.granularity == "tensor":             # one a part: their outputs keep their own
+            scale = torch.cat([scale[i].expand(width) for i, (_, width) in enumerate(layer.sources)])
+        # Merged parts read the same inputs, which are quantised once: by the widest of their scales, so that nothing is cut off.
+        return {"weight": stored["weight"], "weight_scale": scale.flatten(), "bias": stored.get("bias"),
+                "input_scale": None if inputs is None else inputs.amax(0)}
+
+    def apply(self, layer: Linear, x: Tensor) -> Tensor:
+        return ops.fp8_matmul(x, layer.weight, layer.weight_scale, layer.input_scale, layer.bias)
+
+
+@dataclass(frozen=True, slots=True)
+class Fp8BlockMethod(LinearMethod):
+    """Weights with a scale for every block of 128 x 128, inputs with one for every 128 of a token (DeepSeek-V3)."""
+
+    scheme: Fp8
+
+    def specs(self, in_features: int, out_features: int, bias: bool, dtype: torch.dtype) -> dict[str, ParamSpec]:
+        return {
+            "weight": ParamSpec((out_features, in_features), torch.float8_e4m3fn, out_dim=0),
+            self.scheme.scale: ParamSpec((out_features // FP8_BLOCK, in_features // FP8_BLOCK), torch.float32, out_dim=0,
+                                         out_pack=FP8_BLOCK),
+            **bias_spec(out_features, bias, dtype),
+        }
+
+    def finalize(self, layer: Linear, stored: dict[str, Tensor]) -> dict[str, Tensor | None]:
+        return {"weight": stored["weight"], "weight_scale": stored[self.scheme.scale], "bias": stored.get("bias")}
+
+    def apply(self, layer: Linear, x: Tensor) -> Tensor:
+        return ops.fp8_block_matmul(x, layer.weight, layer.weight_scale, layer.bias)
+
+
+@dataclass(frozen=True, slots=True)
+class OnlineFp8Method(LinearMethod):
+    """Plain weights, quantised when they are loaded, each output by its largest weight; each token's inputs likewise."""
+
+    def specs(self, in_features: int, out_features: int, bias: bool, dtype: torch.dtype) -> dict[str, ParamSpec]:
+        return DenseMethod().specs(in_features, out_features, bias, dtype)
+
+    def finalize(self, layer: Linear, stored: dict[str, Tensor]) -> dict[str, Tensor | None]:
+        weight, scale = ops.fp8_quantize(stored["weight"])
+        return {"weight": weight, "weight_scale": scale.flatten(), "bias": stored.get("bias"), "input_scale": None}
+
+    def apply(self, layer: Linear, x: Tensor) -> Tensor:
+        return ops.fp8_matmul(x, layer.weight, layer.weight_scale, layer.input_scale, layer.bias)

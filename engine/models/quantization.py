@@ -1,0 +1,248 @@
+"""How a checkpoint's linear layers are stored, read from config.json's quantization_config alone.
+
+A variant that is not supported is refused here by its key, so before any weights are read, or fetched. What a scheme means for
+loading and compute stands in engine/layers/quantized.py.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from engine.models.errors import ModelError
+
+GROUPS = (-1, 32, 64, 128)      # inputs that share a scale; -1: all of them
+FP8_BLOCK = 128                 # side of the blocks of weights that share one
+GGUF_KEPT = ("Q4_0", "Q4_K", "Q6_K", "Q8_0")
+
+
+@dataclass(frozen=True, slots=True)
+class Awq:
+    """autoawq's `gemm` layout: 4 bits with zero points (arXiv 2306.00978)."""
+
+    group: int
+
+    def multiples(self) -> tuple[int, int]:
+        """What the numbers of inputs and outputs of a layer must be multiples of."""
+        return max(self.group, 8), 8
+
+
+@dataclass(frozen=True, slots=True)
+class Gptq:
+    """AutoGPTQ's layout (arXiv 2210.17323). `ordered`: columns belong to groups by g_idx. `v2`: zero points are as they are."""
+
+    bits: int
+    group: int
+    ordered: bool
+    v2: bool
+
+    def multiples(self) -> tuple[int, int]:
+        return max(self.group, 8), 32 // self.bits
+
+
+@dataclass(frozen=True, slots=True)
+class Packed:
+    """compressed-tensors' pack-quantized integers. `ordered`: columns belong to groups by weight_g_idx."""
+
+    bits: int
+    group: int
+    symmetric: bool
+    ordered: bool
+
+    def multiples(self) -> tuple[int, int]:
+        return max(self.group, 8), 32 // self.bits
+
+
+@dataclass(frozen=True, slots=True)
+class Fp8:
+    """float8_e4m3fn weights and inputs, weights with one scale a "tensor", a "channel" (output) or a "block" of 128 x 128.
+
+    `scale`: the tensor's name in the checkpoint. `static`: inputs have one scale from calibration, `input_scale`; else each token
+    is scaled by its largest, or every 128 inputs of it where weights have blocks.
+    """
+
+    granularity: str
+    scale: str
+    static: bool
+
+    def multiples(self) -> tuple[int, int]:
+        return (FP8_BLOCK, FP8_BLOCK) if self.granularity == "block" else (1, 1)
+
+
+@dataclass(frozen=True, slots=True)
+class Gguf:
+    """GGUF's blocks of this type."""
+
+    kind: str
+
+    def multiples(self) -> tuple[int, int]:
+        return 1, 1         # the file's reader has seen to that
+
+
+Scheme = Awq | Gptq | Packed | Fp8 | Gguf
+
+
+@dataclass(frozen=True, slots=True)
+class Quantization:
+    """Which layers are stored how. `method`: the config's quant_method; `rules`: (pattern, scheme), the first match counts."""
+
+    method: str
+    rules: tuple[tuple[re.Pattern[str], Scheme], ...]
+    ignored: tuple[re.Pattern[str], ...] = ()
+
+    @classmethod
+    def read(cls, raw: Mapping[str, Any]) -> Quantization:
+        """From a quantization_config. Raises ModelError."""
+        method = raw.get("quant_method")
+        if method not in _READERS:
+            raise ModelError(f"quantization_config.quant_method={method!r} is not supported; supported: {', '.join(_READERS)}")
+        return _READERS[method](raw)
+
+    @property
+    def integer(self) -> bool:
+        return any(isinstance(scheme, (Awq, Gptq, Packed)) for _, scheme in self.rules)
+
+    def scheme(self, name: str) -> Scheme | None:
+        """Of the layer `name` (model.layers.0.self_attn.q_proj); None: its weights are plain."""
+        if any(pattern.match(name) for pattern in self.ignored):
+            return None
+        return next((scheme for pattern, scheme in self.rules if pattern.match(name)), None)
+
+    def check(self, layers: Iterable[tuple[str, int, int]]) -> None:
+        """Raise ModelError if one of the layers (name, inputs, outputs) has a shape that its scheme cannot have."""
+        for name, inputs, outputs in layers:
+            if (scheme := self.scheme(name)) is not None:
+                by, out_by = scheme.multiples()
+                if inputs % by or outputs % out_by:
+                    raise ModelError(f"{name} has {inputs} inputs and {outputs} outputs, which is not supported: {self.method} "
+                                     f"weights of {scheme} need multiples of {by} and {out_by}")
+
+
+_BLOCKS = re.compile(r"model\.layers\.")        # what methods without targets quantise: not the embedding, not the LM head
+
+
+def _within(key: str) -> re.Pattern[str]:
+    """Modules that have `key` among the parts of their name, themselves or above them: q_proj, self_attn, model.layers.1."""
+    return re.compile(rf"(?:.*\.)?{re.escape(key)}(?:\.|$)")
+
+
+def _value(raw: Mapping[str, Any], *keys: str, allowed: Iterable[Any], default: Any = None) -> Any:
+    """The first of the keys that is set, if its value is one of those allowed."""
+    key = next((key for key in keys if raw.get(key) is not None), keys[0])
+    value = default if raw.get(key) is None else raw[key]
+    if value not in allowed:
+        raise ModelError(f"quantization_config.{key}={value!r} is not supported; supported: {', '.join(map(str, allowed))}")
+    return value
+
+
+def _empty(raw: Mapping[str, Any], *keys: str) -> None:
+    for key in keys:
+        if raw.get(key):
+            raise ModelError(f"quantization_config.{key}={raw[key]!r} is not supported")
+
+
+def _awq(raw: Mapping[str, Any]) -> Quantization:
+    _value(raw, "bits", "w_bit", allowed=[4])
+    version = raw.get("version") or raw.get("format") or "gemm"
+    _value({"version": str(version).lower()}, "version", allowed=["gemm"])
+    _value(raw, "zero_point", allowed=[True], default=True)
+    scheme = Awq(_value(raw, "group_size", "q_group_size", allowed=GROUPS, default=128))
+    return Quantization("awq", ((_BLOCKS, scheme),), tuple(_within(key) for key in raw.get("modules_to_not_convert") or ()))
+
+
+def _gptq(raw: Mapping[str, Any]) -> Quantization:
+    _empty(raw, "lm_head", "is_marlin_format")
+    _value(raw, "pack_dtype", allowed=["int32"], default="int32")
+    stored = _value(raw, "checkpoint_format", "format", allowed=["gptq", "gptq_v2"], default="gptq")
+    scheme = Gptq(_value(raw, "bits", allowed=[4, 8]), _value(raw, "group_size", allowed=GROUPS), bool(raw.get("desc_act")),
+                  stored == "gptq_v2")
+    # gptqmodel's rules by name: "-:regex" leaves modules as they are, any other changes how they are quantised.
+    rules = raw.get("dynamic") or {}
+    if changed := [key for key in rules if not key.startswith("-:")]:
+        raise ModelError(f"quantization_config.dynamic sets {changed[0]!r} apart, which is not supported")
+    ignored = [re.compile(key.removeprefix("-:")) for key in rules]
+    ignored += [_within(key) for key in raw.get("modules_to_not_convert") or ()]
+    only = [_within(name) for names in raw.get("modules_in_block_to_quantize") or () for name in names]
+    return Quantization("gptq", tuple((pattern, scheme) for pattern in only or [_BLOCKS]), tuple(ignored))
+
+
+def _fp8(raw: Mapping[str, Any]) -> Quantization:
+    _value(raw, "fmt", allowed=["e4m3"], default="e4m3")
+    _value(raw, "scale_fmt", allowed=["float"], default="float")
+    static = _value(raw, "activation_scheme", allowed=["static", "dynamic"], default="dynamic") == "static"
+    if raw.get("weight_block_size") is None:
+        scheme = Fp8("tensor", "weight_scale", static)
+    else:
+        _value(raw, "weight_block_size", allowed=[[FP8_BLOCK, FP8_BLOCK]])
+        _value(raw, "activation_scheme", allowed=["dynamic"], default="dynamic")
+        scheme = Fp8("block", "weight_scale_inv", static=False)
+    ignored = [*(raw.get("ignored_layers") or ()), *(raw.get("modules_to_not_convert") or ())]
+    return Quantization("fp8", ((_BLOCKS, scheme),), tuple(_within(key) for key in ignored))
+
+
+def _compressed_tensors(raw: Mapping[str, Any]) -> Quantization:
+    _empty(raw, "transform_config")
+    _value(raw.get("sparsity_config") or {}, "format", allowed=["dense"], default="dense")
+    rules = []
+    for name, group in (raw.get("config_groups") or {}).items():
+        _empty(group, "output_activations")
+        scheme = _compressed_group(group, str(group.get("format") or raw.get("format")), f"config_groups.{name}")
+        rules += [(_target(target), scheme) for target in group.get("targets") or ("Linear",)]
+    if not rules:
+        raise ModelError("quantization_config.config_groups is empty: give the model's own config.json")
+    found = Quantization("compressed-tensors", tuple(rules), tuple(_target(name) for name in raw.get("ignore") or ()))
+    if found.scheme("lm_head") is not None:
+        raise ModelError("quantization_config: the LM head is quantised, which is not supported; it must stand in ignore")
+    return found
+
+
+def _compressed_group(group: Mapping[str, Any], stored: str, where: str) -> Scheme:
+    weights, inputs = group.get("weights") or {}, group.get("input_activations") or {}
+    kind = f"{weights.get('type', 'int')}{weights.get('num_bits', 8)}"
+    strategy, symmetric = weights.get("strategy") or "tensor", weights.get("symmetric", True)
+    inputs_as = _inputs(inputs)
+    if stored == "pack-quantized" and kind in ("int4", "int8") and strategy in ("group", "channel") and inputs_as == "plain":
+        size = -1 if strategy == "channel" else _value(weights, "group_size", allowed=GROUPS)
+        return Packed(weights["num_bits"], size, symmetric, ordered=weights.get("actorder") in ("group", "dynamic"))
+    if stored in ("float-quantized", "naive-quantized") and kind == "float8" and symmetric:
+        if strategy in ("tensor", "channel") and inputs_as in ("static", "token"):
+            return Fp8(strategy, "weight_scale", static=inputs_as == "static")
+        if strategy == "block" and weights.get("block_structure") == [FP8_BLOCK, FP8_BLOCK] and inputs_as == "group":
+            return Fp8("block", "weight_scale", static=False)
+    raise ModelError(
+        f"quantization_config.{where}: {kind} weights by {strategy} in format {stored} with {inputs_as} inputs are not "
+        "supported; supported: pack-quantized int4 and int8 by group or channel with plain inputs, float-quantized float8 by "
+        f"tensor or channel with static or token inputs, or by block of {FP8_BLOCK} with group inputs")
+
+
+def _inputs(args: Mapping[str, Any]) -> str:
+    """How input_activations quantises a layer's inputs, in a word."""
+    if not args:
+        return "plain"
+    kind, strategy = f"{args.get('type', 'int')}{args.get('num_bits', 8)}", args.get("strategy") or "tensor"
+    dynamic = args.get("dynamic")
+    match kind, strategy, bool(dynamic):
+        case "float8", "tensor", False:
+            return "static"
+        case "float8", "token", True:
+            return "token"
+        case "float8", "group", True if args.get("group_size") == FP8_BLOCK:
+            return "group"
+    return f"{kind} {strategy} {'dynamic' if dynamic else 'static'}"
+
+
+def _target(text: str) -> re.Pattern[str]:
+    """compressed-tensors' ways to name modules: a class, re: and a regular expression, or the name."""
+    if text == "Linear":
+        return re.compile("")
+    return re.compile(text.removeprefix("re:")) if text.startswith("re:") else re.compile(re.escape(text) + "$")
+
+
+def _gguf(raw: Mapping[str, Any]) -> Quantization:
+    rules = tuple((re.compile(re.escape(name) + "$"), Gguf(kind)) for name, kind in raw["types"].items())
+    return Quantization("gguf", rules)
+
+
+_READERS = {"awq": _awq, "gptq": _gptq, "compressed-tensors": _compressed_tensors, "fp8": _fp8, "gguf": _gguf}

@@ -1,0 +1,160 @@
+"""Products of e4m3 numbers on CUDA (arXiv 2209.05433): x quantised token by token, W row by row or in blocks of 128 x 128.
+
+Few rows: y^T = W x^T from shared memory, K split as split_k.py says. The tensor cores add e4m3 products in fewer bits than
+float32 has (arXiv 2412.19437, section 3.3.2), so their sums are taken over 128 of K only, and those are added up in float32.
+Many rows: cuBLAS, which knows scales of rows and columns; for blocks the kernel here at every size.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.split_k import Tile, counters, finish
+
+LARGEST = tl.constexpr(448.0)
+BLOCK = 128     # of K: what one scale of a block covers, and what is summed on the tensor cores
+
+# --- quantisation ---------------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def quantise_row(y, out, scales, static, row, columns, inside, WIDTH: tl.constexpr, STATIC: tl.constexpr):
+    """Write the row y (float32, 0 past WIDTH) as e4m3 and its scale: largest / 448, or what `static` holds."""
+    scale = tl.load(static) if STATIC else tl.maximum(tl.max(tl.abs(y), 0), 1e-12) / LARGEST
+    y = tl.minimum(tl.maximum(y * (1.0 / scale), -LARGEST), LARGEST)
+    tl.store(out + row * WIDTH + columns, y.to(tl.float8e4nv), mask=inside)
+    tl.store(scales + row, scale)
+
+
+@triton.jit
+def _quantise_kernel(x, out, scales, static, x_stride, WIDTH: tl.constexpr, BLOCK: tl.constexpr, STATIC: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, BLOCK)
+    inside = columns < WIDTH
+    y = tl.load(x + row * x_stride + columns, mask=inside, other=0.0).to(tl.float32)
+    quantise_row(y, out, scales, static, row, columns, inside, WIDTH, STATIC)
+
+
+@triton.jit
+def _quantise_blocks_kernel(x, out, scales, x_stride, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    row, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    columns = block * BLOCK + tl.arange(0, BLOCK)
+    inside = columns < WIDTH
+    y = tl.load(x + row * x_stride + columns, mask=inside, other=0.0).to(tl.float32)
+    scale = tl.maximum(tl.max(tl.abs(y), 0), 1e-12) / LARGEST
+    tl.store(out + row * WIDTH + columns, (y * (1.0 / scale)).to(tl.float8e4nv), mask=inside)
+    tl.store(scales + row * tl.num_programs(1) + block, scale)
+
+
+def _width_options(width: int) -> dict[str, int]:
+    """As kernels.pointwise: a lane has about 16 elements."""
+    block = triton.next_power_of_2(width)
+    return {"WIDTH": width, "BLOCK": block, "num_warps": min(max(block // 512, 1), 16)}
+
+
+def fp8_quantize(x: Tensor, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """See ref.fp8_quantize; rows of x may be strided. The scales are always [M, 1]."""
+    rows, width = x.shape
+    out = torch.empty((rows, width), dtype=torch.float8_e4m3fn, device=x.device)
+    scales = torch.empty((rows, 1), dtype=torch.float32, device=x.device)
+    _quantise_kernel[rows,](x, out, scales, scales if scale is None else scale, x.stride(0), STATIC=scale is not None,
+                            **_width_options(width))
+    return out, scales
+
+
+def _quantise_blocks(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Every BLOCK of a row by its largest -> e4m3 [M, K], float32 [M, K / BLOCK]."""
+    rows, width = x.shape
+    out = torch.empty((rows, width), dtype=torch.float8_e4m3fn, device=x.device)
+    scales = torch.empty((rows, triton.cdiv(width, BLOCK)), dtype=torch.float32, device=x.device)
+    _quantise_blocks_kernel[rows, scales.shape[1]](x, out, scales, x.stride(0), WIDTH=width, BLOCK=BLOCK, num_warps=1)
+    return out, scales
+
+
+# --- the product ----------------------------------------------------------------------------------------------------------------
+
+
+@triton.jit(do_not_specialize=["M", "splits"])
+def _product_kernel(x, x_scales, weight, weight_scales, bias, out, partial, counters, M, N, K, splits,
+                    BLOCKS: tl.constexpr, BIAS: tl.constexpr, SPLIT: tl.constexpr, EVEN_N: tl.constexpr, EVEN_K: tl.constexpr,
+                    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
+    tile, split = tl.program_id(0), tl.program_id(1)
+    n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    m = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)
+    blocks = tl.cdiv(K, BLOCK_K)
+    lo, hi = split * blocks // splits, (split + 1) * blocks // splits
+    acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+    if BLOCKS:      # fetched a block ahead
+        weight_scale = tl.load(weight_scales + tile * BLOCK_N // BLOCK_K * blocks + lo)
+        x_scale = tl.load(x_scales + m * blocks + lo, mask=m < M, other=0.0)
+    for block in range(lo, hi):
+        k = block * BLOCK_K + tl.arange(0, BLOCK_K)
+        there = (m < M)[None, :] if EVEN_K else (m < M)[None, :] & (k < K)[:, None]
+        at = weight + n[:, None].to(tl.int64) * K + k[None, :]
+        if EVEN_N and EVEN_K:
+            rows = tl.load(at, eviction_policy="evict_first")
+        else:
+            rows = tl.load(at, mask=(n < N)[:, None] & (k < K)[None, :], other=0.0, eviction_policy="evict_first")
+        columns = tl.load(x + m[None, :] * K + k[:, None], mask=there, other=0.0)
+        product = tl.dot(rows, columns)
+        if BLOCKS:
+            acc += product * (x_scale * weight_scale)[None, :]
+            weight_scale = tl.load(weight_scales + tile * BLOCK_N // BLOCK_K * blocks + block + 1, mask=block + 1 < hi, other=0.0)
+            x_scale = tl.load(x_scales + m * blocks + block + 1, mask=m < tl.where(block + 1 < hi, M, 0), other=0.0)
+        else:
+            acc += product
+    if not BLOCKS:
+        acc *= tl.load(weight_scales + n, mask=n < N, other=0.0)[:, None]
+        acc *= tl.load(x_scales + m, mask=m < M, other=0.0)[None, :]
+    finish(acc, bias, out, partial, counters, n, m, M, N, splits, BIAS, SPLIT)
+
+
+# By the most rows that a tile is for. Not measured yet: see jobs/bench/quantized.py --sweep.
+TILES = {
+    16: Tile(16, 64, 4, 5, 528),
+    32: Tile(32, 64, 4, 5, 396),
+    64: Tile(64, 64, 4, 4, 396),
+    128: Tile(128, 128, 8, 4, 132),
+    1 << 31: Tile(128, 128, 8, 4, 1),
+}
+MOST_ROWS = 64      # of row scales, up to here the kernel here is the faster one
+
+
+def _tile(rows: int) -> Tile:
+    return next(tile for most, tile in TILES.items() if rows <= most)
+
+
+def _product(x: Tensor, x_scales: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, dtype: torch.dtype,
+             blocks: bool, tile: Tile) -> Tensor:
+    (rows, width), features = x.shape, weight.shape[0]
+    out = torch.empty((rows, features), dtype=dtype, device=x.device)
+    grid = tile.grid(rows, features, triton.cdiv(width, BLOCK))
+    splits = grid[1]
+    partial = torch.empty((splits, rows, features), dtype=torch.float32, device=x.device) if splits > 1 else out
+    _product_kernel[grid](
+        x, x_scales, weight, weight_scale, out if bias is None else bias, out, partial, counters(x.device), rows, features, width,
+        splits, BLOCKS=blocks, BIAS=bias is not None, SPLIT=splits > 1, EVEN_N=features % tile.block_n == 0,
+        EVEN_K=width % BLOCK == 0, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=BLOCK,
+        num_warps=tile.warps, num_stages=tile.stages)
+    return out
+
+
+def fp8_product(x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None,
+                dtype: torch.dtype) -> Tensor:
+    """See ref.fp8_product."""
+    if x.shape[0] <= MOST_ROWS or dtype == torch.float32:       # cuBLAS has no float32 outputs for scales of rows
+        return _product(x, x_scale, weight, weight_scale, bias, dtype, False, _tile(x.shape[0]))
+    return torch._scaled_mm(x, weight.t(), x_scale, weight_scale[None], bias, out_dtype=dtype)
+
+
+def fp8_matmul(x: Tensor, weight: Tensor, weight_scale: Tensor, input_scale: Tensor | None, bias: Tensor | None) -> Tensor:
+    """See ref.fp8_matmul."""
+    return fp8_product(*fp8_quantize(x, input_scale), weight, weight_scale, bias, x.dtype)
+
+
+def fp8_block_matmul(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:
+    """See ref.fp8_block_matmul."""
+    return _product(*_quantise_blocks(x), weight, weight_scale, bias, x.dtype, True, _tile(x.shape[0]))

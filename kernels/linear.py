@@ -1,0 +1,72 @@
+"""Dense linear layers on CUDA: few rows go to gemm_skinny.py, more to cuBLAS."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+import triton
+from torch import Tensor
+
+from kernels import pointwise, ref
+from kernels.gemm_skinny import Tile, product, tile_of
+
+MOST_ROWS = 64              # cuBLAS is as fast from here on
+SMALL_BYTES = 8 << 20       # weights up to this take as long as a program does, whatever the memory's speed
+
+
+@cache
+def choose(m: int, features: int, depth: int, gated: bool, dtype: torch.dtype, processors: int) -> Tile | None:
+    """The tile for m rows of x and a weight [features, depth]; None: what stands in ref.py is as fast, or none divides the depth.
+
+    As jobs/bench/gemm.py measured them on an H100 for the shapes of Mistral-7B and SmolLM2-135M.
+    """
+    if m > MOST_ROWS or dtype.itemsize != 2:
+        return None
+    small = dtype.itemsize * features * depth <= SMALL_BYTES
+    for rows, step, splits, stages in (_vectors if m == 1 else _small if small else _large)(m, features, depth, processors):
+        tile = tile_of(m, features, depth, gated, (rows, step, splits, 4), processors, m == 1, stages)
+        if tile is not None:
+            return tile
+    return None
+
+
+Shapes = list[tuple[int, int, int, int]]    # the first that divides the depth: (rows, depth, splits, most stages)
+
+
+def _vectors(m: int, features: int, depth: int, processors: int) -> Shapes:
+    wide = features >= 16 * processors
+    return [(8 if wide else 4, 512, 1, 1 if wide else 8), (32, 64, 1, 8)]
+
+
+def _small(m: int, features: int, depth: int, processors: int) -> Shapes:
+    deep = [(32, 128, 4, 8) if m <= 16 else (64, 128, 3, 8)] if depth > 1024 else []
+    return [*deep, (32 if features > 16 * processors else 16, 64, 1, 8)]
+
+
+def _large(m: int, features: int, depth: int, processors: int) -> Shapes:
+    splits = 1 if triton.cdiv(features, 64) > 0.7 * processors else 2
+    return [(64, 128, splits, 8), (64, 64, splits, 8), (64, 64, 1, 8)]
+
+
+def _tile(x: Tensor, weight: Tensor, gated: bool) -> Tile | None:
+    return choose(x.shape[0], *weight.shape, gated, x.dtype, _processors(x.device))
+
+
+@cache
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None) -> Tensor:
+    """See ref.linear; rows of x may be strided."""
+    tile = _tile(x, weight, gated=False)
+    return ref.linear(x, weight, bias, out) if tile is None else product(x, weight, bias, tile, out=out)
+
+
+def gated_linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
+    """See ref.gated_linear; rows of x may be strided."""
+    tile = _tile(x, weight, gated=True)
+    if tile is not None:
+        return product(x, weight, bias, tile, activation)
+    return pointwise.gated_act(ref.linear(x, weight, bias, None), activation)

@@ -1,0 +1,101 @@
+"""Keys and values as FP8: the model's logits, its scales and the engine's memory, on the CPU."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from engine_cases import finish, full_logits, load_decoder, mixed_requests, running, tokens_of
+from models import tiny_checkpoint
+from safetensors.torch import load_file, save_file
+
+from engine.config import EngineConfig
+from engine.memory import page_bytes
+from engine.models.errors import ModelError
+from kernels import ops, ref
+
+PROMPT = torch.randint(0, 200, (90,), generator=torch.Generator().manual_seed(0)).tolist()
+
+
+def rope_and_rounded_cache(*inputs: Any) -> torch.Tensor:
+    """ref.rope_and_cache that rounds what is in a float32 cache to e4m3."""
+    q = ref.rope_and_cache(*inputs)
+    for cache in inputs[8:10]:
+        cache.copy_(cache.to(torch.float8_e4m3fn))
+    return q
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_logits_are_those_of_rounded_keys_and_values(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tiny_checkpoint(family, tmp_path)
+    model, plain = (load_decoder(path, torch.float32, fp8_kv=fp8) for fp8 in (True, False))
+    got, decoded = full_logits(model, PROMPT), full_logits(model, PROMPT, decode=60)
+    monkeypatch.setattr(ops, "rope_and_cache", rope_and_rounded_cache)
+    want = full_logits(plain, PROMPT)
+    assert float((got - want).norm() / want.norm()) < 1e-5
+    # Where the last bit of a float32 differs, a number may be rounded the other way.
+    assert float((decoded - want).norm() / want.norm()) < 2e-2
+    assert 4 * page_bytes(model, 16) == page_bytes(plain, 16)
+
+
+def with_tensors(path: Path, **tensors: torch.Tensor) -> Path:
+    """The checkpoint with these as tensors of the first layer's attention too."""
+    file = path / "model.safetensors"
+    added = {f"model.layers.0.self_attn.{name.replace('__', '.')}": tensor for name, tensor in tensors.items()}
+    save_file(load_file(file) | added, file)
+    return path
+
+
+def scales(path: Path) -> torch.Tensor:
+    return load_decoder(path, torch.float32, fp8_kv=True).make_cache(1, 16).layers[0].scales
+
+
+def test_scales_are_the_checkpoints_where_it_has_them(tmp_path: Path) -> None:
+    path = tiny_checkpoint("llama", tmp_path)
+    heads = load_decoder(path, torch.float32).spec.num_kv_heads
+    assert torch.equal(scales(path), torch.ones(2, heads))
+    each = torch.arange(1.0, heads + 1)
+    with_tensors(path, k_scale=each, v_proj__v_scale=torch.tensor([0.5]))
+    assert torch.equal(scales(path), torch.stack([each, torch.full((heads,), 0.5)]))
+    with_tensors(path, k_scale=torch.zeros(1))
+    with pytest.raises(ModelError, match=r"k_scale .* must be one positive number"):
+        scales(path)
+
+
+def test_large_biases_of_keys_stay_in_range(tmp_path: Path) -> None:
+    path = tiny_checkpoint("qwen2", tmp_path)
+    spec = load_decoder(path, torch.float32).spec
+    bias = torch.zeros(spec.num_kv_heads, spec.head_dim)
+    bias[0, 3], bias[0, 3 + spec.head_dim // 2] = 300.0, -400.0       # turned against each other: 500
+    with_tensors(path, k_proj__bias=bias.flatten())
+    want = torch.ones(2, spec.num_kv_heads)
+    want[0, 0] = 1000 / 448
+    torch.testing.assert_close(scales(path), want)
+    logits = full_logits(load_decoder(path, torch.float32, fp8_kv=True), PROMPT)
+    assert bool(logits.isfinite().all())
+
+
+def test_engine_gives_the_same_tokens_however_it_runs(tmp_path: Path) -> None:
+    path = tiny_checkpoint("llama", tmp_path)
+    outputs = []
+    for config in ({"depth": 1}, {"depth": 2}, {"depth": 2, "prefix_sharing": False, "max_step_tokens": 24}):
+        with running(path, kv_dtype="fp8", **config) as engine:
+            outputs.append(tokens_of(finish(engine, mixed_requests(12))))
+    assert outputs[0] == outputs[1] == outputs[2]
+
+
+def test_twice_the_pages_of_16_bits_fit(tmp_path: Path) -> None:
+    path = tiny_checkpoint("llama", tmp_path)
+    pages = {}
+    for kind in ("auto", "fp8"):
+        with running(path, dtype="bfloat16", kv_dtype=kind, cpu_kv_gib=0.002, max_rows=64) as engine:
+            pages[kind] = engine.stats().kv_pages_total
+    assert pages["fp8"] - 2 * pages["auto"] in (0, 1, 2)
+
+
+def test_other_kinds_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"engine\.kv_dtype=int4: give auto or fp8"):
+        dataclasses.replace(EngineConfig(), kv_dtype="int4")
