@@ -59,6 +59,7 @@ class Work:
     result: RowResult | None = None  # set once, under the shard's lock; rows that come later take a copy
     tries: int = 0
     resampled: int = 0  # how often its output did not fit a schema that is kept by trying
+    most: int = 0  # tokens that its output may have: max_tokens, or what the context leaves; set when it is submitted
 
     def request(self, number: int) -> Request:
         grammar = self.ask.guide.grammar if self.ask.guide else None
