@@ -244,7 +244,8 @@ def check(raw: Mapping[str, Any]) -> RunConfig:
 def refuse_secrets(raw: Mapping[str, Any]) -> None:
     """Secrets come from the environment alone, since the configuration is written beside the results."""
     for key, value in flatten(raw):
-        if value is not None and not key.startswith(("task.schema", "task.guided_json", "task.tools")) and _SECRET.search(key.rpartition(".")[2]):
+        data = key.startswith(("task.schema", "task.guided_json", "task.tools"))
+        if value is not None and not data and _SECRET.search(key.rpartition(".")[2]):
             raise ConfigError(
                 f"{key}: secrets do not belong in the configuration, which is written beside the results; "
                 "set them in the environment (HF_TOKEN, AWS_SECRET_ACCESS_KEY, ...)"
