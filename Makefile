@@ -9,7 +9,7 @@ unexport PYTHONDONTWRITEBYTECODE
 export OMP_WAIT_POLICY ?= PASSIVE
 ARGS ?=
 
-.PHONY: run test test-gpu lint soak
+.PHONY: run test test-gpu test-slurm lint soak
 
 # Label the bundled customer messages with the embedded SmolLM2. More keys: make run ARGS='input.limit=20'
 run: $(VENV)/.installed
@@ -23,17 +23,23 @@ test: $(VENV)/.installed-dev
 test-gpu:
 	$(PYTHON) -m pytest tests/gpu $(ARGS)
 
+# jobs/slurm on a real Slurm on this machine: two minutes. Needs root; installs Debian's packages where they are missing.
+test-slurm: $(VENV)/.installed-dev
+	tests/slurm/run.sh $(BIN)/python
+
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/lint-imports --no-logo
 	$(BIN)/mypy
 
-# The property tests with many more examples, jobs killed a thousand times, ten thousand shards. How many: make soak EXAMPLES=20000
+# The property tests with many more examples, jobs killed a thousand times, ten thousand shards, a million rows. As in
+# make soak EXAMPLES=20000 KILLS=100
 EXAMPLES ?= 2000
 KILLS ?= 1000
 soak: $(VENV)/.installed-dev
 	CUDA_VISIBLE_DEVICES= GRISTMILL_EXAMPLES=$(EXAMPLES) $(BIN)/python -m pytest --timeout=0 -m hypothesis $(ARGS)
 	CUDA_VISIBLE_DEVICES= GRISTMILL_KILLS=$(KILLS) GRISTMILL_SHARDS=10000 $(BIN)/python -m pytest --timeout=0 tests/faults tests/pipeline/test_scale.py
+	CUDA_VISIBLE_DEVICES= GRISTMILL_ROWS=1000000 $(BIN)/python -m pytest --timeout=0 tests/pipeline/test_job.py -k memory
 
 $(VENV)/.installed: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or newer is needed: make PYTHON=/path/to/python")'

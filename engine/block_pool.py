@@ -183,6 +183,12 @@ class BlockPool:
             if node.page:
                 n -= self._drop(node)
 
+    def drop_cached(self) -> None:
+        """Uncache every prefix. Pages that rows hold stay theirs; what is waited for stays expected."""
+        for node in list(self._cached.values()):
+            if node.page:
+                self._drop(node)
+
     def _drop(self, node: Node) -> int:
         """Uncache a node and everything below it: without it they cannot be reached. Returns the pages freed."""
         below = [node]

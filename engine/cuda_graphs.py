@@ -24,6 +24,7 @@ class CudaGraphs:
     def __init__(self, launch: Callable[[int], Tensor], sizes: list[int], pool: Any) -> None:
         """launch(n): launch it for the first n rows of the table; returns its result, [n, ...]. sizes: ascending."""
         self._launch, self._pool = launch, pool
+        self._stream = torch.cuda.Stream()       # one for all: what the allocator caches, it caches for each stream apart
         self._sizes = sizes
         self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
 
@@ -45,7 +46,7 @@ class CudaGraphs:
     @torch.inference_mode()
     def _capture(self, size: int) -> None:
         """A first run outside the capture compiles the kernels and makes the handles; it does what the replay does once more."""
-        side = torch.cuda.Stream()
+        side = self._stream
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             self._launch(size)

@@ -16,10 +16,11 @@ from engine.guided.grammar import GrammarBackend
 from engine.memory import size_pool
 from engine.models.decoder import Decoder
 from engine.prefix_groups import PrefixGroups
-from engine.request import Completion, EngineStats, Request
+from engine.recovery import Recovery
+from engine.request import Completion, EngineError, EngineStats, Request
 from engine.row_table import RowTable
 from engine.runner import Runner, Step
-from engine.scheduler import MAX_STOP_IDS, Scheduler
+from engine.scheduler import MAX_STOP_IDS, Scheduler, StepPlan
 from engine.weights import Checkpoint
 from engine.window import Waiting
 
@@ -65,6 +66,7 @@ class Engine:
         groups = PrefixGroups(max_rows, config.page_size, token_bytes) if config.prefix_sharing and not windowed else None
         automata = Automata(spec.vocab_size, self.device)
         self._scheduler = Scheduler(config, table, self._pool, max_step_tokens, spec.eos_token_ids, automata, tokenizer, groups)
+        self._recovery = Recovery(self._scheduler)
         self._runner = Runner(model, table, caches, automata, config.cuda_graphs, sharing=groups is not None)
         self._inflight: deque[Step] = deque()
         progress("capturing CUDA graphs" if on_gpu and config.cuda_graphs else "ready")
@@ -103,6 +105,10 @@ class Engine:
         """Requests submitted and not yet returned."""
         return self._scheduler.pending
 
+    def overdue(self, seconds: float) -> list[Hashable]:
+        """Requests that have been running for more than so many seconds; a walk over the rows, to be asked now and then."""
+        return self._scheduler.overdue(seconds)
+
     def abort(self, ids: Iterable[Hashable] | None = None) -> None:
         """End these requests (None: all); they come back from step() as ABORTED, with what they have produced."""
         self._scheduler.abort(ids)
@@ -111,24 +117,48 @@ class Engine:
 
     @torch.inference_mode()
     def step(self) -> list[Completion]:
-        """One turn: read the oldest step in flight, plan and launch the next one; returns the requests that finished."""
+        """One turn: read the oldest step in flight, plan and launch the next one; returns the requests that finished.
+
+        Raises EngineError where not even fewer rows at once would help (engine/recovery.py).
+        """
         while len(self._inflight) >= self.config.depth:
             self._retire()
         self._scheduler.refill()
         plan = self._scheduler.schedule()
+        failure: Exception | None = None
         if plan is not None:
-            step = self._runner.launch_forward(plan)
-            mask = None
-            if plan.guides and self._guided is not None:
-                mask = self._runner.mask_buffer(len(plan.guides))
-                self._guided.fill(plan.guides, mask)            # while the forward pass runs
-            self._runner.launch_sample(step, mask)
-            self._inflight.append(step)
+            try:
+                self._inflight.append(self._launch(plan))
+            except Exception as error:
+                failure = error.with_traceback(None)             # whose frames would keep the step's tensors alive
         else:
             self._table.flush_staged()
             if self._inflight:
                 self._retire()
-        return self._scheduler.finished()
+        if plan is not None and failure is not None:
+            self._recover(plan, failure)
+        done = self._scheduler.finished()
+        self._recovery.ended(done)
+        return done
+
+    def _launch(self, plan: StepPlan) -> Step:
+        step = self._runner.launch_forward(plan)
+        mask = None
+        if plan.guides and self._guided is not None:
+            mask = self._runner.mask_buffer(len(plan.guides))
+            self._guided.fill(plan.guides, mask)                 # while the forward pass runs
+        self._runner.launch_sample(step, mask)
+        return step
+
+    def _recover(self, plan: StepPlan, failure: Exception) -> None:
+        if self.device.type == "cuda":
+            try:
+                torch.cuda.synchronize(self.device)
+            except RuntimeError as error:
+                raise EngineError(f"the GPU no longer answers ({error})") from failure
+        while self._inflight:
+            self._retire()
+        self._recovery.failed(plan, failure)
 
     def _retire(self) -> None:
         step = self._inflight.popleft()
@@ -159,7 +189,7 @@ class Engine:
         """Drop the device memory; the engine cannot be used afterwards."""
         while self._inflight:
             self._runner.wait(self._inflight.popleft())
-        del self._runner, self._scheduler, self._table, self._pool
+        del self._runner, self._scheduler, self._recovery, self._table, self._pool
         gc.unfreeze()
         gc.collect()
         if self.device.type == "cuda":

@@ -13,6 +13,10 @@ if TYPE_CHECKING:
     from engine.guided.grammar import Grammar
 
 
+class EngineError(RuntimeError):
+    """The engine cannot go on; one line says why. What was returned before stands."""
+
+
 class FinishReason(StrEnum):
     STOP = "stop"                    # an end token, a stop string or the end of the grammar
     LENGTH = "length"                # max_tokens or the context was reached

@@ -102,6 +102,10 @@ class RowTable:
         if self._dst:
             self.flush(np.empty(0, dtype=np.int32))
 
+    def discard_staged(self) -> None:
+        """Forget what was staged: the rows it was for have left."""
+        self._begin()
+
     def flush(self, extra: np.ndarray) -> Tensor:
         """Apply what was staged, in one copy and one launch; returns `extra` (int32, the plan's own arrays) on the device."""
         dst, lengths = np.concatenate(self._dst), np.concatenate(self._len)

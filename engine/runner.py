@@ -68,6 +68,8 @@ class Runner:
         self.table.rows.fill_(self.table.dummy)
         for graphs in self._graphs.values():
             graphs.capture()
+        if self._graphs:
+            torch.cuda.empty_cache()             # what the first runs outside the captures used
 
     # --- forward ---
 

@@ -9,6 +9,7 @@ cannot step by itself (engine/automata.py) are planned only when the host has se
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Hashable, Iterable
 from dataclasses import dataclass
@@ -84,8 +85,8 @@ class Scheduler:
     def __init__(self, config: EngineConfig, table: RowTable, pool: BlockPool, max_step_tokens: int, end_ids: tuple[int, ...],
                  automata: Automata, tokenizer: PreTrainedTokenizerFast | None = None,
                  groups: PrefixGroups | None = None) -> None:
-        self._table, self._pool, self._max_step_tokens, self.end_ids = table, pool, max_step_tokens, end_ids
-        self._automata = automata
+        self._table, self._pool, self.end_ids, self._automata = table, pool, end_ids, automata
+        self.row_limit, self.max_step_tokens = table.max_rows, max_step_tokens      # engine.recovery lowers them
         self.window = Window(pool, config.window, config.prefix_sharing)
         self._window_size, self._tokenizer = config.window, tokenizer
         self._predictor = LengthPredictor()
@@ -133,8 +134,8 @@ class Scheduler:
 
         A step with a prompt in it costs more than a plain decode step, so a few requests are let in together, not one by one.
         """
-        free = len(self._free_rows)
-        few = max(1, self._table.max_rows // 64)
+        free = self.row_limit - len(self.live)
+        few = max(1, self.row_limit // 64)
         if not len(self.window) or free < (few if self.live else 1):
             return
         ready = self.window.ready(free)
@@ -196,6 +197,7 @@ class Scheduler:
                 stop.find(token)
         logprobs = waiting.logprobs if waiting.logprobs is not None or params.logprobs is None else []
         self.live[row] = Live(waiting, guide, stop, logprobs)
+        waiting.began = waiting.began or time.monotonic()
         if guide is not None:
             self._follow(row, guide)
         return row
@@ -235,7 +237,7 @@ class Scheduler:
         decode = self._grown(decode)
         rest: list[int] = []
         chunks: list[int] = []
-        budget = self._max_step_tokens - decode.size
+        budget = self.max_step_tokens - decode.size
         several = rows[queries > 1]
         for row in several[np.argsort(self.order[several])].tolist():
             if budget <= 0:
@@ -391,7 +393,10 @@ class Scheduler:
             self._offers.append((live.waiting.path[-1], row, size))
 
     def _preempt(self, row: int) -> None:
-        """Finish the row and put its request back, with the tokens the host has seen; later results of it are dropped."""
+        self.window.put_back(self._withdraw(row))
+
+    def _withdraw(self, row: int) -> Waiting:
+        """End the row; its request keeps the tokens the host has seen, and later results of it are dropped."""
         live, n = self.live[row], int(self.seen[row])
         live.waiting.tokens = self.tokens[row, :n].copy()
         live.waiting.guide, live.waiting.logprobs = live.guide, live.logprobs
@@ -399,7 +404,20 @@ class Scheduler:
         self._leave(row)
         live.waiting.path = []
         self._preemptions += 1
-        self.window.put_back(live.waiting)
+        return live.waiting
+
+    def evacuate(self) -> None:
+        """Put every running row back, and forget what was staged and cached: a step was planned and did not run, so that pages it
+        offered for sharing hold nothing."""
+        rows = sorted(self.live, key=lambda row: int(self.order[row]))
+        waiting = [self._withdraw(row) for row in rows]
+        self._pool.drop_cached()
+        self._table.discard_staged()
+        self.window.put_back_all(waiting)
+
+    def fail(self, row: int, error: str) -> None:
+        """End a running row as ERROR."""
+        self._finish(row, FinishReason.ERROR, error=error)
 
     def _leave(self, row: int) -> None:
         path, arrived = self.live[row].waiting.path, bool(self.arrived[row])
@@ -578,6 +596,11 @@ class Scheduler:
     def finished(self) -> list[Completion]:
         done, self._finished = self._finished, []
         return done
+
+    def overdue(self, seconds: float) -> list[Hashable]:
+        """Requests that were let in more than so many seconds ago and run still."""
+        latest = time.monotonic() - seconds
+        return [live.waiting.request.id for live in self.live.values() if live.waiting.began < latest]
 
     def abort(self, ids: Iterable[Hashable] | None) -> None:
         """End requests as ABORTED, with what they have produced; None: all."""

@@ -25,6 +25,7 @@ class Waiting:
     cached_tokens: int | None = None
     forced_tokens: int = 0
     logprobs: list[TokenLogprobs] | None = None
+    began: float = 0.0                                   # time.monotonic() when it was first let in
 
 
 class Window:
@@ -45,6 +46,10 @@ class Window:
         """A preempted row goes first: what it holds of the job's work is the oldest."""
         self._ordered.appendleft(waiting)
 
+    def put_back_all(self, batch: list[Waiting]) -> None:
+        """The same for many, which may share prefixes again."""
+        self._ordered.extendleft(waiting for group in reversed(self._grouped(batch)) for waiting in reversed(group))
+
     def ready(self, most: int) -> list[Waiting]:
         """The first `most` in order, still in the window."""
         if self._arrived and (not self._ordered or len(self._arrived) * 2 >= self._size):
@@ -64,9 +69,12 @@ class Window:
 
     def _order(self) -> None:
         batch, self._arrived = self._arrived, []
-        groups = self._groups(batch) if self._sharing else [[w] for w in batch]
+        groups = self._grouped(batch)
         groups.sort(key=lambda group: -max(w.request.params.max_tokens for w in group))
         self._ordered.extend(w for group in groups for w in group)
+
+    def _grouped(self, batch: list[Waiting]) -> list[list[Waiting]]:
+        return self._groups(batch) if self._sharing else [[w] for w in batch]
 
     def _groups(self, batch: list[Waiting]) -> list[list[Waiting]]:
         """Runs of rows, in the order of their tokens, where neighbours share a page or more; notes what each will share."""

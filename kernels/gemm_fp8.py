@@ -12,80 +12,25 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.overlap import after, launch_options, overlaps, prefetch
+from kernels.quantize import fp8_quantize, quantize_blocks
 from kernels.split_k import Tile, counters, finish
 
-LARGEST = tl.constexpr(448.0)
 BLOCK = 128     # of K: what one scale of a block covers, and what is summed on the tensor cores
-
-# --- quantisation ---------------------------------------------------------------------------------------------------------------
-
-
-@triton.jit
-def quantise_row(y, out, scales, static, row, columns, inside, WIDTH: tl.constexpr, STATIC: tl.constexpr):
-    """Write the row y (float32, 0 past WIDTH) as e4m3 and its scale: largest / 448, or what `static` holds."""
-    scale = tl.load(static) if STATIC else tl.maximum(tl.max(tl.abs(y), 0), 1e-12) / LARGEST
-    y = tl.minimum(tl.maximum(y * (1.0 / scale), -LARGEST), LARGEST)
-    tl.store(out + row * WIDTH + columns, y.to(tl.float8e4nv), mask=inside)
-    tl.store(scales + row, scale)
-
-
-@triton.jit
-def _quantise_kernel(x, out, scales, static, x_stride, WIDTH: tl.constexpr, BLOCK: tl.constexpr, STATIC: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
-    columns = tl.arange(0, BLOCK)
-    inside = columns < WIDTH
-    y = tl.load(x + row * x_stride + columns, mask=inside, other=0.0).to(tl.float32)
-    quantise_row(y, out, scales, static, row, columns, inside, WIDTH, STATIC)
-
-
-@triton.jit
-def _quantise_blocks_kernel(x, out, scales, x_stride, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    row, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    columns = block * BLOCK + tl.arange(0, BLOCK)
-    inside = columns < WIDTH
-    y = tl.load(x + row * x_stride + columns, mask=inside, other=0.0).to(tl.float32)
-    scale = tl.maximum(tl.max(tl.abs(y), 0), 1e-12) / LARGEST
-    tl.store(out + row * WIDTH + columns, (y * (1.0 / scale)).to(tl.float8e4nv), mask=inside)
-    tl.store(scales + row * tl.num_programs(1) + block, scale)
-
-
-def _width_options(width: int) -> dict[str, int]:
-    """As kernels.pointwise: a lane has about 16 elements."""
-    block = triton.next_power_of_2(width)
-    return {"WIDTH": width, "BLOCK": block, "num_warps": min(max(block // 512, 1), 16)}
-
-
-def fp8_quantize(x: Tensor, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """See ref.fp8_quantize; rows of x may be strided. The scales are always [M, 1]."""
-    rows, width = x.shape
-    out = torch.empty((rows, width), dtype=torch.float8_e4m3fn, device=x.device)
-    scales = torch.empty((rows, 1), dtype=torch.float32, device=x.device)
-    _quantise_kernel[rows,](x, out, scales, scales if scale is None else scale, x.stride(0), STATIC=scale is not None,
-                            **_width_options(width))
-    return out, scales
-
-
-def _quantise_blocks(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Every BLOCK of a row by its largest -> e4m3 [M, K], float32 [M, K / BLOCK]."""
-    rows, width = x.shape
-    out = torch.empty((rows, width), dtype=torch.float8_e4m3fn, device=x.device)
-    scales = torch.empty((rows, triton.cdiv(width, BLOCK)), dtype=torch.float32, device=x.device)
-    _quantise_blocks_kernel[rows, scales.shape[1]](x, out, scales, x.stride(0), WIDTH=width, BLOCK=BLOCK, num_warps=1)
-    return out, scales
-
-
-# --- the product ----------------------------------------------------------------------------------------------------------------
 
 
 @triton.jit(do_not_specialize=["M", "splits"])
 def _product_kernel(x, x_scales, weight, weight_scales, bias, out, partial, counters, M, N, K, splits,
                     BLOCKS: tl.constexpr, BIAS: tl.constexpr, SPLIT: tl.constexpr, EVEN_N: tl.constexpr, EVEN_K: tl.constexpr,
-                    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
+                    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, OVERLAP: tl.constexpr):
     tile, split = tl.program_id(0), tl.program_id(1)
     n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
     m = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)
     blocks = tl.cdiv(K, BLOCK_K)
     lo, hi = split * blocks // splits, (split + 1) * blocks // splits
+    if OVERLAP:
+        prefetch(weight + tl.minimum(n, N - 1).to(tl.int64) * K + lo * BLOCK_K)
+    after(OVERLAP)
     acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     if BLOCKS:      # fetched a block ahead
         weight_scale = tl.load(weight_scales + tile * BLOCK_N // BLOCK_K * blocks + lo)
@@ -138,7 +83,7 @@ def _product(x: Tensor, x_scales: Tensor, weight: Tensor, weight_scale: Tensor, 
         x, x_scales, weight, weight_scale, out if bias is None else bias, out, partial, counters(x.device), rows, features, width,
         splits, BLOCKS=blocks, BIAS=bias is not None, SPLIT=splits > 1, EVEN_N=features % tile.block_n == 0,
         EVEN_K=width % BLOCK == 0, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=BLOCK,
-        num_warps=tile.warps, num_stages=tile.stages)
+        num_warps=tile.warps, num_stages=tile.stages, **launch_options(overlaps(x.device)))
     return out
 
 
@@ -157,4 +102,4 @@ def fp8_matmul(x: Tensor, weight: Tensor, weight_scale: Tensor, input_scale: Ten
 
 def fp8_block_matmul(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:
     """See ref.fp8_block_matmul."""
-    return _product(*_quantise_blocks(x), weight, weight_scale, bias, x.dtype, True, _tile(x.shape[0]))
+    return _product(*quantize_blocks(x, BLOCK), weight, weight_scale, bias, x.dtype, True, _tile(x.shape[0]))

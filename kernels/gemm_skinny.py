@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.overlap import after, launch_options, overlaps
+from kernels.overlap import after, launch_options, overlaps, prefetch
 from kernels.pointwise import gate
 
 MOST_ROWS = 128
@@ -52,9 +52,7 @@ def _prefetch(rows, count, LINE: tl.constexpr):
     """Ask the L2 for the first `count` elements of every row, in lines of LINE elements; returns at once."""
     line = tl.arange(0, 8)[None, :] * LINE
     for start in range(0, count, 8 * LINE):
-        address = (rows[:, None] + tl.minimum(start + line, count - 1)).to(tl.int64)
-        tl.inline_asm_elementwise("prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [address], dtype=tl.int32, is_pure=False,
-                                  pack=1)
+        prefetch(rows[:, None] + tl.minimum(start + line, count - 1))
 
 
 @triton.jit(do_not_specialize=["M", "ahead"])

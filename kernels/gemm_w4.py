@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.overlap import after, launch_options, overlaps, prefetch
 from kernels.split_k import Tile, counters, finish
 
 ROWS = 128              # of W in one unit of the packed layout
@@ -84,6 +85,14 @@ def w4_pack(codes: Tensor) -> Tensor:
 def w8_pack(codes: Tensor) -> Tensor:
     """uint8 [N, K] -> the layout that w8_matmul reads, int16 [ceil(K / 64), ceil(N / 128), 4096]."""
     return _pack(codes, 8)
+
+
+@triton.jit
+def _prefetch_words(packed, block, units, first, ROWS_: tl.constexpr):
+    """Ask the L2 for what _load_words reads, in lines of 64 words."""
+    UNITS: tl.constexpr = (ROWS_ + 127) // 128
+    at = tl.arange(0, 2 * UNITS)[:, None] * 2048 + tl.arange(0, ROWS_ // UNITS // 4)[None, :] * 64
+    prefetch(packed + block * (units * 4096) + first // 128 * 4096 + first % 128 * 16 + at)
 
 
 @triton.jit
@@ -210,7 +219,7 @@ def _load_zeros(table, n, block, stride_n, stride_g, N, K, GROUP: tl.constexpr, 
 def _skinny_kernel(x, packed, scales, zeros, bias, out, partial, counters, M, N, K, x_stride, stride_n, stride_g, units, splits,
                    GROUP: tl.constexpr, PIECE: tl.constexpr, BITS: tl.constexpr, ZERO: tl.constexpr, WHOLE: tl.constexpr,
                    BIAS: tl.constexpr, SPLIT: tl.constexpr, EVEN_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-                   ASM: tl.constexpr):
+                   ASM: tl.constexpr, OVERLAP: tl.constexpr):
     DTYPE: tl.constexpr = x.dtype.element_ty
     BLOCK_K: tl.constexpr = 512 // BITS
     tile, split = tl.program_id(0), tl.program_id(1)
@@ -218,6 +227,9 @@ def _skinny_kernel(x, packed, scales, zeros, bias, out, partial, counters, M, N,
     m = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)
     blocks = tl.cdiv(K, BLOCK_K)
     lo, hi = split * blocks // splits, (split + 1) * blocks // splits
+    if OVERLAP:
+        _prefetch_words(packed, lo, units, tile * BLOCK_N, BLOCK_N)
+    after(OVERLAP)
     acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     # Scales and zeros are fetched a block ahead, so that no product waits for them.
     scale = _load_groups(scales, n, lo, stride_n, stride_g, N, K, GROUP, BLOCK_K, PIECE, DTYPE)
@@ -271,7 +283,8 @@ def _skinny(x: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor | None, gro
         x, packed, scales, scales if zeros is None else zeros, x if bias is None else bias, out, partial, counters(x.device),
         rows, features, width, x.stride(0), *scales.stride(), packed.shape[1], splits, BIAS=bias is not None, SPLIT=splits > 1,
         EVEN_K=width % (WORDS * 16 // bits) == 0, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
-        **_format(scales, zeros, group, bits, width), num_warps=tile.warps, num_stages=tile.stages)
+        **_format(scales, zeros, group, bits, width), num_warps=tile.warps, num_stages=tile.stages,
+        **launch_options(overlaps(x.device)))
     return out
 
 

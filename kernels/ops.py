@@ -17,10 +17,11 @@ gemm_w4: ModuleType = ref
 kv_cache: ModuleType = ref
 dense: ModuleType = ref
 pointwise: ModuleType = ref
+quantize: ModuleType = ref
 sampling: ModuleType = ref
 step: ModuleType = ref
 if torch.cuda.is_available():
-    from kernels import attention, automaton, dequantize, gemm_fp8, gemm_w4, kv_cache, pointwise, step
+    from kernels import attention, automaton, dequantize, gemm_fp8, gemm_w4, kv_cache, pointwise, quantize, step
     from kernels import linear as dense
     from kernels import sample as sampling
 
@@ -92,7 +93,21 @@ def w8_matmul(x: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor | None, g
 
 
 def fp8_quantize(x: Tensor, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    return (gemm_fp8 if x.is_cuda else ref).fp8_quantize(x, scale)
+    return (quantize if x.is_cuda else ref).fp8_quantize(x, scale)
+
+
+def add_rms_norm_fp8(x: Tensor, residual: Tensor, weight: Tensor, eps: float, plus_one: bool,
+                     scale: Tensor | None) -> tuple[Tensor, Tensor]:
+    return (quantize if x.is_cuda else ref).add_rms_norm_fp8(x, residual, weight, eps, plus_one, scale)
+
+
+def gated_act_fp8(x: Tensor, activation: str, scale: Tensor | None) -> tuple[Tensor, Tensor]:
+    return (quantize if x.is_cuda else ref).gated_act_fp8(x, activation, scale)
+
+
+def fp8_product(x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None,
+                dtype: torch.dtype) -> Tensor:
+    return (gemm_fp8 if x.is_cuda else ref).fp8_product(x, x_scale, weight, weight_scale, bias, dtype)
 
 
 def fp8_matmul(x: Tensor, weight: Tensor, weight_scale: Tensor, input_scale: Tensor | None = None,

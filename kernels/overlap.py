@@ -22,6 +22,13 @@ def after(OVERLAP: tl.constexpr):
         tl.extra.cuda.gdc_wait()
 
 
+@triton.jit
+def prefetch(pointers):
+    """Ask the L2 for the lines that these point into; returns at once."""
+    tl.inline_asm_elementwise("prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [pointers.to(tl.int64)], dtype=tl.int32,
+                              is_pure=False, pack=1)
+
+
 @cache
 def overlaps(device: torch.device) -> bool:
     """Whether launches can overlap there: from Hopper on."""

@@ -33,6 +33,15 @@ def _normalise(h, weight, columns, inside, eps, WIDTH: tl.constexpr, PLUS_ONE: t
 
 
 @triton.jit
+def add_and_normalise(x, residual, weight, columns, inside, eps, WIDTH: tl.constexpr, PLUS_ONE: tl.constexpr):
+    """Adds the row at x to the one at residual -> the sum's RMSNorm."""
+    h = tl.load(x + columns, mask=inside, other=0.0).to(tl.float32)
+    h = (h + tl.load(residual + columns, mask=inside, other=0.0).to(tl.float32)).to(residual.dtype.element_ty)
+    tl.store(residual + columns, h, mask=inside)
+    return _normalise(h.to(tl.float32), weight, columns, inside, eps, WIDTH, PLUS_ONE, residual.dtype.element_ty)
+
+
+@triton.jit
 def _rms_norm_kernel(x, weight, out, x_stride, eps, WIDTH: tl.constexpr, BLOCK: tl.constexpr, PLUS_ONE: tl.constexpr,
                      OVERLAP: tl.constexpr):
     after(OVERLAP)
@@ -51,11 +60,7 @@ def _add_rms_norm_kernel(x, residual, weight, out, x_stride, residual_stride, ep
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     inside = columns < WIDTH
-    h = tl.load(x + row * x_stride + columns, mask=inside, other=0.0).to(tl.float32)
-    at = residual + row * residual_stride + columns
-    h = (h + tl.load(at, mask=inside, other=0.0).to(tl.float32)).to(residual.dtype.element_ty)
-    tl.store(at, h, mask=inside)
-    y = _normalise(h.to(tl.float32), weight, columns, inside, eps, WIDTH, PLUS_ONE, out.dtype.element_ty)
+    y = add_and_normalise(x + row * x_stride, residual + row * residual_stride, weight, columns, inside, eps, WIDTH, PLUS_ONE)
     tl.store(out + row * WIDTH + columns, y, mask=inside)
 
 

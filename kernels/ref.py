@@ -191,15 +191,31 @@ def fp8_quantize(x: Tensor, scale: Tensor | None = None) -> tuple[Tensor, Tensor
     return (x.float() / scale).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn), scale
 
 
+def add_rms_norm_fp8(x: Tensor, residual: Tensor, weight: Tensor, eps: float, plus_one: bool,
+                     scale: Tensor | None) -> tuple[Tensor, Tensor]:
+    """fp8_quantize of add_rms_norm."""
+    return fp8_quantize(add_rms_norm(x, residual, weight, eps, plus_one), scale)
+
+
+def gated_act_fp8(x: Tensor, activation: str, scale: Tensor | None) -> tuple[Tensor, Tensor]:
+    """fp8_quantize of gated_act."""
+    return fp8_quantize(gated_act(x, activation), scale)
+
+
+def fp8_product(x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None,
+                dtype: torch.dtype) -> Tensor:
+    """fp8_matmul of what fp8_quantize has made of x, in `dtype`."""
+    out = (x.float() @ weight.float().t()) * x_scale * weight_scale
+    return (out if bias is None else out + bias.float()).to(dtype)
+
+
 def fp8_matmul(x: Tensor, weight: Tensor, weight_scale: Tensor, input_scale: Tensor | None = None,
                bias: Tensor | None = None) -> Tensor:
     """x [M, K] times float8_e4m3fn weights [N, K], both quantised, sums in float32 -> [M, N] in x's dtype.
 
     weight_scale: float32 [N], of output channels. input_scale: float32 [1], of all of x; None: each row is scaled by its largest.
     """
-    quantised, scale = fp8_quantize(x, input_scale)
-    out = (quantised.float() @ weight.float().t()) * scale * weight_scale
-    return (out if bias is None else out + bias.float()).to(x.dtype)
+    return fp8_product(*fp8_quantize(x, input_scale), weight, weight_scale, bias, x.dtype)
 
 
 def fp8_block_matmul(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None = None) -> Tensor:

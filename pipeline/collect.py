@@ -193,9 +193,11 @@ def row_result(work: Work, completion: Completion, text: str, outcome: Outcome) 
     status, error, json, calls = Status.OK, completion.error, None, None
     guide = work.ask.guide
     reason = completion.finish_reason
-    if reason in (FinishReason.ERROR, FinishReason.ABORTED):
-        status = Status.ENGINE_ERROR if reason is FinishReason.ERROR else Status.ABORTED
-        error = error or "the engine gave no reason"
+    if reason is FinishReason.ERROR:
+        status, error = Status.ENGINE_ERROR, error or "the engine gave no reason"
+    elif reason is FinishReason.ABORTED:
+        assert work.cut is not None, "only rows that the loop has cut come here aborted"
+        status, error = work.cut
     elif reason is FinishReason.LENGTH:
         status = Status.LENGTH
     elif outcome.error is not None:

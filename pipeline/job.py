@@ -11,9 +11,10 @@ from typing import Any
 from engine.guided.front import GuideSpec
 from engine.guided.grammar import SchemaError
 from engine.guided.validate import Validator
+from engine.request import EngineError
 from pipeline.collect import Collect
 from pipeline.config import RunConfig, flatten
-from pipeline.exits import ConfigError, Exit
+from pipeline.exits import ConfigError, Exit, JobError
 from pipeline.input.feed import Assigned, Feed
 from pipeline.input.form import Form
 from pipeline.input.formats import first_line
@@ -34,16 +35,14 @@ from pipeline.output.run_folder import PLAN, RUN, RunFolder
 from pipeline.output.shards import ShardWriter
 from pipeline.output.store import open_store
 from pipeline.preview import preview
-from pipeline.signals import Stop
+from pipeline.signals import Interrupted, Stop
 
 
 def run_job(config: RunConfig, factory: EngineFactory = RealModel) -> int:
     """Do what `config` asks for and return the exit code. Raises JobError with one line."""
-    stop = Stop(config.limits)
-    stop.install()
     sys.setswitchinterval(0.0002)    # threads that make prompts must not keep the engine's waiting for the lock 5 ms at a time
     progress = Progress()
-    with progress.shown_logs("pipeline"):
+    with Stop(config.limits) as stop, progress.shown_logs("pipeline"), progress.shown_logs("engine"):
         return _run(config, factory(config), stop, progress)
 
 
@@ -55,7 +54,7 @@ def _run(config: RunConfig, model: Model, stop: Stop, progress: Progress) -> int
     calls = config.task.tools is not None or "tools" in form.overrides
     layout = OutputLayout.make(source.schema, flat_schema(config, spec), tool_calls=calls)
     if config.dry_run:
-        return preview(config, source, plan, make_builder(config, form, spec, model), model.max_model_len())
+        return preview(config, source, plan, make_builder(config, form, spec, model), model)
 
     identity = model.fingerprint()
     fresh = open_store(config.output.dir).read(RUN) is None
@@ -104,10 +103,15 @@ def label(config: RunConfig, source: Input, builder: PromptBuilder, folder: RunF
     collect = Collect(source, model.tokenizer(), lambda state: feed.published(state))
     feed = Feed(source, mine, open_shard, builder, config.seed, config.engine.window, config.input.threads,
                 collect.opened, collect.deliver)
+    def phase(name: str) -> None:
+        if reason := stop.interrupted():
+            raise Interrupted(reason)
+        progress.phase(name)
+
     collect.start()
     feed.start()    # prompts are made ready while the weights are read
     try:
-        engine = model.load(progress.phase)
+        engine = model.load(phase)
         try:
             stop.install()
             gpus = find_gpus()
@@ -116,6 +120,10 @@ def label(config: RunConfig, source: Input, builder: PromptBuilder, folder: RunF
             return Loop(engine, feed, collect, stop, progress, Metrics(folder.store, gpus), rows).run(config.limits)
         finally:
             engine.close()
+    except Interrupted as interrupted:
+        return str(interrupted)
+    except EngineError as error:
+        raise JobError(f"{error}; every finished row is kept, and the same command goes on from here") from error
     finally:
         feed.stop()
         collect.close()
@@ -187,7 +195,7 @@ def fingerprint(config: RunConfig, spec: GuideSpec | None, identity: Mapping[str
         "sampling": config.effective_sampling.model_dump(mode="json"),
         "seed": config.seed,
         "input": {key: value for key, value in sections["input"].items() if key != "threads"},
-        "engine": {key: sections["engine"][key] for key in ("dtype", "quantization", "max_model_len")},
+        "engine": {key: sections["engine"][key] for key in ("dtype", "quantization", "kv_dtype", "max_model_len")},
         "guided": {key: sections["guided"][key] for key in ("backend", "whitespace", "extra_keys", "on_unsupported", "retries")},
         "model": {"tool_format": sections["model"]["tool_format"]},
     }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections import deque
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 
 from engine.request import Completion, FinishReason
 from pipeline.collect import Collect
@@ -31,20 +31,36 @@ class Loop:
         self._numbers = itertools.count()
         self._looked = 0.0
         self._generated = 0
+        self._given_up: str | None = None  # the error of rows that become `aborted`, from then on
 
     def run(self, limits: LimitKeys) -> str | None:
         """Until all is done (None) or a stop is asked for (why). Raises what the threads of feed and collector ran into."""
         watchdog = Watchdog(limits.hang_seconds)
         watchdog.start()
         try:
-            return self._run(limits.grace_seconds, watchdog)
+            return self._run(limits, watchdog)
         finally:
             watchdog.stop()
 
-    def _run(self, grace_seconds: float, watchdog: Watchdog) -> str | None:
+    def _run(self, limits: LimitKeys, watchdog: Watchdog) -> str | None:
         self._progress.phase("prefill and decode")
         self._progress.begin(self._total)
-        while (reason := self._stop.reason(self._generated)) is None:
+        reason = self._turns(lambda: self._stop.interrupted() or self._stop.spent(self._generated), limits, watchdog)
+        if reason is not None:
+            if limits.on_budget == "finish" and self._stop.interrupted() is None:
+                self._given_up = f"not done by {reason}"
+                self._feed.give_up(self._given_up)
+            self._drain(reason, limits, watchdog)
+        if self._given_up is not None:
+            reason = self._turns(self._stop.interrupted, limits, watchdog)
+        self._feed.stop()
+        self._collect.close()
+        self._look(limits, now=True)
+        return reason
+
+    def _turns(self, stop: Callable[[], str | None], limits: LimitKeys, watchdog: Watchdog) -> str | None:
+        """Until there is nothing left to do (None), or `stop` gives a reason."""
+        while (reason := stop()) is None:
             self._admit()
             if self._engine.pending:
                 self._step()
@@ -52,13 +68,8 @@ class Loop:
                 break
             else:
                 self._ready.extend(self._feed.take(wait=0.05))
-            self._look()
+            self._look(limits)
             watchdog.turn()
-        if reason is not None:
-            self._drain(reason, grace_seconds)
-        self._feed.stop()
-        self._collect.close()
-        self._look(now=True)
         return reason
 
     def _admit(self) -> None:
@@ -71,6 +82,9 @@ class Loop:
             self._submit(self._ready.popleft())
 
     def _submit(self, work: Work) -> None:
+        if self._given_up is not None:
+            self._collect.refuse(work, Status.ABORTED, self._given_up)
+            return
         limit, output = self._engine.max_model_len, work.ask.guide.grammar.min_tokens if work.ask.guide else 1
         if len(work.tokens) + output > limit:
             error = f"{len(work.tokens)} prompt tokens leave no room for an output of {output} in engine.max_model_len={limit}"
@@ -94,7 +108,7 @@ class Loop:
             elif self._to_resample(work, completion):
                 work.resampled += 1
                 self._ready.appendleft(work)
-            elif completion.finish_reason is not FinishReason.ABORTED:
+            elif completion.finish_reason is not FinishReason.ABORTED or work.cut is not None:
                 self._collect.put(work, completion)
 
     def _to_resample(self, work: Work, completion: Completion) -> bool:
@@ -106,24 +120,38 @@ class Loop:
             return False
         return not self._collect.fits(work, completion)
 
-    def _drain(self, reason: str, grace_seconds: float) -> None:
-        """Admit nothing more, give running rows their grace, then abort the rest: the next attempt computes those again."""
-        self._progress.line(f"{reason}: finishing the rows that run, at most {grace_seconds:g} s")
-        deadline = time.monotonic() + grace_seconds
+    def _drain(self, reason: str, limits: LimitKeys, watchdog: Watchdog) -> None:
+        """Admit nothing more, give running rows their grace, then abort the rest: the next attempt computes those again, unless
+        they are given up."""
+        self._progress.line(f"{reason}: finishing the rows that run, at most {limits.grace_seconds:g} s")
+        deadline = time.monotonic() + limits.grace_seconds
         while self._engine.pending and time.monotonic() < deadline:
             self._step()
-            self._look()
+            self._look(limits)
+            watchdog.turn()
+        if self._given_up is not None:
+            for work in self._running.values():
+                work.cut = Status.ABORTED, self._given_up
         self._engine.abort()
         while self._engine.pending:
             self._step()
 
-    def _look(self, now: bool = False) -> None:
-        """A few times a second: errors of the threads, progress, metrics."""
+    def _cut_overdue(self, seconds: float) -> None:
+        ids = self._engine.overdue(seconds)
+        for id in ids:
+            self._running[id].cut = Status.TIMEOUT, f"ran longer than limits.row_seconds={seconds:g}"
+        if ids:
+            self._engine.abort(ids)
+
+    def _look(self, limits: LimitKeys, now: bool = False) -> None:
+        """A few times a second: errors of the threads, rows that take too long, progress, metrics."""
         if not now and time.monotonic() - self._looked < 0.1:
             return
         self._looked = time.monotonic()
         self._feed.check()
         self._collect.check()
+        if limits.row_seconds is not None:
+            self._cut_overdue(limits.row_seconds)
         stats = self._engine.stats()
         self._generated = stats.generated_tokens
         self._progress.update(

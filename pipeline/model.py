@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from engine.request import Completion, EngineStats, Request
 from pipeline.config import GuidedKeys, RunConfig
+from pipeline.estimate import ModelSize
 from pipeline.exits import ConfigError
 from pipeline.input.formats import first_line
 from pipeline.input.prompts import Tokenizer
@@ -34,6 +35,7 @@ class EngineLike(Protocol):
     def submit(self, request: Request) -> None: ...
     def room(self) -> int: ...
     def step(self) -> list[Completion]: ...
+    def overdue(self, seconds: float) -> list[Hashable]: ...
     def abort(self, ids: Iterable[Hashable] | None = None) -> None: ...
     @property
     def pending(self) -> int: ...
@@ -53,6 +55,8 @@ class Model(Protocol):
 
     def max_model_len(self) -> int:
         """Most tokens of a prompt and its output."""
+
+    def size(self) -> ModelSize: ...
 
     def load(self, progress: Callable[[str], None]) -> EngineLike: ...
 
@@ -87,6 +91,9 @@ class RealModel:
         from engine.engine import DEFAULT_CONTEXT
 
         return self._config.engine.max_model_len or min(self._checkpoint.spec.max_positions, DEFAULT_CONTEXT)
+
+    def size(self) -> ModelSize:
+        return ModelSize.of(self._checkpoint)
 
     def load(self, progress: Callable[[str], None]) -> EngineLike:
         from engine.engine import Engine

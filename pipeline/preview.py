@@ -4,11 +4,16 @@ from __future__ import annotations
 
 from collections import Counter
 
+import numpy as np
+
 from pipeline.config import RunConfig
+from pipeline.estimate import H100, Workload, fresh_tokens, seconds, this_device
 from pipeline.exits import Exit
 from pipeline.input.plan import Plan
 from pipeline.input.prompts import Prompt, PromptBuilder
 from pipeline.input.sources import Input
+from pipeline.model import Model
+from pipeline.observe.progress import duration
 from pipeline.output.rows import Status
 
 SAMPLE_ROWS = 2000  # that are rendered and tokenised, from the start of the input
@@ -16,8 +21,9 @@ _BINS = 12
 _BAR = 40
 
 
-def preview(config: RunConfig, source: Input, plan: Plan, builder: PromptBuilder, max_model_len: int) -> int:
-    """Print the plan, the token lengths of the first rows, what is wrong with them, and what the task's schema needs."""
+def preview(config: RunConfig, source: Input, plan: Plan, builder: PromptBuilder, model: Model) -> int:
+    """Print the plan, the token lengths of the first rows, what is wrong with them, the time, and what the schema needs."""
+    max_model_len = model.max_model_len()
     size = sum(file.size for file in source.files) / 2**20
     print(f"input:   {_count(len(source.files), 'file')}, {size:,.1f} MiB, {_count(plan.num_rows, 'row')} "
           f"in {_count(len(plan.shards), 'shard')} of at most {plan.rows_per_shard:,}")
@@ -34,6 +40,8 @@ def preview(config: RunConfig, source: Input, plan: Plan, builder: PromptBuilder
             prompt.status = Status.PROMPT_TOO_LONG
             prompt.error = f"{len(prompt.tokens)} prompt tokens leave no room in engine.max_model_len={max_model_len}"
     _lengths([len(prompt.tokens) for prompt in prompts if prompt.tokens is not None], len(prompts), plan.num_rows)
+    if runnable := [prompt.tokens for prompt in prompts if prompt.status is Status.OK and prompt.tokens is not None]:
+        _time(config, model, runnable, plan.num_rows * len(runnable) / len(prompts), need)
     for prompt in [prompt for prompt in prompts if prompt.error and prompt.row not in refused][:5]:
         print(f"row {prompt.row}: {prompt.status}: {prompt.error}")
     for status, count in Counter(prompt.status for prompt in prompts).most_common():
@@ -84,6 +92,22 @@ def _lengths(lengths: list[int], sampled: int, rows: int) -> None:
     for index in range(max(bins) + 1):
         first = min(lengths) + index * width
         print(f"{first:>8,} - {first + width - 1:<8,} {bins[index]:>6,}  {'#' * round(_BAR * bins[index] / max(bins.values()))}")
+
+
+def _time(config: RunConfig, model: Model, prompts: list[np.ndarray], rows: float, need: int) -> None:
+    """From the shortest outputs that are allowed to the longest."""
+    size, most = model.size(), config.effective_sampling.params().max_tokens
+    samples, n = config.effective_sampling.n or 1, len(prompts)
+    fresh = fresh_tokens(prompts) if config.engine.prefix_sharing else sum(map(len, prompts))
+    here = this_device(config.engine.device, config.engine.max_rows)
+    for device in (here, H100) if here.itemsize > H100.itemsize and config.engine.device == "auto" else (here,):
+        least, longest = (
+            seconds(size, device, Workload(rows * samples, sum(map(len, prompts)) / n, fresh / n / samples, output))
+            / config.cluster.workers for output in (need, most)
+        )
+        span = f"{duration(max(least, 1))} (outputs of {need:,}) to {duration(max(longest, 1))} (of {most:,} tokens)"
+        each = f", on each of {config.cluster.workers} workers" if config.cluster.workers > 1 else ""
+        print(f"time:    about {span} on {device.name}{each}")
 
 
 def _count(number: int, word: str) -> str:

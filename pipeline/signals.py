@@ -5,6 +5,7 @@ from __future__ import annotations
 import faulthandler
 import os
 import signal
+import socket
 import sys
 import threading
 import time
@@ -18,7 +19,8 @@ _MARGIN = 30.0  # seconds kept, after the grace, for the journal and the shutdow
 
 
 class Stop:
-    """The handler only sets a flag: the loop drains at its next turn. A second signal ends the process at once.
+    """The handler only sets a flag: the loop drains at its next turn. A second signal ends the process at once, also where the
+    main thread is stuck in a call that does not return, and so runs no handler: a thread of our own listens too.
 
     `install` again after a library was loaded that may have put its own handlers in place.
     """
@@ -28,10 +30,23 @@ class Stop:
         self.gpus = gpus
         end = os.environ.get("SLURM_JOB_END_TIME", "")  # seconds since the epoch
         self._slurm_end = float(end) if end.isdigit() else None
+        self._heard, self._told = socket.socketpair()
+        self._told.setblocking(False)
+
+    def __enter__(self) -> Stop:
+        self.install()
+        threading.Thread(target=self._listen, name="signals", daemon=True).start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        """Nobody listens from here on; the handlers stay, since a process that ends may be told so once more."""
+        signal.set_wakeup_fd(-1)
+        self._told.close()
 
     def install(self) -> None:
         for number in SIGNALS:
             signal.signal(number, self._on_signal)
+        signal.set_wakeup_fd(self._told.fileno(), warn_on_full_buffer=False)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self._signal:
@@ -39,10 +54,26 @@ class Stop:
         self._signal = number
         os.write(2, b"\nstopping; once more to stop at once\n")
 
-    def reason(self, generated_tokens: int = 0) -> str | None:
-        """Why to stop now, or None. `generated_tokens`: by this attempt."""
+    def _listen(self) -> None:
+        """Python's own part of a signal's handling writes its number here, whatever the main thread does."""
+        ours = 0
+        with self._heard:
+            while data := self._heard.recv(64):
+                for number in data:
+                    ours += number in SIGNALS
+                    if ours > 1:
+                        os._exit(128 + number)
+
+    def interrupted(self) -> str | None:
+        """What wants this process to end now, and another to go on."""
         if self._signal:
             return f"signal {signal.Signals(self._signal).name}"
+        if self._slurm_end is not None and time.time() >= self._slurm_end - self._limits.grace_seconds - _MARGIN:
+            return "the end of the Slurm allocation"
+        return None
+
+    def spent(self, generated_tokens: int) -> str | None:
+        """The budget that is used up, or None. `generated_tokens`: by this attempt."""
         limits, elapsed = self._limits, time.monotonic() - self._started
         if limits.max_seconds is not None and elapsed >= limits.max_seconds:
             return f"limits.max_seconds={limits.max_seconds:g}"
@@ -50,9 +81,11 @@ class Stop:
             return f"limits.max_tokens={limits.max_tokens}"
         if limits.max_gpu_hours is not None and elapsed / 3600 * self.gpus >= limits.max_gpu_hours:
             return f"limits.max_gpu_hours={limits.max_gpu_hours:g}"
-        if self._slurm_end is not None and time.time() >= self._slurm_end - limits.grace_seconds - _MARGIN:
-            return "the end of the Slurm allocation"
         return None
+
+
+class Interrupted(Exception):
+    """A stop was asked for before there was anything to drain; the text says by what."""
 
 
 class Watchdog(threading.Thread):

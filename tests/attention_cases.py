@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import torch
@@ -22,6 +22,22 @@ class Case:
     block_table: Tensor
     rows: Tensor
     scale: float
+    kv_scales: Tensor | None = None
+
+    def as_fp8(self) -> Case:
+        """With keys and values rounded to e4m3, over scales of their own for every head."""
+        heads = self.k_cache.shape[1]
+        scales = torch.tensor([2.0**i for i in range(-1, 2 * heads - 1)], device=self.q.device).view(2, heads) / heads
+        k, v = ((cache.float() / scale[:, None, None]).to(torch.float8_e4m3fn)
+                for cache, scale in zip((self.k_cache, self.v_cache), scales, strict=True))
+        return replace(self, k_cache=k, v_cache=v, kv_scales=scales)
+
+    def plain(self) -> Case:
+        """The same numbers in float32."""
+        assert self.kv_scales is not None
+        k, v = (cache.float() * scale[:, None, None]
+                for cache, scale in zip((self.k_cache, self.v_cache), self.kv_scales, strict=True))
+        return replace(self, k_cache=k, v_cache=v, kv_scales=None)
 
 
 def make_case(contexts: Sequence[int], queries: int, heads: int, kv_heads: int, dim: int, page: int, dtype: torch.dtype,
@@ -83,7 +99,7 @@ def error(got: Tensor, want: Tensor) -> float:
 
 
 def shared_prefix_error(kernel: Callable[..., Tensor], heads: int, kv_heads: int, dim: int, page: int, dtype: torch.dtype,
-                        device: str) -> float:
+                        device: str, fp8: bool = False) -> float:
     """Relative error of a decode step of 75 rows, two groups of which share 5 and 3 pages; unequal lengths."""
     gen = torch.Generator().manual_seed(heads * dim + page)
     pages = torch.randn(2, 120, kv_heads, page, dim, generator=gen).to(dtype)
@@ -95,8 +111,12 @@ def shared_prefix_error(kernel: Callable[..., Tensor], heads: int, kv_heads: int
         table[rows[first:end].long(), :count] = table[rows[first].long(), :count]
     tiles = torch.tensor([(3, 32), (35, 5), (45, 20), (0, 0)], dtype=torch.int32)
     q = torch.randn(n, heads, dim, generator=gen).to(dtype)
-    want = ref.decode_attention(q.double(), pages[0].double(), pages[1].double(), table, rows, positions, dim**-0.5, 0, 0.0,
-                                12 * page)
-    got = kernel(*(t.to(device) for t in (q, pages[0], pages[1], table, rows, positions)), dim**-0.5, 0, 0.0, 12 * page,
-                 shared.to(device), tiles.to(device))
+    case = Case(q, pages[0], pages[1], table, rows, dim**-0.5)
+    if fp8:
+        case = case.as_fp8()
+    same = case.plain() if fp8 else case
+    k, v = same.k_cache.double(), same.v_cache.double()
+    want = ref.decode_attention(q.double(), k, v, table, rows, positions, case.scale, 0, 0.0, 12 * page)
+    got = kernel(*(t.to(device) for t in (q, case.k_cache, case.v_cache, table, rows, positions)), case.scale, 0, 0.0, 12 * page,
+                 shared.to(device), tiles.to(device), kv_scales=None if case.kv_scales is None else case.kv_scales.to(device))
     return error(got.cpu(), want)

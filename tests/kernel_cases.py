@@ -124,6 +124,25 @@ def check_rope_and_cache(kernels: ModuleType, like: Tensor, tokens: int, heads: 
 # --- step -----------------------------------------------------------------------------------------------------------------------
 
 
+def check_fp8_cache(kernels: ModuleType, like: Tensor) -> None:
+    """Keys and values over their heads' scales, cut off at what e4m3 holds; queries as ever."""
+    heads, kv_heads, dim, page, tokens = 6, 3, 64, 16, 20
+    cos_sin = torch.cat([torch.ones(100, dim // 2), torch.zeros(100, dim // 2)], -1).to(like.device)       # turned by nothing
+    qkv = randn(tokens, (heads + 2 * kv_heads) * dim, like=like)
+    qkv[3, heads * dim] = 3000.0
+    caches = torch.zeros(2, 2, kv_heads, page, dim, device=like.device).to(torch.float8_e4m3fn)
+    slots = torch.randperm(2 * page, device=like.device)[:tokens].int()
+    scales = torch.rand(2, kv_heads, device=like.device) + 0.5
+    q = kernels.rope_and_cache(qkv, None, None, 1e-6, False, cos_sin, slots, slots, caches[0], caches[1], heads, scales)
+    split = qkv.view(tokens, -1, dim).split([heads, kv_heads, kv_heads], 1)
+    assert torch.equal(q, split[0])
+    at = slots.long()
+    for cache, x, scale in zip(caches, split[1:], scales, strict=True):
+        want = (x.float() / scale[:, None]).clamp(-448, 448).to(torch.float8_e4m3fn).float()
+        torch.testing.assert_close(cache[at // page, :, at % page].float(), want, rtol=1 / 8, atol=2**-9)
+    assert float(caches[0].float().max()) == 448
+
+
 def check_apply_writes(kernels: ModuleType, device: str, lengths: list[int]) -> None:
     """Segments of the given lengths with gaps between them, in shuffled order, from a shuffled and offset source."""
     order = torch.randperm(len(lengths)).tolist()

@@ -72,10 +72,12 @@ class Attention(nn.Module):
         else:
             self.q_norm = self.k_norm = None
 
-    def forward(self, x: Tensor, step: StepInputs, cache: LayerCache, cos_sin: Tensor) -> Tensor:
+    def forward(self, x: Tensor, residual: Tensor, norm: RMSNorm, step: StepInputs, cache: LayerCache, cos_sin: Tensor) -> Tensor:
+        """residual += x in place; attention of its norm."""
         q_weight = self.q_norm.weight if self.q_norm is not None else None
         k_weight = self.k_norm.weight if self.k_norm is not None else None
-        q = ops.rope_and_cache(self.qkv(x), q_weight, k_weight, self.eps, self.plus_one, cos_sin, step.positions, step.slots,
+        qkv = self.qkv.after_norm(x, residual, norm)
+        q = ops.rope_and_cache(qkv, q_weight, k_weight, self.eps, self.plus_one, cos_sin, step.positions, step.slots,
                                cache.k, cache.v, self.num_heads, cache.scales)
         return self.out(self._attend(q, step, cache).flatten(1))
 

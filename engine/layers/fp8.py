@@ -7,13 +7,30 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from engine.layers.linear import DenseMethod, Linear, LinearMethod, ParamSpec, bias_spec
+from engine.layers.linear import DenseMethod, Joined, Linear, LinearMethod, ParamSpec, bias_spec
+from engine.layers.norm import RMSNorm
 from engine.models.quantization import FP8_BLOCK, Fp8
 from kernels import ops
 
 
+class _RowScaled(LinearMethod):
+    """Products of weights with a scale for each output and inputs with one for each token, made where the inputs are."""
+
+    def apply(self, layer: Linear, x: Tensor) -> Tensor:
+        return ops.fp8_matmul(x, layer.weight, layer.weight_scale, layer.input_scale, layer.bias)
+
+    def apply_after_norm(self, layer: Linear, x: Tensor, residual: Tensor, norm: RMSNorm) -> Tensor:
+        inputs = ops.add_rms_norm_fp8(x, residual, norm.weight, norm.eps, norm.plus_one, layer.input_scale)
+        return ops.fp8_product(*inputs, layer.weight, layer.weight_scale, layer.bias, x.dtype)
+
+    def apply_after_gate(self, layer: Linear, gate_up: Linear | Joined, x: Tensor, residual: Tensor, norm: RMSNorm,
+                         activation: str) -> Tensor:
+        inputs = ops.gated_act_fp8(gate_up.after_norm(x, residual, norm), activation, layer.input_scale)
+        return ops.fp8_product(*inputs, layer.weight, layer.weight_scale, layer.bias, x.dtype)
+
+
 @dataclass(frozen=True, slots=True)
-class Fp8Method(LinearMethod):
+class Fp8Method(_RowScaled):
     """Weights with a scale for the tensor or for each output, inputs with one from calibration or for each token."""
 
     scheme: Fp8
@@ -40,8 +57,6 @@ class Fp8Method(LinearMethod):
         return {"weight": stored["weight"], "weight_scale": scale.flatten(), "bias": stored.get("bias"),
                 "input_scale": None if inputs is None else inputs.amax(0)}
 
-    def apply(self, layer: Linear, x: Tensor) -> Tensor:
-        return ops.fp8_matmul(x, layer.weight, layer.weight_scale, layer.input_scale, layer.bias)
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +81,7 @@ class Fp8BlockMethod(LinearMethod):
 
 
 @dataclass(frozen=True, slots=True)
-class OnlineFp8Method(LinearMethod):
+class OnlineFp8Method(_RowScaled):
     """Plain weights, quantised when they are loaded, each output by its largest weight; each token's inputs likewise."""
 
     def specs(self, in_features: int, out_features: int, bias: bool, dtype: torch.dtype) -> dict[str, ParamSpec]:
@@ -76,5 +91,3 @@ class OnlineFp8Method(LinearMethod):
         weight, scale = ops.fp8_quantize(stored["weight"])
         return {"weight": weight, "weight_scale": scale.flatten(), "bias": stored.get("bias"), "input_scale": None}
 
-    def apply(self, layer: Linear, x: Tensor) -> Tensor:
-        return ops.fp8_matmul(x, layer.weight, layer.weight_scale, layer.input_scale, layer.bias)

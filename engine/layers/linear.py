@@ -14,6 +14,7 @@ from engine.models.errors import ModelError
 from kernels import ops
 
 if TYPE_CHECKING:
+    from engine.layers.norm import RMSNorm
     from engine.weights import Checkpoint
 
 
@@ -44,9 +45,18 @@ class LinearMethod(Protocol):
     def apply(self, layer: Linear, x: Tensor) -> Tensor:
         """x [T, in_features] -> [T, out_features]."""
 
+    def apply_after_norm(self, layer: Linear, x: Tensor, residual: Tensor, norm: RMSNorm) -> Tensor:
+        """residual += x in place; the product with its norm."""
+        return self.apply(layer, norm.add(x, residual))
+
     def apply_gated(self, layer: Linear, x: Tensor, activation: str) -> Tensor:
         """ops.gated_act of the product of a layer [gate | up]: x [T, in_features] -> [T, out_features / 2]."""
         return ops.gated_act(self.apply(layer, x), activation)
+
+    def apply_after_gate(self, layer: Linear, gate_up: Linear | Joined, x: Tensor, residual: Tensor, norm: RMSNorm,
+                         activation: str) -> Tensor:
+        """residual += x in place; the product with the gated activation of what [gate | up] makes of its norm."""
+        return self.apply(layer, gate_up.gated(norm.add(x, residual), activation))
 
 
 MethodOf = Callable[[str], LinearMethod]    # of a layer by its name in the checkpoint
@@ -116,6 +126,14 @@ class Linear(nn.Module):
         """See LinearMethod.apply_gated."""
         return self.method.apply_gated(self, x, activation)
 
+    def after_norm(self, x: Tensor, residual: Tensor, norm: RMSNorm) -> Tensor:
+        """See LinearMethod.apply_after_norm."""
+        return self.method.apply_after_norm(self, x, residual, norm)
+
+    def after_gate(self, gate_up: Linear | Joined, x: Tensor, residual: Tensor, norm: RMSNorm, activation: str) -> Tensor:
+        """See LinearMethod.apply_after_gate."""
+        return self.method.apply_after_gate(self, gate_up, x, residual, norm, activation)
+
 
 class Joined(nn.Module):
     """Linear layers side by side: the parts of a merged layer that are stored in different formats."""
@@ -130,6 +148,10 @@ class Joined(nn.Module):
     def gated(self, x: Tensor, activation: str) -> Tensor:
         """See LinearMethod.apply_gated."""
         return ops.gated_act(self(x), activation)
+
+    def after_norm(self, x: Tensor, residual: Tensor, norm: RMSNorm) -> Tensor:
+        """See LinearMethod.apply_after_norm."""
+        return self(norm.add(x, residual))
 
 
 def make_linear(in_features: int, sources: Sequence[tuple[str, int]], *, bias: bool, dtype: torch.dtype,

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from engine.layers.linear import MethodOf, make_linear
+from engine.layers.linear import Linear, MethodOf, make_linear
+from engine.layers.norm import RMSNorm
 from engine.models.spec import ModelSpec
 
 
@@ -16,8 +17,9 @@ class MLP(nn.Module):
         self.activation = spec.activation
         self.gate_up = make_linear(spec.hidden_size, [(f"{prefix}.gate_proj", width), (f"{prefix}.up_proj", width)],
                                    bias=spec.mlp_bias, dtype=dtype, method_of=method_of)
-        self.down = make_linear(width, [(f"{prefix}.down_proj", spec.hidden_size)], bias=spec.mlp_bias, dtype=dtype,
-                                method_of=method_of)
+        down = f"{prefix}.down_proj"
+        self.down = Linear(width, [(down, spec.hidden_size)], bias=spec.mlp_bias, dtype=dtype, method=method_of(down))
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down(self.gate_up.gated(x, self.activation))
+    def forward(self, x: Tensor, residual: Tensor, norm: RMSNorm) -> Tensor:
+        """residual += x in place; the MLP of its norm."""
+        return self.down.after_gate(self.gate_up, x, residual, norm, self.activation)

@@ -45,8 +45,8 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, residual: Tensor, step: StepInputs, cache: LayerCache, cos_sin: Tensor) -> Tensor:
         """x: what the block before left to be added to `residual`, which is updated in place; returns the same for the next."""
-        h = self.attention(self.input_norm.add(x, residual), step, cache, cos_sin)
-        h = self.mlp(self.mlp_norm.add(self.attention_out(h), residual))
+        h = self.attention(x, residual, self.input_norm, step, cache, cos_sin)
+        h = self.mlp(self.attention_out(h), residual, self.mlp_norm)
         return self.mlp_out(h)
 
 

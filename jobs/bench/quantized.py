@@ -28,7 +28,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from kernels import gemm_fp8, gemm_w4
+from kernels import gemm_fp8, gemm_w4, quantize
 from kernels.split_k import Tile
 
 DEVICE, DTYPE = "cuda", torch.bfloat16
@@ -132,10 +132,10 @@ def check_fp8() -> None:
                 for rows in ROWS:
                     x = with_outliers(rows, k).to(DTYPE)
                     if block:
-                        quantised, scale = gemm_fp8._quantise_blocks(x)
+                        quantised, scale = quantize.quantize_blocks(x, gemm_fp8.BLOCK)
                         scale = scale.repeat_interleave(gemm_fp8.BLOCK, 1)
                     else:
-                        quantised, scale = gemm_fp8.fp8_quantize(x)
+                        quantised, scale = quantize.fp8_quantize(x)
                         want = (x.float() / (x.float().abs().amax(1, keepdim=True) / 448)).to(torch.float8_e4m3fn).float()
                         verdict((quantised.float() - want).abs().le(0.126 * want.abs()).all(), f"quantised {name}")
                     inputs = quantised.double() * scale.double()
@@ -272,11 +272,11 @@ class Fp8:
                        for _ in range(copies(n * k))]
 
     def fused(self, x: Tensor, tile: Tile) -> float:
-        x, scale = gemm_fp8.fp8_quantize(x)
+        x, scale = quantize.fp8_quantize(x)
         return seconds([functools.partial(gemm_fp8._product, x, scale, *part, None, DTYPE, False, tile) for part in self.copies])
 
     def cublas(self, rows: int, fast: bool) -> float:
-        x, scale = gemm_fp8.fp8_quantize(torch.randn(rows, self.shape[1], device=DEVICE).to(DTYPE))
+        x, scale = quantize.fp8_quantize(torch.randn(rows, self.shape[1], device=DEVICE).to(DTYPE))
         call = functools.partial(torch._scaled_mm, out_dtype=DTYPE, use_fast_accum=fast)
         return seconds([functools.partial(call, x, weight.t(), scale, each[None]) for weight, each in self.copies])
 
@@ -308,7 +308,7 @@ def time_quantisation() -> None:
         times = []
         for width in (4096, 14336):
             inputs = [torch.randn(rows, width, device=DEVICE).to(DTYPE) for _ in range(min(32, copies(2 * rows * width)))]
-            times.append(seconds([functools.partial(gemm_fp8.fp8_quantize, x) for x in inputs]) * 1e6)
+            times.append(seconds([functools.partial(quantize.fp8_quantize, x) for x in inputs]) * 1e6)
         print(f"{rows:6}" + "".join(f"{us:9.1f}" for us in times), flush=True)
 
 
@@ -369,10 +369,11 @@ def compile_one(job: tuple[str, tuple[int, ...], int, torch.dtype, bool, bool]) 
                 gemm_w4._dequantise(*layer.parts, layer.bits, k)
             elif kind == "fp8":
                 codes = torch.zeros(512, k, device=DEVICE).to(torch.float8_e4m3fn)
-                gemm_fp8._product(*gemm_fp8.fp8_quantize(x), codes, torch.zeros(512, device=DEVICE), b, dtype, False, tile)
+                gemm_fp8._product(*quantize.fp8_quantize(x), codes, torch.zeros(512, device=DEVICE), b, dtype, False, tile)
             else:
                 codes = torch.zeros(512, k, device=DEVICE).to(torch.float8_e4m3fn)
-                gemm_fp8._product(*gemm_fp8._quantise_blocks(x), codes, torch.zeros(4, 4, device=DEVICE), b, dtype, True, tile)
+                inputs = quantize.quantize_blocks(x, gemm_fp8.BLOCK)
+                gemm_fp8._product(*inputs, codes, torch.zeros(4, 4, device=DEVICE), b, dtype, True, tile)
         except triton.runtime.errors.OutOfResources:
             pass
 

@@ -45,7 +45,8 @@ def main() -> None:
     started = time.perf_counter()
     engine, guided, tokenizer = load_engine(a.model, a.dummy, a.engine)
     print(json.dumps({"tag": a.tag, "init_s": round(time.perf_counter() - started, 1),
-                      "weights_gib": round(engine.weight_bytes / 2**30, 2), "stats": str(engine.stats())}), flush=True)
+                      "weights_gib": round(engine.weight_bytes / 2**30, 2), "free_gib": free_gib(),
+                      "stats": str(engine.stats())}), flush=True)
     vocab = min(32000, len(tokenizer))
     for name in ["warm", *a.w]:
         if name == "CB":
@@ -65,6 +66,14 @@ def main() -> None:
                           "cached": after.cached_tokens - before.cached_tokens,
                           "forced": after.forced_tokens - before.forced_tokens,
                           "preemptions": after.preemptions - before.preemptions}), flush=True)
+
+
+def free_gib() -> float | None:
+    """Of the GPU's memory, with what the allocator holds unused."""
+    if not torch.cuda.is_available():
+        return None
+    unused = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+    return round((torch.cuda.mem_get_info()[0] + unused) / 2**30, 2)
 
 
 def load_workloads(path: Path) -> ModuleType:

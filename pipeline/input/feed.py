@@ -6,7 +6,7 @@ import hashlib
 import queue
 import threading
 from collections import deque
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Protocol
@@ -58,6 +58,7 @@ class Work:
     targets: list[Target]
     result: RowResult | None = None  # set once, under the shard's lock; rows that come later take a copy
     tries: int = 0
+    cut: tuple[Status, str] | None = None  # why the loop ended it: its status and error
     resampled: int = 0  # how often its output did not fit a schema that is kept by trying
     most: int = 0  # tokens that its output may have: max_tokens, or what the context leaves; set when it is submitted
 
@@ -116,6 +117,7 @@ class Feed(threading.Thread):
         self._room = threading.Condition()
         self._open_rows = self._open_shards = 0
         self._finished = False
+        self._given_up: str | None = None
         self._failure: BaseException | None = None
 
     # --- for the loop ---
@@ -143,6 +145,10 @@ class Feed(threading.Thread):
             self._open_shards -= 1
             self._room.notify()
 
+    def give_up(self, error: str) -> None:
+        """Make no more prompts: the rows from here on are delivered as `aborted`."""
+        self._given_up = error
+
     def stop(self) -> None:
         """Open nothing more. Returns once the thread is out of the way."""
         self._stopping.set()
@@ -166,10 +172,16 @@ class Feed(threading.Thread):
                 recovered = state.writer.recovered()
                 window: list[Work] = []
                 ids = shard.row_ids()
-                for prompts in self._prompts(cursor.read(shard), pool):
+                row = 0
+                for prompts in () if self._given_up else self._prompts(cursor.read(shard), pool):
                     window += self._works(state, prompts, recovered, ids)
+                    row += len(prompts)
                     if len(window) >= self._window and not self._hand_over(window):
                         return
+                    if self._given_up:
+                        break
+                if self._given_up:
+                    self._deliver(state, self._aborted(range(row, shard.num_rows), recovered, self._given_up))
                 if not self._hand_over(window):
                     return
             self._finished = True
@@ -200,7 +212,7 @@ class Feed(threading.Thread):
         while building:
             yield building.popleft().result()
 
-    def _works(self, state: OpenShard, prompts: list[Prompt], recovered: Container[tuple[int, int]], ids: Iterator[str]
+    def _works(self, state: OpenShard, prompts: list[Prompt], recovered: Mapping[tuple[int, int], RowResult], ids: Iterator[str]
                ) -> list[Work]:
         """What the engine has to do for these rows; rows that need it not are delivered."""
         works: list[Work] = []
@@ -222,6 +234,13 @@ class Feed(threading.Thread):
         if done:
             self._deliver(state, done)
         return works
+
+    def _aborted(self, rows: range, recovered: Mapping[tuple[int, int], RowResult], error: str) -> list[RowResult]:
+        """What is not there yet of `rows`. How many samples a row asks for itself is not looked up."""
+        now = list(recovered.items())      # results of earlier rows come in meanwhile
+        samples = {row: result.samples for (row, _), result in now}
+        return [RowResult(row, sample, n, Status.ABORTED, error) for row in rows
+                for n in [samples.get(row, self._builder.default.n)] for sample in range(n) if (row, sample) not in recovered]
 
     def _seed_of(self, ask: Ask, row_id: str, sample: int) -> int:
         if ask.seed is None:

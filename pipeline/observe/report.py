@@ -58,7 +58,7 @@ def say(config: RunConfig, folder: RunFolder, manifest: Mapping[str, Any]) -> in
         )
     out = folder.out.rstrip("/")
     print(f"output: {out}/{folder.plan.shards[0].name}{' and its siblings' if manifest['shards'] > 1 else ''}, {out}/{REPORT}")
-    print(f"next:   python -c \"import pandas; print(pandas.read_parquet('{out}/{folder.plan.shards[0].name}'))\"")
+    print(f"next:   {reading(out, folder.plan.shards[0].name)}")
     print(f"        python -m pipeline.merge {out} {out}.parquet")
     statuses: dict[str, int] = manifest["statuses"]
     rows = max(sum(statuses.values()), 1)
@@ -71,6 +71,13 @@ def say(config: RunConfig, folder: RunFolder, manifest: Mapping[str, Any]) -> in
         )
     print(histogram(statuses))
     return Exit.ERROR_RATE if too_many else Exit.COMPLETE
+
+
+def reading(out: str, part: str) -> str:
+    """A command that shows the rows: the parts by name, since other Parquet and HTML stands beside them. Of a URL, one part."""
+    if "://" in out:
+        return f"python -c \"import pandas; print(pandas.read_parquet('{out}/{part}'))\""
+    return f"python -c \"import glob, pandas; print(pandas.read_parquet(sorted(glob.glob('{out}/part-*.parquet'))))\""
 
 
 def count_labels(folder: RunFolder, spec: GuideSpec | None) -> dict[str, dict[str, int]]:

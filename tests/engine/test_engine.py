@@ -216,6 +216,21 @@ def test_aborts(llama: Path, depth: int) -> None:
         assert tokens_of(finish(engine, make_requests(prompts, params))) == want, "what was in flight leaves no trace"
 
 
+def test_rows_that_run_long_are_told_from_those_that_wait(llama: Path) -> None:
+    with running(llama, max_rows=2) as engine:
+        for request in make_requests(random_prompts(4, seed=16), SamplingParams(max_tokens=30, ignore_eos=True)):
+            engine.submit(request)
+        engine.step()
+        ids = engine.overdue(0.0)
+        assert len(ids) == 2
+        assert engine.overdue(1000.0) == []
+        engine.abort(ids)
+        done = {c.id: c.finish_reason for c in engine.step()}
+        assert done == dict.fromkeys(ids, FinishReason.ABORTED)
+        while engine.pending:
+            engine.step()
+
+
 # --- refusals ---
 
 

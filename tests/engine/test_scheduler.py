@@ -314,6 +314,7 @@ class Setting:
     window: int = 16
     sharing: bool = True
     aborts: float = 0.0              # chance, each turn
+    failures: float = 0.0            # chance that a step does not run
 
 
 class Trace:
@@ -346,7 +347,7 @@ class Trace:
                 self.abort()
             self.turn()
             turns += 1
-            assert turns < 200 * len(self.jobs) + 200, "the rows make no headway"
+            assert turns < 400 * len(self.jobs) + 400, "the rows make no headway"
         self.check_end()
 
     def abort(self) -> None:
@@ -361,7 +362,9 @@ class Trace:
             self.scheduler.retire(*self.inflight.popleft())
         self.scheduler.refill()
         plan = self.scheduler.schedule()
-        if plan is not None:
+        if plan is not None and self.rng.random() < self.setting.failures:
+            self.fail(plan)
+        elif plan is not None:
             self.check_plan(plan)
             self.inflight.append((plan, *self.launch(plan)))
             self.steps += 1
@@ -376,6 +379,16 @@ class Trace:
             assert completion.id not in self.done, "a request came back twice"
             self.done[completion.id] = completion
             self.check_completion(completion)
+
+    def fail(self, plan: StepPlan) -> None:
+        """The step does not run: garbage is where it would have written."""
+        for row, start, count in zip(plan.rows.tolist(), plan.starts.tolist(), plan.counts.tolist(), strict=True):
+            at = np.arange(start, start + count)
+            self.device.kv[self.scheduler.pages[row, at // PAGE] * PAGE + at % PAGE] = 0
+        while self.inflight:
+            self.scheduler.retire(*self.inflight.popleft())
+        self.scheduler.evacuate()
+        self.scheduler.row_limit = self.rng.randint(1, self.setting.max_rows)
 
     def launch(self, plan: StepPlan) -> tuple[np.ndarray, dict[int, TokenLogprobs]]:
         live = self.scheduler.live
@@ -483,7 +496,7 @@ def small_numbers() -> Iterator[None]:
 settings_strategy = st.builds(
     Setting, jobs=st.integers(1, 40), max_rows=st.integers(1, 6), max_len=st.integers(8, 48), spare_pages=st.integers(0, 30),
     spare_tokens=st.integers(0, 40), depth=st.sampled_from([1, 2]), window=st.integers(1, 40), sharing=st.booleans(),
-    aborts=st.sampled_from([0.0, 0.0, 0.05, 0.3]))
+    aborts=st.sampled_from([0.0, 0.0, 0.05, 0.3]), failures=st.sampled_from([0.0, 0.0, 0.02, 0.2]))
 
 
 @given(setting=settings_strategy, seed=st.integers(0, 2**32 - 1))

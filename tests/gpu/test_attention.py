@@ -113,3 +113,34 @@ def test_prefill_window_and_softcap(dim, window, softcap):
 @pytest.mark.parametrize("heads, kv_heads, dim, page", [(32, 8, 128, 32), (9, 3, 64, 16), (12, 2, 128, 64)])
 def test_decode_reads_a_shared_prefix_once(heads, kv_heads, dim, page):
     assert shared_prefix_error(ops.decode_attention, heads, kv_heads, dim, page, torch.bfloat16, "cuda") < 5e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("heads, kv_heads, dim", MODELS)
+@pytest.mark.parametrize("window, softcap", [(0, 0.0), (300, 30.0)])
+def test_fp8_caches(dtype, heads, kv_heads, dim, window, softcap):
+    contexts = [1, 3000, *ragged(30, 1, 900, dim)]
+    firsts = [max(c - window, 0) if window else 0 for c in contexts]
+    case = make_case(contexts, len(contexts), heads, kv_heads, dim, 32, dtype, "cuda", sum(contexts), firsts).as_fp8()
+    want = exact(case.plain(), list(range(len(contexts) + 1)), [c - 1 for c in contexts], window, softcap)
+    positions = torch.tensor(contexts, dtype=torch.int32, device="cuda") - 1
+    got = ops.decode_attention(case.q, case.k_cache, case.v_cache, case.block_table, case.rows, positions, case.scale, window,
+                               softcap, 8192, kv_scales=case.kv_scales)
+    assert error(got, want) < LIMIT[dtype]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dim", [64, 128, 256])
+def test_fp8_prefill(dtype, dim):
+    counts, starts = [300, 1, 40, 129], [0, 500, 17, 64]
+    cu_q = [0, *torch.tensor(counts).cumsum(0).tolist()]
+    contexts = [s + c for s, c in zip(starts, counts, strict=True)]
+    case = make_case(contexts, cu_q[-1], 8, 2, dim, 32, dtype, "cuda", dim).as_fp8()
+    starts_, cu_q_ = (torch.tensor(x, dtype=torch.int32, device="cuda") for x in (starts, cu_q))
+    got = ops.prefill_attention(case.q, case.k_cache, case.v_cache, case.block_table, case.rows, starts_, cu_q_,
+                                work_list(cu_q).cuda(), case.scale, 0, 0.0, kv_scales=case.kv_scales)
+    assert error(got, exact(case.plain(), cu_q, starts, 0, 0.0)) < LIMIT[dtype]
+
+
+def test_decode_reads_a_shared_fp8_prefix_once():
+    assert shared_prefix_error(ops.decode_attention, 32, 8, 128, 32, torch.bfloat16, "cuda", fp8=True) < 5e-3

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from kernel_cases import check_copy_pages, check_rope_and_cache
+from kernel_cases import check_copy_pages, check_fp8_cache, check_rope_and_cache
 
 if not torch.cuda.is_available():
     pytest.skip("needs CUDA", allow_module_level=True)
@@ -40,3 +40,8 @@ def test_pages(page):
 @pytest.mark.parametrize("shape", [(6, 40, 3, 16, 80), (64, 50, 8, 32, 128)])
 def test_copies_of_pages(shape):
     check_copy_pages(kv_cache, torch.bfloat16, "cuda", shape)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_fp8_cache(dtype):
+    check_fp8_cache(kv_cache, torch.empty(0, dtype=dtype, device="cuda"))

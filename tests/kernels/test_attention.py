@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 
 os.environ["TRITON_INTERPRET"] = "1"
 
@@ -27,7 +28,7 @@ def poisoned(monkeypatch):
 def decode(case: Case, contexts: list[int], window: int, softcap: float, kernels) -> torch.Tensor:
     positions = torch.tensor(contexts, dtype=torch.int32) - 1
     return kernels.decode_attention(case.q, case.k_cache, case.v_cache, case.block_table, case.rows, positions, case.scale,
-                                    window, softcap, 4096)
+                                    window, softcap, 4096, kv_scales=case.kv_scales)
 
 
 def check_decode(contexts: list[int], heads: int, kv_heads: int, dim: int, page: int, dtype: torch.dtype, window: int = 0,
@@ -149,3 +150,33 @@ def test_prefill_chunks_agree_with_decode_of_every_position():
 def test_decode_reads_a_shared_prefix_once(heads, kv_heads, dim, page, programs, monkeypatch):
     monkeypatch.setattr(attention, "DECODE_PROGRAMS", programs)
     assert shared_prefix_error(attention.decode_attention, heads, kv_heads, dim, page, torch.float32, "cpu") < 2e-6
+
+
+@pytest.mark.parametrize("window, softcap", [(0, 0.0), (50, 5.0)])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_fp8_caches(dtype, window, softcap):
+    contexts = [1, 77, 300]
+    firsts = [max(c - window, 0) if window else 0 for c in contexts]
+    case = make_case(contexts, 3, 8, 2, 64, 16, dtype, firsts=firsts).as_fp8()
+    want = exact(case.plain(), [0, 1, 2, 3], [c - 1 for c in contexts], window, softcap)
+    assert error(decode(case, contexts, window, softcap, attention), want) < 2e-3
+    starts, cu_q = torch.tensor(contexts, dtype=torch.int32) - 1, torch.arange(4, dtype=torch.int32)
+    got = attention.prefill_attention(case.q, case.k_cache, case.v_cache, case.block_table, case.rows, starts, cu_q,
+                                      work_list([0, 1, 2, 3]), case.scale, window, softcap, kv_scales=case.kv_scales)
+    assert error(got, want) < 2e-3
+
+
+def test_fp8_caches_in_the_torch_twin():
+    case = make_case([77, 300], 2, 8, 2, 64, 16, torch.float32)
+    case = replace(case, k_cache=case.k_cache.nan_to_num(), v_cache=case.v_cache.nan_to_num()).as_fp8()
+    want = exact(case.plain(), [0, 1, 2], [76, 299], 0, 0.0)
+    assert error(decode(case, [77, 300], 0, 0.0, ref), want) < 2e-6
+    got = ref.prefill_attention(case.q, case.k_cache, case.v_cache, case.block_table, case.rows,
+                                torch.tensor([76, 299], dtype=torch.int32), torch.arange(3, dtype=torch.int32),
+                                work_list([0, 1, 2]), case.scale, 0, 0.0, kv_scales=case.kv_scales)
+    assert error(got, want) < 2e-6
+
+
+def test_decode_reads_a_shared_fp8_prefix_once(monkeypatch):
+    monkeypatch.setattr(attention, "DECODE_PROGRAMS", 1)
+    assert shared_prefix_error(attention.decode_attention, 4, 1, 32, 16, torch.float32, "cpu", fp8=True) < 2e-3

@@ -8,7 +8,8 @@ os.environ["TRITON_INTERPRET"] = "1"
 
 import pytest
 import torch
-from kernel_cases import check_copy_pages, check_rope_and_cache
+from kernel_cases import check_copy_pages, check_fp8_cache, check_rope_and_cache
+from quantised_products import mend_interpreted_casts
 
 from kernels import kv_cache, ref
 
@@ -49,3 +50,9 @@ def test_cache_of_another_type(kernels):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 def test_copies_of_pages(kernels, dtype):
     check_copy_pages(kernels, dtype, "cpu")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_fp8_cache(kernels, dtype, monkeypatch):
+    mend_interpreted_casts(monkeypatch)
+    check_fp8_cache(kernels, torch.empty(0, dtype=dtype))

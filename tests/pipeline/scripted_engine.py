@@ -1,7 +1,8 @@
 """A model and an engine that follow a script: the real pipeline without weights and torch.
 
 The output depends on the prompt, the seed and the schema alone. What a prompt may say: `FAIL` (the engine
-fails on it, each time), `FAILONCE`, `SLOW` (takes 200 turns), `LONG` (hits max_tokens).
+fails on it, each time), `FAILONCE`, `SLOW` (takes 200 turns), `LONG` (hits max_tokens), `HANG` (the engine answers no more, not
+even to signals), `BREAK` (it gives up).
 """
 
 from __future__ import annotations
@@ -21,8 +22,9 @@ import numpy as np
 
 from engine.guided.front import GuideSpec
 from engine.guided.grammar import SchemaError
-from engine.request import Completion, EngineStats, FinishReason, Request
+from engine.request import Completion, EngineError, EngineStats, FinishReason, Request
 from pipeline.config import RunConfig
+from pipeline.estimate import ModelSize
 
 SPECIAL = ("<|im_start|>", "<|im_end|>")
 TEMPLATE = (
@@ -117,6 +119,7 @@ class ScriptedEngine:
         self._turns, self._delay, self._window = turns, delay, window
         self._waiting: deque[Request] = deque()
         self._running: dict[Hashable, tuple[Request, int]] = {}
+        self._began: dict[Hashable, float] = {}
         self._aborted: list[Completion] = []
         self._failed_once: set[bytes] = set()
         self._prompt = self._generated = self._steps = self._finished = 0
@@ -143,6 +146,11 @@ class ScriptedEngine:
             request = self._waiting.popleft()
             self._prompt += request.prompt.size
             turns = 200 if b"SLOW" in _text(request) else self._turns
+            self._began[request.id] = time.monotonic()
+            if b"HANG" in _text(request):
+                hashlib.pbkdf2_hmac("sha256", b"a call that does not return", b"", 10**9)
+            if b"BREAK" in _text(request):
+                raise EngineError("the scripted engine is broken")
             self._running[request.id] = (request, self._steps + turns)
         done = [request for request, end in self._running.values() if end <= self._steps]
         completions = [self._complete(request) for request in done] + self._aborted
@@ -151,6 +159,9 @@ class ScriptedEngine:
             del self._running[request.id]
         self._finished += len(completions)
         return completions
+
+    def overdue(self, seconds: float) -> list[Hashable]:
+        return [id for id in self._running if self._began[id] < time.monotonic() - seconds]
 
     def abort(self, ids: Iterable[Hashable] | None = None) -> None:
         for request in [*self._waiting, *(request for request, _ in self._running.values())]:
@@ -221,6 +232,9 @@ class ScriptedModel:
 
     def grammars(self) -> ScriptedGrammars:
         return ScriptedGrammars()
+
+    def size(self) -> ModelSize:
+        return ModelSize(10**8, 2 * 10**8, 10**4)
 
     def max_model_len(self) -> int:
         return self.config.engine.max_model_len or 4096

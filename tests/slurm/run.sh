@@ -2,7 +2,9 @@
 # jobs/slurm on a real Slurm: slurmctld and slurmd on this machine, an array of four tasks that labels 400 rows with the scripted engine.
 # One task is preempted and requeued, one runs out of time, one is cancelled; then what is missing is submitted again.
 #
-#   tests/slurm/run.sh [PYTHON]      needs root, and Debian's slurmctld, slurmd, slurm-client and munge (installed if apt-get is there)
+#   tests/slurm/run.sh [PYTHON]      needs root, and Debian's slurmctld, slurmd, slurm-client and munge (installed if apt-get can)
+#
+# Exit code 77: not possible on this machine.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 python=$(command -v "${1:-python3}")
@@ -11,8 +13,9 @@ say() { printf '[%4d s] %s\n' $SECONDS "$*"; }
 if [[ $(id -u) != 0 ]]; then echo "needs root, to start slurmd" >&2; exit 77; fi
 if ! command -v slurmctld slurmd sbatch munged >/dev/null; then
     say "installing Slurm"
-    apt-get update -qq
-    DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends slurmctld slurmd slurm-client munge >/dev/null
+    export DEBIAN_FRONTEND=noninteractive
+    { apt-get update -qq && apt-get install -y -qq --no-install-recommends slurmctld slurmd slurm-client munge >/dev/null; } ||
+        { echo "Slurm cannot be installed here" >&2; exit 77; }
 fi
 
 # --- a cluster of one node that believes it has eight CPUs and four GPUs ---
@@ -115,8 +118,13 @@ import sys
 import pyarrow as pa, pyarrow.parquet as pq
 pq.write_table(pa.table({"message": [f"row {i}" for i in range(400)]}), f"{sys.argv[1]}/in.parquet", row_group_size=100)
 EOF
-export GRISTMILL_RUN="$python -m tests.pipeline.scripted_run" GRISTMILL_PYTHON=$python
-export SCRIPTED_DELAY=0.7 SCRIPTED_TURNS=2 OMP_NUM_THREADS=1
+cat >"$base/worker" <<EOF
+#!/bin/bash
+SCRIPTED_DELAY=\$(<"$base/delay") exec "$python" -m tests.pipeline.scripted_run "\$@"
+EOF
+chmod +x "$base/worker"
+export GRISTMILL_RUN=$base/worker GRISTMILL_PYTHON=$python SCRIPTED_TURNS=2 OMP_NUM_THREADS=1
+echo 2.5 >"$base/delay"      # a task takes a minute and a half: Slurm looks at time limits twice a minute
 run=(data="$base/in.parquet" output.dir="$base/out" task=generate "task.prompt={{ message }}" plan.rows_per_shard=25 engine.max_rows=6
      limits.grace_seconds=3)
 options=(--output="$base/task-%a.log" --cpus-per-task=2)
@@ -124,7 +132,8 @@ options=(--output="$base/task-%a.log" --cpus-per-task=2)
 array=$(sbatch --parsable --array=0-3 "${options[@]}" jobs/slurm/array.sbatch "${run[@]}")
 finalize=$(sbatch --parsable --dependency=afterany:"$array" --output="$base/finalize.log" jobs/slurm/finalize.sbatch "$base/out")
 say "array $array, finalize $finalize"
-for task in 0 1 2 3; do await 60 "task $task is labelling" labelling $task; done
+for task in 0 1 2 3; do await 90 "task $task is labelling" labelling $task; done
+echo 0.1 >"$base/delay"      # for those that are started again
 
 scancel "${array}_3"
 say "cancelled task 3"
@@ -154,7 +163,6 @@ say "finalize: $(grep -o '[0-9]* of 16 shards .* missing' "$base/finalize.log")"
 
 missing=$(jobs/slurm/retry.sh "$base/out" 4)
 [[ $missing == 3 ]]
-unset SCRIPTED_DELAY
 again=$(sbatch --parsable --array="$missing" "${options[@]}" jobs/slurm/preemptible.sbatch "${run[@]}" cluster.workers=4)
 finalize=$(sbatch --parsable --dependency=afterany:"$again" --output="$base/finalize-again.log" jobs/slurm/finalize.sbatch "$base/out")
 await 60 "what was missing is done" gone "$again"

@@ -1,0 +1,122 @@
+"""How long a job will take, before it runs: what its tokens cost on the device, by its roofline (Williams et al., 2009).
+
+Seconds = tokens x 2 x parameters / speed of products + bytes of weights, keys and values / speed of memory + steps x overhead.
+Both speeds are measured on the spot, as torch reaches them; the shares of them that the engine reaches are those of
+jobs/bench/RESULTS.md. What comes out is right to a third or so, given the lengths of the outputs, which are the larger unknown.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from engine.weights import Checkpoint
+
+PRODUCTS, MEMORY = 0.65, 0.9      # of what torch's product and copy reach
+GPU_ROWS, CPU_ROWS = 2048, 32     # engine.max_rows where it is not set
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSize:
+    """`params`: multiplied by each token, the LM head's included; `stored`: bytes of weights on disk; `kv_values`: of a token's
+    keys and values, over all layers."""
+
+    params: int
+    stored: int
+    kv_values: int
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint) -> ModelSize:
+        spec = checkpoint.spec
+        heads = 2 * (spec.num_heads + spec.num_kv_heads) * spec.head_dim
+        params = spec.num_layers * spec.hidden_size * (heads + 3 * spec.intermediate_size) + spec.hidden_size * spec.vocab_size
+        stored = sum(file.stat().st_size for file in checkpoint.files)
+        return cls(params, stored, 2 * spec.num_layers * spec.num_kv_heads * spec.head_dim)
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """`products`: FLOP/s; `memory`: bytes/s read; `room`: bytes; `overhead`: seconds a step; `itemsize`: bytes of a value."""
+
+    name: str
+    products: float
+    memory: float
+    room: float
+    overhead: float
+    itemsize: int
+    rows: int
+
+
+# For jobs that are tried out on a machine without a GPU and will run on one.
+H100 = Device("NVIDIA H100 80GB", 690e12, 3.0e12, 70e9, 0.0012, 2, GPU_ROWS)
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """`rows` prompts of `prompt` tokens, `fresh` of which no earlier row has computed, each giving `output` tokens."""
+
+    rows: float
+    prompt: float
+    fresh: float
+    output: float
+
+
+def seconds(size: ModelSize, device: Device, work: Workload) -> float:
+    weights = min(size.stored, size.params * device.itemsize) if device.itemsize == 2 else size.params * device.itemsize
+    token = size.kv_values * device.itemsize
+    fit = max(device.room - weights, token) / (token * (work.prompt + work.output))
+    steps = work.rows * work.output / max(1.0, min(device.rows, fit, work.rows))
+    products = work.rows * (work.fresh + work.output) * 2 * size.params
+    reads = steps * weights + work.rows * work.output * (work.prompt + work.output / 2) * token
+    return products / (PRODUCTS * device.products) + reads / (MEMORY * device.memory) + steps * device.overhead
+
+
+def fresh_tokens(prompts: Sequence[np.ndarray]) -> int:
+    """Tokens of `prompts` beyond what each has in common with its neighbour in order: the engine computes a prefix once."""
+    ordered = sorted(prompts, key=lambda tokens: tokens.astype(">i4").tobytes())
+    total, before = 0, np.empty(0, dtype=np.int32)
+    for tokens in ordered:
+        n = min(tokens.size, before.size)
+        differs = np.flatnonzero(tokens[:n] != before[:n])
+        total += max(1, tokens.size - int(differs[0] if differs.size else n))
+        before = tokens
+    return total
+
+
+def this_device(name: str, max_rows: int | None) -> Device:
+    """The one that `engine.device` names, measured: a second or less. Raises ValueError if it is not there."""
+    import torch
+
+    if name != "cpu" and torch.cuda.is_available():
+        device = torch.device("cuda" if name == "auto" else name)
+        a = torch.randn(8192, 8192, dtype=torch.bfloat16, device=device)
+        held = torch.empty(1 << 30, dtype=torch.uint8, device=device)
+        product = _seconds(lambda: a @ a, lambda: torch.cuda.synchronize(device))
+        copy = _seconds(held.clone, lambda: torch.cuda.synchronize(device))
+        room = torch.cuda.get_device_properties(device).total_memory * 0.9
+        return Device(torch.cuda.get_device_name(device), 2 * 8192**3 / product, 2 * held.nbytes / copy, room, H100.overhead, 2,
+                      max_rows or GPU_ROWS)
+    if name not in ("auto", "cpu"):
+        raise ValueError(f"engine.device={name}: torch sees no such device")
+    a, held = torch.randn(1024, 1024), torch.empty(1 << 26, dtype=torch.uint8)
+    product, copy = _seconds(lambda: a @ a), _seconds(held.clone)
+    label = f"the {os.cpu_count()} CPU cores of this machine"
+    return Device(label, 2 * 1024**3 / product, 2 * held.nbytes / copy, 2 << 30, 0.002, 4, max_rows or CPU_ROWS)
+
+
+def _seconds(call: Callable[[], object], wait: Callable[[], None] = lambda: None) -> float:
+    """The best of a few."""
+    best = float("inf")
+    for _ in range(5):
+        wait()
+        start = time.perf_counter()
+        call()
+        wait()
+        best = min(best, time.perf_counter() - start)
+    return best

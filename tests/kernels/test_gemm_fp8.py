@@ -1,0 +1,51 @@
+"""FP8 products and quantisation in Triton's interpreter against float64."""
+
+from __future__ import annotations
+
+import os
+
+os.environ["TRITON_INTERPRET"] = "1"
+
+import pytest
+import torch
+from quantised_products import check_fp8, check_fp8_blocks, check_fused_quantisation, mend_interpreted_casts
+
+from kernels.split_k import Tile
+
+HALF = torch.empty(0, dtype=torch.float16)
+
+
+@pytest.fixture(autouse=True)
+def poisoned(monkeypatch):
+    """torch.empty gives NaN: an output that no program wrote shows."""
+    torch.use_deterministic_algorithms(True)
+    torch.manual_seed(0)
+    mend_interpreted_casts(monkeypatch)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("static", [False, True])
+@pytest.mark.parametrize("rows, outputs, inputs", [(1, 64, 128), (17, 200, 160), (40, 130, 576)])
+def test_rows(static, rows, outputs, inputs):
+    check_fp8(HALF, rows, outputs, inputs, static=static, bias=static)
+
+
+@pytest.mark.parametrize("tile", [Tile(16, 64, 4, 3, 1), Tile(16, 64, 4, 3, 64), Tile(32, 128, 8, 3, 9)])
+def test_tiles_and_splits(tile):
+    check_fp8(HALF, 20, 300, 1280, bias=True, tile=tile)
+
+
+def test_float32():
+    check_fp8(torch.empty(0), 3, 64, 256)
+
+
+@pytest.mark.parametrize("rows, outputs, inputs", [(1, 128, 256), (70, 256, 384)])
+def test_blocks(rows, outputs, inputs):
+    check_fp8_blocks(HALF, rows, outputs, inputs)
+
+
+@pytest.mark.parametrize("static", [False, True])
+@pytest.mark.parametrize("rows, width", [(1, 64), (5, 200)])
+def test_fused_quantisation(static, rows, width):
+    check_fused_quantisation(HALF, rows, width, static)

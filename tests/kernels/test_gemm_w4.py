@@ -1,0 +1,58 @@
+"""Products with packed 4- and 8-bit weights in Triton's interpreter, which has no assembly, in fp16 and fp32, against float64."""
+
+from __future__ import annotations
+
+import os
+
+os.environ["TRITON_INTERPRET"] = "1"
+
+import pytest
+import torch
+from quantised_products import check_integer
+
+from kernels import gemm_w4
+from kernels.split_k import Tile
+
+HALF = torch.empty(0, dtype=torch.float16)
+
+
+@pytest.fixture(autouse=True)
+def poisoned():
+    """torch.empty gives NaN: an output that no program wrote shows."""
+    torch.use_deterministic_algorithms(True)
+    torch.manual_seed(0)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("group", [32, 64, 128, 384])
+@pytest.mark.parametrize("zeros", ["whole", "none", "broken"])
+def test_groups_and_zeros(bits, group, zeros):
+    check_integer(HALF, bits, 3, 128, 384, group, zeros=zeros)
+
+
+@pytest.mark.parametrize("rows, outputs, inputs, group",
+                         [(1, 96, 160, 32), (5, 200, 192, 64), (17, 130, 96, 96), (33, 257, 256, 128)])
+def test_uneven_shapes_with_a_bias(rows, outputs, inputs, group):
+    check_integer(HALF, 4, rows, outputs, inputs, group, bias=True)
+
+
+@pytest.mark.parametrize("tile", [Tile(16, 64, 4, 3, 1), Tile(16, 64, 4, 3, 25), Tile(16, 128, 4, 3, 7), Tile(32, 256, 8, 3, 40)])
+def test_tiles_and_splits(tile):
+    check_integer(HALF, 4, 20, 300, 768, 128, bias=True, tile=tile)
+
+
+def test_float32_and_a_column_order():
+    check_integer(torch.empty(0), 4, 2, 64, 256, 64, perm=True)
+    check_integer(torch.empty(0), 8, 2, 64, 256, 32, perm=True)
+
+
+def test_many_rows_go_to_the_dequantised_weights(monkeypatch):
+    monkeypatch.setattr(gemm_w4, "MOST_ROWS", 4)
+    check_integer(HALF, 4, 5, 130, 256, 128, bias=True, perm=True)
+
+
+def test_groups_that_no_block_holds_are_refused():
+    with pytest.raises(ValueError, match="groups of 96 are not supported"):
+        check_integer(HALF, 4, 1, 64, 192, 96)
