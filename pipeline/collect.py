@@ -137,9 +137,8 @@ class Collect(threading.Thread):
         guide, outcome = work.ask.guide, _check(work, completion, text)
         if guide is None or guide.retries or outcome.error is None:
             return completion, text, outcome
-        budget = work.ask.params.max_tokens
         try:
-            tokens = guide.grammar.close(completion.tokens.tolist(), budget)
+            tokens = guide.grammar.close(completion.tokens.tolist(), work.most)
         except ValueError:                               # too few tokens for any valid output
             return completion, text, outcome
         closed = replace(completion, tokens=tokens, finish_reason=FinishReason.LENGTH_CLOSED)
@@ -209,7 +208,7 @@ def row_result(work: Work, completion: Completion, text: str, outcome: Outcome) 
     elif guide is not None and guide.spec.kind == "tools":
         if outcome.value:
             calls = orjson.dumps(outcome.value).decode()
-        elif len(completion.tokens) >= work.ask.params.max_tokens or reason is FinishReason.LENGTH_CLOSED:
+        elif len(completion.tokens) >= work.most or reason is FinishReason.LENGTH_CLOSED:
             status, reason = Status.LENGTH, FinishReason.LENGTH    # free text may end anywhere: the grammar does not tell
     target = work.targets[0]
     return RowResult(

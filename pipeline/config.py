@@ -257,7 +257,8 @@ def validate(model: type[Config], raw: Mapping[str, Any]) -> Config:
 def refuse_secrets(raw: Mapping[str, Any]) -> None:
     """Secrets come from the environment alone, since the configuration is written beside the results."""
     for key, value in flatten(raw):
-        if value is not None and not key.startswith("task.schema") and _SECRET.search(key.rpartition(".")[2]):
+        data = key.startswith(("task.schema", "task.guided_json", "task.tools"))
+        if value is not None and not data and _SECRET.search(key.rpartition(".")[2]):
             raise ConfigError(
                 f"{key}: secrets do not belong in the configuration, which is written beside the results; "
                 "set them in the environment (HF_TOKEN, AWS_SECRET_ACCESS_KEY, ...)"

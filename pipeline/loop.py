@@ -90,6 +90,7 @@ class Loop:
             error = f"{len(work.tokens)} prompt tokens leave no room for an output of {output} in engine.max_model_len={limit}"
             self._collect.refuse(work, Status.PROMPT_TOO_LONG, error)
             return
+        work.most = min(work.ask.params.max_tokens, limit - len(work.tokens))
         number = next(self._numbers)
         try:
             self._engine.submit(work.request(number))

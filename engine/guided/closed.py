@@ -20,7 +20,7 @@ class ClosedGrammar:
     minimal: a short valid output, int32 tokens; min_tokens is its length.
     """
 
-    automaton: TokenAutomaton | None = None
+    automaton: TokenAutomaton | None = None              # see Grammar
 
     def __init__(self, vocabulary: GrammarVocabulary, closer: Closer, check: Callable[[str], Any]) -> None:
         self.vocabulary, self.check, self._closer = vocabulary, check, closer

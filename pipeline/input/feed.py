@@ -60,6 +60,7 @@ class Work:
     tries: int = 0
     cut: tuple[Status, str] | None = None  # why the loop ended it: its status and error
     resampled: int = 0  # how often its output did not fit a schema that is kept by trying
+    most: int = 0  # tokens that its output may have: max_tokens, or what the context leaves; set when it is submitted
 
     def request(self, number: int) -> Request:
         grammar = self.ask.guide.grammar if self.ask.guide else None
