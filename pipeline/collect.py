@@ -7,6 +7,11 @@ import queue
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import orjson
 
 from engine.request import Completion, FinishReason
 from pipeline.input.feed import OpenShard, Work, aimed
@@ -105,9 +110,42 @@ class Collect(threading.Thread):
         return going
 
     def _decoded(self, finished: list[tuple[Work, Completion]]) -> Iterator[tuple[Work, RowResult]]:
-        texts = iter(self._tokenizer.decode_batch([c.tokens for _, c in finished if c.text is None]))
+        plain = [completion.tokens for work, completion in finished if completion.text is None and not _calls(work)]
+        marked = [completion.tokens for work, completion in finished if _calls(work)]
+        texts, marked_texts = iter(self._tokenizer.decode_batch(plain)), iter(self._tokenizer.decode_marked(marked))
         for work, completion in finished:
-            yield work, row_result(work, completion, completion.text if completion.text is not None else next(texts))
+            text = next(marked_texts) if _calls(work) else next(texts) if completion.text is None else completion.text
+            completion, text, outcome = self._checked(work, completion, text)
+            yield work, row_result(work, completion, text, outcome)
+
+    def fits(self, work: Work, completion: Completion) -> bool:
+        """Whether an output is what its guide asks for; from any thread."""
+        assert work.ask.guide is not None
+        try:
+            work.ask.guide.check(self._decode(work, completion.tokens))
+        except ValueError:
+            return False
+        return True
+
+    def _decode(self, work: Work, tokens: np.ndarray) -> str:
+        decode = self._tokenizer.decode_marked if _calls(work) else self._tokenizer.decode_batch
+        return decode([tokens])[0]
+
+    def _checked(self, work: Work, completion: Completion, text: str) -> tuple[Completion, str, Outcome]:
+        """A guided output against its schema, whatever the grammar promised. One that fails is trimmed and closed: a grammar lets
+        numbers through that no double holds, say."""
+        guide, outcome = work.ask.guide, _check(work, completion, text)
+        if guide is None or guide.retries or outcome.error is None:
+            return completion, text, outcome
+        budget = work.ask.params.max_tokens
+        try:
+            tokens = guide.grammar.close(completion.tokens.tolist(), budget)
+        except ValueError:                               # too few tokens for any valid output
+            return completion, text, outcome
+        closed = replace(completion, tokens=tokens, finish_reason=FinishReason.LENGTH_CLOSED)
+        closed_text = self._decode(work, tokens)
+        mended = _check(work, closed, closed_text)
+        return (closed, closed_text, mended) if mended.error is None else (completion, text, outcome)
 
     def _journal(self, state: OpenShard, results: list[RowResult]) -> None:
         if state not in self._open:
@@ -128,10 +166,32 @@ class Collect(threading.Thread):
         self._published(state)
 
 
-def row_result(work: Work, completion: Completion, text: str) -> RowResult:
-    """What the row's columns say of a completion. A guided text is parsed and checked against the original schema, whatever the
-    grammar promised."""
-    status, error, json = Status.OK, completion.error, None
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What the check of an output came to. `value`: what its guide made of it; `error`: why it does not fit."""
+
+    value: Any = None
+    error: str | None = None
+
+
+def _calls(work: Work) -> bool:
+    """The markers of tool calls may be special tokens: its text is to keep them."""
+    return work.ask.guide is not None and work.ask.guide.spec.kind == "tools"
+
+
+def _check(work: Work, completion: Completion, text: str) -> Outcome:
+    guide, reason = work.ask.guide, completion.finish_reason
+    if guide is None or reason not in (FinishReason.STOP, FinishReason.LENGTH_CLOSED):
+        return Outcome()
+    try:
+        return Outcome(guide.check(text))
+    except ValueError as problem:
+        return Outcome(error=str(problem))
+
+
+def row_result(work: Work, completion: Completion, text: str, outcome: Outcome) -> RowResult:
+    """What the row's columns say of a completion."""
+    status, error, json, calls = Status.OK, completion.error, None, None
     guide = work.ask.guide
     reason = completion.finish_reason
     if reason is FinishReason.ERROR:
@@ -141,12 +201,16 @@ def row_result(work: Work, completion: Completion, text: str) -> RowResult:
         status, error = work.cut
     elif reason is FinishReason.LENGTH:
         status = Status.LENGTH
-    elif guide is not None and guide.validator is not None:
-        try:
-            guide.validator.check(text)
-            json = text
-        except ValueError as problem:
-            status, error = Status.SCHEMA_ERROR, f"the output does not fit the schema: {problem}"
+    elif outcome.error is not None:
+        what = "tools" if guide is not None and guide.spec.kind == "tools" else "schema"
+        status, error = Status.SCHEMA_ERROR, f"the output does not fit the {what}: {outcome.error}"
+    elif guide is not None and guide.spec.kind == "schema":
+        json = text
+    elif guide is not None and guide.spec.kind == "tools":
+        if outcome.value:
+            calls = orjson.dumps(outcome.value).decode()
+        elif len(completion.tokens) >= work.ask.params.max_tokens or reason is FinishReason.LENGTH_CLOSED:
+            status, reason = Status.LENGTH, FinishReason.LENGTH    # free text may end anywhere: the grammar does not tell
     target = work.targets[0]
     return RowResult(
         target.row,
@@ -160,4 +224,5 @@ def row_result(work: Work, completion: Completion, text: str) -> RowResult:
         completion.prompt_tokens,
         completion.cached_tokens,
         len(completion.tokens),
+        calls,
     )

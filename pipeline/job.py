@@ -22,6 +22,7 @@ from pipeline.input.plan import Shard, make_plan
 from pipeline.input.prompts import PromptBuilder
 from pipeline.input.schemas import Guide, Guides
 from pipeline.input.sources import Input, open_input
+from pipeline.input.tools import ToolReader
 from pipeline.loop import Loop
 from pipeline.model import EngineFactory, Model, RealModel
 from pipeline.observe.metrics import Metrics, find_gpus
@@ -50,7 +51,8 @@ def _run(config: RunConfig, model: Model, stop: Stop, progress: Progress) -> int
     form = Form(config.task, config.input.columns, source.schema)
     plan = make_plan(source.files, config.plan.rows_per_shard, config.input.limit)
     spec = task_spec(config)
-    layout = OutputLayout.make(source.schema, flat_schema(config, spec))
+    calls = config.task.tools is not None or "tools" in form.overrides
+    layout = OutputLayout.make(source.schema, flat_schema(config, spec), tool_calls=calls)
     if config.dry_run:
         return preview(config, source, plan, make_builder(config, form, spec, model), model)
 
@@ -129,38 +131,45 @@ def label(config: RunConfig, source: Input, builder: PromptBuilder, folder: RunF
 
 
 def make_builder(config: RunConfig, form: Form, spec: GuideSpec | None, model: Model) -> PromptBuilder:
-    """Load the tokenizer and compile the task's schema."""
-    guides = Guides(model.grammars())
-    guide = task_guide(config, spec, guides)
-    return PromptBuilder(form, config.task, config.effective_sampling, model.tokenizer(), guides, guide)
+    """Load the tokenizer and compile the task's schema or tools."""
+    keys, tokenizer = config.guided, model.tokenizer()
+    tools = ToolReader(tokenizer.chat_template if config.task.chat else None, config.model.tool_format, config.task)
+    guides = Guides(model.grammars(), keys.retries if keys.on_unsupported == "best_effort" else 0, keys.row_types)
+    guide = task_guide(config, tools.task.spec or spec, guides)
+    return PromptBuilder(form, config.task, config.effective_sampling, tokenizer, guides, guide, tools)
 
 
 def task_spec(config: RunConfig) -> GuideSpec | None:
-    """The task's schema, checked to be one."""
-    source = config.task.json_schema
-    if source is None:
+    """What the task's outputs must match, checked to be a schema, a regex or a choice; None: nothing, or what its tools say."""
+    task = config.task
+    if not task.guides():
         return None
+    key = task.guides()[0]
     try:
-        spec = GuideSpec.of(source)
+        if task.guided_regex is not None:
+            return GuideSpec.regex(task.guided_regex)
+        if task.guided_choice is not None:
+            return GuideSpec.choice(task.guided_choice)
+        spec = GuideSpec.of(task.guided_json if task.json_schema is None else task.json_schema)
         if spec.kind == "schema":
             Validator(json.loads(spec.text))
     except (SchemaError, ValueError) as error:
-        raise ConfigError(f"task.schema: {first_line(error)}") from None
+        raise ConfigError(f"task.{key}: {first_line(error)}") from None
     return spec
 
 
 def task_guide(config: RunConfig, spec: GuideSpec | None, guides: Guides) -> Guide | None:
-    """The task's schema, compiled; what the grammar cannot keep stops the job before the model is loaded."""
+    """The task's schema or tools, compiled; what the grammar cannot keep stops the job before the model is loaded."""
     if spec is None:
         return None
     try:
         guide = guides.get(spec)
     except SchemaError as error:
-        raise ConfigError(f"task.schema: {error}") from None
+        raise ConfigError(f"task.{'tools' if spec.kind == 'tools' else config.task.guides()[0]}: {error}") from None
     max_tokens = config.effective_sampling.params().max_tokens
     if max_tokens < guide.grammar.min_tokens:
         raise ConfigError(
-            f"sampling.max_tokens={max_tokens}: the shortest output that the schema allows needs {guide.grammar.min_tokens}; "
+            f"sampling.max_tokens={max_tokens}: the shortest valid output needs {guide.grammar.min_tokens}; "
             f"set sampling.max_tokens={4 * guide.grammar.min_tokens} or so"
         )
     return guide
@@ -179,14 +188,16 @@ def flat_schema(config: RunConfig, spec: GuideSpec | None) -> dict[str, Any] | N
 def fingerprint(config: RunConfig, spec: GuideSpec | None, identity: Mapping[str, str]) -> dict[str, str]:
     """What changes results, by key: a run resumes only under an equal one. Speed, places and limits are not in it."""
     sections = config.resolved()
-    task = {key: value for key, value in sections["task"].items() if key not in ("name", "sampling", "schema")}
+    left_out = ("name", "sampling", "schema", "guided_json", "guided_regex", "guided_choice")
+    task = {key: value for key, value in sections["task"].items() if key not in left_out}
     parts: dict[str, Any] = {
-        "task": {**task, "schema": spec.text if spec else None},
+        "task": {**task, "schema": spec.text if spec else None, "guided": spec.kind if spec and spec.kind != "schema" else None},
         "sampling": config.effective_sampling.model_dump(mode="json"),
         "seed": config.seed,
         "input": {key: value for key, value in sections["input"].items() if key != "threads"},
-        "engine": {key: sections["engine"][key] for key in ("dtype", "quantization", "max_model_len")},
-        "guided": {key: sections["guided"][key] for key in ("backend", "whitespace")},
+        "engine": {key: sections["engine"][key] for key in ("dtype", "quantization", "kv_dtype", "max_model_len")},
+        "guided": {key: sections["guided"][key] for key in ("backend", "whitespace", "extra_keys", "on_unsupported", "retries")},
+        "model": {"tool_format": sections["model"]["tool_format"]},
     }
     return {**identity, **{key: short(value) for key, value in flatten(parts) if value not in (None, {}, [])}}
 

@@ -7,7 +7,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Hashable
 
-from engine.request import FinishReason
+from engine.request import Completion, FinishReason
 from pipeline.collect import Collect
 from pipeline.config import LimitKeys
 from pipeline.input.feed import Feed, Work
@@ -104,8 +104,20 @@ class Loop:
             if completion.finish_reason is FinishReason.ERROR and not work.tries:
                 work.tries = 1  # once more: what failed may have been the company it kept
                 self._ready.appendleft(work)
+            elif self._to_resample(work, completion):
+                work.resampled += 1
+                self._ready.appendleft(work)
             elif completion.finish_reason is not FinishReason.ABORTED or work.cut is not None:
                 self._collect.put(work, completion)
+
+    def _to_resample(self, work: Work, completion: Completion) -> bool:
+        """The grammar is only near to the row's schema, and this output does not fit."""
+        guide = work.ask.guide
+        if guide is None or work.resampled >= guide.retries:
+            return False
+        if completion.finish_reason in (FinishReason.ERROR, FinishReason.ABORTED):
+            return False
+        return not self._collect.fits(work, completion)
 
     def _drain(self, reason: str, limits: LimitKeys, watchdog: Watchdog) -> None:
         """Admit nothing more, give running rows their grace, then abort the rest: the next attempt computes those again, unless

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from engine.request import Completion, EngineStats, Request
-from pipeline.config import RunConfig
+from pipeline.config import GuidedKeys, RunConfig
 from pipeline.estimate import ModelSize
 from pipeline.exits import ConfigError
 from pipeline.input.formats import first_line
@@ -121,12 +121,30 @@ class RealModel:
 
     @cached_property
     def _backend(self) -> GrammarBackend:
+        spec, keys, tokenizer = self._checkpoint.spec, self._config.guided, self._tokenizer.tokenizer
+        return _one_line(lambda: open_backend(keys, tokenizer, spec.vocab_size, spec.eos_token_ids))
+
+
+def open_backend(keys: GuidedKeys, tokenizer: Any, vocab_size: int, end_tokens: Sequence[int]) -> Any:
+    """The grammar backend that guided.backend names: a GrammarBackend, which takes no guides but its own."""
+    if keys.backend == "llguidance":
         from engine.guided.llg import LLGuidanceBackend
 
-        spec, keys = self._checkpoint.spec, self._config.guided
-        tokenizer = self._tokenizer.tokenizer
-        # A backend takes no guides but those it made, which its type does not say.
-        return LLGuidanceBackend(tokenizer, spec.vocab_size, spec.eos_token_ids, keys.whitespace, threads=keys.threads or None)  # type: ignore[return-value]
+        threads = keys.threads or None
+        return LLGuidanceBackend(tokenizer, vocab_size, end_tokens, keys.whitespace, keys.extra_keys, threads=threads)
+    if keys.on_unsupported == "best_effort":
+        raise ConfigError(f"guided.on_unsupported=best_effort: needs guided.backend=llguidance, not {keys.backend}")
+    try:
+        if keys.backend == "xgrammar":
+            from engine.guided.xgrammar import XGrammarBackend
+
+            return XGrammarBackend(tokenizer, vocab_size, end_tokens, keys.whitespace)
+        from engine.guided.outlines_core import OutlinesCoreBackend
+
+        return OutlinesCoreBackend(tokenizer, vocab_size, end_tokens, keys.whitespace)
+    except ImportError as error:
+        raise ConfigError(f"guided.backend={keys.backend}: not installed ({error}); pip install 'gristmill[{keys.backend}]'"
+                          ) from None
 
 
 def _one_line(make: Callable[[], Any]) -> Any:

@@ -33,6 +33,7 @@ def preview(config: RunConfig, source: Input, plan: Plan, builder: PromptBuilder
     need = ask.guide.grammar.min_tokens if ask.guide else 1
     shortest = f"; the shortest that the schema allows has about {need:,}" if ask.guide else ""
     print(f"output:  {config.output.dir}; {_count(ask.n, 'sample')} a row of at most {ask.params.max_tokens:,} tokens{shortest}")
+    refused = _refusals(source, plan, builder)
     prompts = _sample(source, plan, builder)
     for prompt in prompts:
         if prompt.tokens is not None and len(prompt.tokens) + need > max_model_len:
@@ -41,11 +42,29 @@ def preview(config: RunConfig, source: Input, plan: Plan, builder: PromptBuilder
     _lengths([len(prompt.tokens) for prompt in prompts if prompt.tokens is not None], len(prompts), plan.num_rows)
     if runnable := [prompt.tokens for prompt in prompts if prompt.status is Status.OK and prompt.tokens is not None]:
         _time(config, model, runnable, plan.num_rows * len(runnable) / len(prompts), need)
-    for prompt in [prompt for prompt in prompts if prompt.error][:5]:
+    for prompt in [prompt for prompt in prompts if prompt.error and prompt.row not in refused][:5]:
         print(f"row {prompt.row}: {prompt.status}: {prompt.error}")
     for status, count in Counter(prompt.status for prompt in prompts).most_common():
         print(f"{'would run' if status is Status.OK else status:<16} {count:>8,}  {count / len(prompts):7.2%}")
     return Exit.COMPLETE
+
+
+def _refusals(source: Input, plan: Plan, builder: PromptBuilder) -> set[int]:
+    """Print every row, of all the input, whose own schema, tools or sampling is refused; returns their numbers."""
+    cursor = source.cursor(builder.columns)
+    refused: set[int] = set()
+    first = 0
+    for shard in plan.shards:
+        ids, at = list(shard.row_ids()), first
+        for chunk in cursor.read(shard):
+            for row, reason in builder.refusals(chunk, at):
+                refused.add(row)
+                print(f"row {row} ({ids[row - first]}): {reason.status}: {reason}")
+            at += chunk.table.num_rows
+        first = at
+    if refused:
+        print(f"refused: {_count(len(refused), 'row')} of {plan.num_rows:,}; they will have these statuses, and the others run")
+    return refused
 
 
 def _sample(source: Input, plan: Plan, builder: PromptBuilder) -> list[Prompt]:

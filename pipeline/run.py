@@ -16,6 +16,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from pydantic import BaseModel
 
 from pipeline.config import RunConfig, check, did_you_mean, unknown_key
 from pipeline.exits import ConfigError, Exit, JobError
@@ -27,9 +28,10 @@ HOME = Path(__file__).resolve().parent.parent  # conf/ and jobs/ stand beside th
 CONF = HOME / "conf"
 GROUPS = tuple(sorted(p.name for p in CONF.iterdir() if p.is_dir() and not p.name.startswith("_")))
 # Their values are text that Hydra's grammar would trip over (globs, URLs, braces, equal signs): quoted for the user.
-TEXT_KEYS = ("data", "output.dir", "model.source", "model.tokenizer", "model.chat_template",
-             "task.prompt", "task.system", "task.schema")  # fmt: skip
-OPEN_KEYS = ("input.columns.", "task.schema.")  # mappings whose keys are the user's own
+TEXT_KEYS = ("data", "out", "output.dir", "model.source", "model.tokenizer", "model.chat_template",
+             "task.prompt", "task.system", "task.schema", "task.guided_json", "task.guided_regex", "task.tools",
+             "task.tool_choice")  # fmt: skip
+OPEN_KEYS = ("input.columns.", "task.schema.", "task.guided_json.")  # mappings whose keys are the user's own
 
 _TASK_FILE = re.compile(r"task=.*\.ya?ml$")
 
@@ -52,10 +54,12 @@ Groups (NAME=CHOICE)
 
 Keys (KEY=VALUE; python -m pipeline.run --cfg prints all of them with their values)
   data              path, glob, [list, of, them], folder, s3:// gs:// hf://org/name, save_to_disk folder; Parquet, JSONL, CSV
-  input.columns.X   the column that stands for X: a name of the template, or messages, prompt, schema, tools, sampling, adapter
+  input.columns.X   the column that stands for X: a name of the template, or messages, prompt, sampling, adapter, tools,
+                    tool_choice, schema, guided_json, guided_regex, guided_choice
   input.limit       only the first rows               input.split   of a Hugging Face data set
   task.prompt       a Jinja template over the columns task.system   the same, for the system message
-  task.schema       a JSON Schema or its path: every output is valid JSON under it
+  task.schema       a JSON Schema or its path: every output is valid JSON under it; also task.guided_regex, .guided_choice
+  task.tools        a JSON file of tools              task.tool_choice  none, auto, required, or the name of a tool
   sampling.max_tokens  .temperature  .top_p  .top_k  .n  .stop      engine.max_rows  .max_model_len  .gpu_memory  .device
   output.dir        a folder or URL; default out/<task>-<model>-<data>
   output.flatten    true: one typed column for each property of the schema
@@ -78,7 +82,7 @@ def main(argv: Sequence[str] | None = None, engine_factory: EngineFactory | None
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     argv = list(sys.argv[1:] if argv is None else argv)
     if any(word in ("-h", "--help", "help") for word in argv):
-        print(HELP % "\n".join(_listed(group) for group in GROUPS), end="")
+        print(HELP % "\n".join(listed(group) for group in GROUPS), end="")
         return Exit.COMPLETE
     try:
         config = read_config([word for word in argv if word != "--cfg"])
@@ -93,7 +97,7 @@ def main(argv: Sequence[str] | None = None, engine_factory: EngineFactory | None
         return int(error.exit_code)
 
 
-def _listed(group: str) -> str:
+def listed(group: str) -> str:
     """A group and its choices, for the help."""
     text = "  ".join(choices(group))
     return textwrap.fill(text, 128, initial_indent=f"  {group:<9} ", subsequent_indent=" " * 12, break_on_hyphens=False)
@@ -105,18 +109,11 @@ def choices(group: str) -> list[str]:
 
 def read_config(argv: Sequence[str]) -> RunConfig:
     """Compose conf/ with the overrides of `argv` and check it. Raises ConfigError with one line."""
-    words = [_normalise(word) for word in argv]
-    given = {word.lstrip("+~").partition("=")[0] for word in words}
+    words = normalise(argv)
+    given = given_keys(words)
     if not given & {"data", "task"}:
         words.append("task=classify")  # the bundled example is a labelling job
-    files = [word.partition("=")[2] for word in words if _TASK_FILE.match(word)]
-    OmegaConf.register_new_resolver("package", lambda path: str(HOME / path), replace=True)
-    try:
-        with initialize_config_dir(str(CONF), version_base="1.3", job_name="gristmill"):
-            tree = _with_task_file(files[-1], words) if files else compose("config", words)
-        raw: dict[str, Any] = OmegaConf.to_container(tree, resolve=True, throw_on_missing=True)  # type: ignore[assignment]
-    except (HydraException, OmegaConfBaseException, ValueError) as error:
-        raise _explain(error, words) from None
+    raw = compose_tree("config", words, RunConfig)
     if isinstance(raw.get("output"), dict) and raw["output"].get("dir") is None:
         chosen = {group: _choice(words, group) for group in ("task", "model")}
         if "model.source" in given:
@@ -126,10 +123,26 @@ def read_config(argv: Sequence[str]) -> RunConfig:
     return check(raw)
 
 
-def _with_task_file(path: str, words: Sequence[str]) -> DictConfig:
+def compose_tree(name: str, words: Sequence[str], model: type[BaseModel]) -> dict[str, Any]:
+    """conf/NAME.yaml under the overrides `words`, as plain values for `model` to check. Raises ConfigError with one line."""
+    files = [word.partition("=")[2] for word in words if _TASK_FILE.match(word)]
+    OmegaConf.register_new_resolver("package", lambda path: str(HOME / path), replace=True)
+    try:
+        with initialize_config_dir(str(CONF), version_base="1.3", job_name="gristmill"):
+            tree = _with_task_file(name, files[-1], words) if files else compose(name, list(words))
+        return OmegaConf.to_container(tree, resolve=True, throw_on_missing=True)  # type: ignore[return-value]
+    except (HydraException, OmegaConfBaseException, ValueError) as error:
+        raise _explain(error, words, model) from None
+
+
+def given_keys(words: Sequence[str]) -> set[str]:
+    return {word.lstrip("+~").partition("=")[0] for word in words}
+
+
+def _with_task_file(name: str, path: str, words: Sequence[str]) -> DictConfig:
     """A task from a file of the user's own: over the keys of `generate`, and under the words that set keys of the task."""
     late = [word for word in words if word.lstrip("+").startswith("task.")]
-    tree = compose("config", [word for word in words if word not in late and not _TASK_FILE.match(word)])
+    tree = compose(name, [word for word in words if word not in late and not _TASK_FILE.match(word)])
     OmegaConf.set_struct(tree, False)
     try:
         task = OmegaConf.load(Path(path).expanduser())
@@ -148,8 +161,12 @@ def _with_task_file(path: str, words: Sequence[str]) -> DictConfig:
     return tree
 
 
-def _normalise(word: str) -> str:
+def normalise(argv: Sequence[str]) -> list[str]:
     """Let a shell user write values as they are: `data=a/*.parquet`, `model=./folder`, `task.prompt={{ text }}`."""
+    return [_normalise(word) for word in argv]
+
+
+def _normalise(word: str) -> str:
     key, equals, value = word.partition("=")
     if word.startswith("-"):
         raise ConfigError(f"{word}: no such option; there are --help and --cfg, all else is KEY=VALUE")
@@ -179,7 +196,7 @@ def _label(value: str) -> str:
     return re.sub(r"[^\w.-]+", "_", re.sub(r"\.(parquet|jsonl|csv|gguf|yaml)$", "", last)).strip("._") or "data"
 
 
-def _explain(error: Exception, words: Sequence[str]) -> ConfigError:
+def _explain(error: Exception, words: Sequence[str], model: type[BaseModel]) -> ConfigError:
     text = str(error)
     if missing := re.search(r"Could not find '(\w+)/(.+?)'", text):
         group, name = missing.groups()
@@ -188,7 +205,7 @@ def _explain(error: Exception, words: Sequence[str]) -> ConfigError:
             other = "; for any other give a folder, a .gguf file or a hub id" if group == "model" else ""
             return ConfigError(f"{group}={name}: no such {group}{did_you_mean(name, known)}; there are {', '.join(known)}{other}")
     if unknown := re.search(r"Could not override '(.+?)'", text):
-        return unknown_key(unknown.group(1))
+        return unknown_key(unknown.group(1), model)
     if isinstance(error, OverrideParseException):
         return ConfigError(f"{error.override}: cannot be read ({text.splitlines()[0]}); quote the value: KEY=\"'VALUE'\"")
     if ambiguous := re.search(r"Ambiguous value for argument '(.+?)'", text):

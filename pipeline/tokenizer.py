@@ -71,6 +71,10 @@ class RowTokenizer:
         """The text of each row, special tokens left out, otherwise exactly as generated."""
         return self._backend.decode_batch([np.asarray(row).tolist() for row in tokens], skip_special_tokens=True)
 
+    def decode_marked(self, tokens: Sequence[Sequence[int] | np.ndarray]) -> list[str]:
+        """The text of each row, special tokens with theirs: tool calls may be marked by them."""
+        return self._backend.decode_batch([np.asarray(row).tolist() for row in tokens], skip_special_tokens=False)
+
     @functools.cached_property
     def _plain_backend(self) -> Any:
         # A copy, because this is a switch of the whole tokenizer; made only for the rows that need it.

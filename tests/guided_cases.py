@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -34,7 +35,7 @@ def byte_level_tokenizer() -> PreTrainedTokenizerFast:
 
 def accepts(backend: LLGuidanceBackend, grammar: LLGrammar, text: str) -> bool:
     """Whether `text` can come out of `grammar`, token by token."""
-    tokens = backend.vocabulary.tokenize(text.encode())
+    tokens = grammar.vocabulary.tokenize(text.encode())
     guide = grammar.start()
     return guide.accept(tokens) == len(tokens) and guide.accepting
 
@@ -43,18 +44,20 @@ def dumps(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False)
 
 
-def walk(backend: LLGuidanceBackend, grammar: LLGrammar, seed: int, budget: int) -> tuple[list[int], bool]:
+def walk(backend: LLGuidanceBackend, grammar: LLGrammar, seed: int, budget: int, begin: Sequence[int] = ()
+         ) -> tuple[list[int], bool]:
     """A random walk through the masks, half of the time towards the end: (tokens, whether it ended by itself)."""
     random = np.random.default_rng(seed)
     mask = np.zeros((1, PADDED // 32), dtype=np.int32)
-    closers = np.array([bool(p) and not p.strip(b'"}],: ') for p in backend.vocabulary.token_bytes])
-    guide, tokens = grammar.start(), []
+    closers = np.array([bool(p) and not p.strip(b'"}],: ') for p in grammar.vocabulary.token_bytes])
+    guide, tokens = grammar.start(), list(begin)[:budget]
+    assert guide.accept(tokens) == len(tokens)
     while len(tokens) < budget and not guide.finished:
         step = guide.forced()[: budget - len(tokens)]
         if not step:
             backend.fill([guide], mask)
             bits = np.unpackbits(mask.view(np.uint8), bitorder="little").astype(bool)
-            assert not bits[len(backend.vocabulary.token_bytes) :].any()
+            assert not bits[len(grammar.vocabulary.token_bytes) :].any()
             pool = np.flatnonzero(bits & closers) if random.random() < 0.5 else np.flatnonzero(bits)
             pool = pool if len(pool) else np.flatnonzero(bits)
             if not len(pool):

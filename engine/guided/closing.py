@@ -12,10 +12,11 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
+from typing import Protocol
 
-from llguidance import LLMatcher, LLTokenizer, TokenizerWrapper
+from llguidance import LLTokenizer, TokenizerWrapper
 
-from engine.guided.distinct import Scanner, Unique
+from engine.guided.distinct import Scanner
 
 _END = 256
 _QUOTE, _BACKSLASH = 0x22, 0x5C
@@ -24,6 +25,7 @@ _STRUCTURE = tuple(b'}],:0123456789"[{ntf-.eE+')
 _SPACES = tuple(b" \n\t\r")
 # Inside strings that may not end yet: plain characters first, and what patterns like to ask for.
 _CHARACTERS = tuple(b"a0A-./:@_ #+,;=?&%()!*~$<>[]{}'|^`bcdefghijklmnopqrstuvwxyzBCDEFGHIJKLMNOPQRSTUVWXYZ123456789")
+_FREE = 3                 # a state of _Place: in free text
 _NARROW = 48              # next bytes up to which each is looked at one step ahead
 _WIDE_STEPS = 16          # characters of one string that are chosen so where more are allowed
 _MAX_BYTES = 1 << 16
@@ -47,9 +49,24 @@ def byte_tokenizer() -> LLTokenizer:
     return LLTokenizer(TokenizerWrapper(_Bytes()), n_vocab=257, eos_token=_END, slices=[])
 
 
+class ByteMatcher(Protocol):
+    """A grammar over the 256 bytes and an end: LLMatcher's methods that the search needs. Of a backend that has none of its own,
+    its language over `byte_tokens`."""
+
+    def deep_copy(self) -> ByteMatcher: ...
+    def try_consume_tokens(self, tokens: list[int]) -> int: ...
+    def consume_tokens(self, sampled_tokens: list[int]) -> bool: ...
+    def consume_token(self, sampled_token: int) -> bool: ...
+    def validate_tokens(self, tokens: list[int]) -> int: ...
+    def rollback(self, num_tokens: int) -> bool: ...
+    def is_accepting(self) -> bool: ...
+    def compute_ff_bytes(self) -> bytes: ...
+    def compute_bitmask(self) -> bytes: ...
+
+
 @dataclass(frozen=True, slots=True)
 class _Place:
-    """Where a walk stands. state: 0 outside strings, 1 inside one, 2 after a backslash; string: what it holds so far."""
+    """Where a walk stands. state: 0 outside strings, 1 inside one, 2 after a backslash, _FREE; string: what it holds so far."""
 
     state: int = 0
     string: bytes = b""
@@ -77,22 +94,24 @@ class Closer:
     check: raises ValueError for a text that the grammar accepts and the schema does not (duplicate keys, huge numbers).
     hints: texts of strings that bring the walk to its end.
     is_json: False for grammars of plain text (regex, choice): one string that quotes do not end.
-    distinct: what a Scanner must see to; None: nothing.
+    scanner: makes one where keys or items must differ; None: none must.
+    opening: JSON begins after it; what stands before is text that may end anywhere. Empty: all is JSON.
     """
 
-    def __init__(self, matcher: LLMatcher, tokenize: Callable[[bytes], list[int]], check: Callable[[str], object],
-                 hints: Sequence[bytes] = (), is_json: bool = True, distinct: Unique | None = None) -> None:
+    def __init__(self, matcher: ByteMatcher, tokenize: Callable[[bytes], list[int]], check: Callable[[str], object],
+                 hints: Sequence[bytes] = (), is_json: bool = True, scanner: Callable[[], Scanner] | None = None,
+                 opening: bytes = b"") -> None:
         self._matcher, self._tokenize, self._check, self._is_json = matcher, tokenize, check, is_json
-        self._distinct = distinct
-        self._start = _Place() if is_json else _Place(state=1)
+        self._scanner, self._opening = scanner, opening
+        self._start = _Place(state=_FREE) if opening else _Place() if is_json else _Place(state=1)
         self._hints = [hint + (b'"' if is_json else b"") for hint in hints if hint]
 
     def minimal(self, seconds: float = 2.0) -> bytes | None:
-        """A short valid output; None where none was found within about `seconds`."""
-        deadline = time.monotonic() + seconds
+        """A short valid output; None where none was found within about `seconds` of computing."""
+        deadline = time.thread_time() + seconds
         best = self._search(self._matcher, b"", self._start, deadline)
         for seed in range(_RETRIES, _RETRIES + _IMPROVEMENTS):
-            if best is not None and time.monotonic() < deadline:
+            if best is not None and time.thread_time() < deadline:
                 found = self._walk(self._matcher, b"", self._start, len(best) - 1, deadline, random.Random(seed))
                 best = found if found is not None and self.holds(found) else best
         return best
@@ -100,9 +119,10 @@ class Closer:
     def close(self, pieces: Sequence[bytes], budget: int, seconds: float = 0.1) -> tuple[int, list[int]] | None:
         """Keep the first n of `pieces` (the bytes of the sampled tokens) and close them: (n, closing tokens).
 
-        n + len(closing tokens) <= budget, and n is as large as can be. None when nothing was found within about `seconds`.
+        n + len(closing tokens) <= budget, and n is as large as can be. None when nothing was found within about `seconds` of
+        computing: by the thread's own clock, so that what else the machine does changes no output.
         """
-        deadline = time.monotonic() + seconds
+        deadline = time.thread_time() + seconds
         matcher, ends, places = self._matcher.deep_copy(), [0], [self._start]
         for piece in pieces[:budget]:
             taken = matcher.try_consume_tokens(list(piece))
@@ -127,12 +147,12 @@ class Closer:
 
         # Drop tokens one by one at first, then in growing strides; then see whether less would have done.
         found, stride, tries, failed = attempt(kept), 1, 0, kept + 1
-        while found is None and kept and time.monotonic() < deadline:
+        while found is None and kept and time.thread_time() < deadline:
             tries, failed = tries + 1, kept
             stride = stride if tries < 3 else stride * 2
             kept = max(0, kept - stride)
             found = attempt(kept)
-        while found is not None and failed - kept > 1 and time.monotonic() < deadline:
+        while found is not None and failed - kept > 1 and time.thread_time() < deadline:
             middle = (kept + failed) // 2
             if (better := attempt(middle)) is not None:
                 found, kept = better, middle
@@ -148,11 +168,11 @@ class Closer:
             return False
         return True
 
-    def _search(self, matcher: LLMatcher, prefix: bytes, place: _Place, deadline: float) -> bytes | None:
+    def _search(self, matcher: ByteMatcher, prefix: bytes, place: _Place, deadline: float) -> bytes | None:
         """What completes `prefix`, whose end `matcher` is at: greedily, else with random choices."""
         for attempt in range(_RETRIES):
             noise = random.Random(attempt) if attempt else None
-            now = time.monotonic()
+            now = time.thread_time()
             found = self._walk(matcher, prefix, place, _MAX_BYTES, now + (deadline - now) / 2, noise)
             if found is not None and self.holds(prefix + found):
                 return found
@@ -160,27 +180,33 @@ class Closer:
                 break
         return None
 
-    def _walk(self, matcher: LLMatcher, prefix: bytes, place: _Place, limit: int, deadline: float,
+    def _walk(self, matcher: ByteMatcher, prefix: bytes, place: _Place, limit: int, deadline: float,
               noise: random.Random | None) -> bytes | None:
         """From `matcher`'s state, after `prefix`, to the first where the output may end, in at most `limit` bytes."""
         matcher, out = matcher.deep_copy(), bytearray()
-        scanner = None if self._distinct is None else Scanner(self._distinct)
+        scanner = None if self._scanner is None else self._scanner()
         if scanner is not None:
             scanner.feed(prefix)
         while not matcher.is_accepting():
             step = matcher.compute_ff_bytes() or self._choose(matcher, place, noise, scanner)
             if scanner is not None:
                 scanner.feed(step)
-            if not step or len(out) + len(step) > limit or not matcher.consume_tokens(list(step)) or time.monotonic() > deadline:
+            if not step or len(out) + len(step) > limit or time.thread_time() > deadline:
+                return None
+            if not matcher.consume_tokens(list(step)):
                 return None
             out += step
             place = self._after(place, step)
         return bytes(out)
 
     def _after(self, place: _Place, data: bytes) -> _Place:
+        if place.state == _FREE:
+            text = place.string + data
+            at = text.find(self._opening)
+            return _Place(_FREE, text[1 - len(self._opening) :]) if at < 0 else _Place().after(text[at + len(self._opening) :])
         return place.after(data) if self._is_json else _Place(1, place.string + data)
 
-    def _choose(self, matcher: LLMatcher, place: _Place, noise: random.Random | None, scanner: Scanner | None) -> bytes:
+    def _choose(self, matcher: ByteMatcher, place: _Place, noise: random.Random | None, scanner: Scanner | None) -> bytes:
         """The next bytes at a choice; empty where the grammar allows none."""
         mask = int.from_bytes(matcher.compute_bitmask(), "little") & ((1 << 256) - 1)
         repeating, doomed = scanner.repeats() if scanner is not None else ([], [])
@@ -216,7 +242,7 @@ class Closer:
             yield from (hint[i:] for hint in self._hints for i in range(len(hint) - 1, -1, -1))
 
 
-def _cost(matcher: LLMatcher, byte: int, place: _Place) -> int:
+def _cost(matcher: ByteMatcher, byte: int, place: _Place) -> int:
     """Bytes forced after `byte`, and a guess at what stands open then."""
     ahead = matcher.deep_copy()
     if not ahead.consume_token(byte):

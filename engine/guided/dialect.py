@@ -27,6 +27,7 @@ _MAX_WORK = 10_000       # subschemas applied to one value
 _WHOLE = "json-schema:///document"      # the document itself, in the registry of its validators
 
 _MAPS = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas", "dependencies")
+_COUNTS = ("minLength", "maxLength", "minItems", "maxItems", "minContains", "maxContains", "minProperties", "maxProperties")
 _LISTS = ("allOf", "anyOf", "oneOf", "prefixItems", "items")
 _SINGLE = ("additionalProperties", "items", "additionalItems", "not", "if", "then", "else", "contains", "propertyNames",
            "unevaluatedItems", "unevaluatedProperties", "contentSchema")
@@ -150,6 +151,9 @@ class Document:
         words = dict(node)
         if isinstance(words.get("$ref"), str) and self.draft <= 7:
             return {"$ref": words["$ref"]}               # what stands beside it has no meaning in these drafts
+        for name in _COUNTS:
+            if isinstance(words.get(name), float):
+                words[name] = int(words[name])           # 2.0 is an integer too
         for bound, exclusive in (("minimum", "exclusiveMinimum"), ("maximum", "exclusiveMaximum")):
             if isinstance(words.get(exclusive), bool) and words.pop(exclusive) and bound in words:   # draft 04
                 words[exclusive] = words.pop(bound)

@@ -125,12 +125,44 @@ class Scanner:
         return repeating, doomed
 
 
+class CallScanner(Scanner):
+    """Follows a text from `opening` on: free text before it is none of its business.
+
+    anywhere: False where only a text that starts with `opening` is to be followed; `opening` belongs to the JSON then.
+    """
+
+    def __init__(self, unique: Unique, opening: bytes, anywhere: bool) -> None:
+        super().__init__(unique)
+        self._opening, self._anywhere, self._before = opening, anywhere, b""
+        self._begun = False
+
+    def feed(self, piece: bytes) -> bool:
+        if self._begun:
+            return super().feed(piece)
+        text = self._before + piece
+        at = text.find(self._opening) if self._anywhere else 0 if text.startswith(self._opening) else -1
+        if at < 0:
+            self._before = text[1 - len(self._opening) :] if self._anywhere else text
+            return True
+        self._begun = True
+        return super().feed(text[at + len(self._opening) if self._anywhere else at :])
+
+
 def _ends(text: bytes, begun: bytes) -> list[bytes]:
     """How `text`, of which `begun` is there, is completed. A number is complete only when something follows."""
     rest = text[len(begun) :]
     if text[-1:].isdigit():
         return [rest + stop for stop in (b",", b"]", b" ")]
     return [rest] if rest else [b",", b"]", b" "]
+
+
+def either(uniques: Iterable[Unique]) -> Unique:
+    """What keeps each of several documents: arrays that must differ in one of them do in all."""
+    known: dict[str, tuple[bytes, ...] | None] = {}
+    for unique in uniques:
+        for name, items in unique.items():
+            known[name] = items if known.get(name, items) == items else None
+    return known
 
 
 class TokensByPrefix:

@@ -5,23 +5,28 @@ from __future__ import annotations
 import importlib
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from engine.guided.grammar import SchemaError
+from engine.guided.tools import Tool, allowed
 
-_IMPORT_PATH = re.compile(r"[A-Za-z_]\w*(\.\w+)*:[A-Za-z_]\w*(\.\w+)*")
+IMPORT_PATH = re.compile(r"[A-Za-z_]\w*(\.\w+)*:[A-Za-z_]\w*(\.\w+)*")
 
 
 @dataclass(frozen=True, slots=True)
 class GuideSpec:
-    """`text`: canonical JSON of the schema or of the list of choices, or the regex. Equal specs share a grammar."""
+    """`text`: canonical JSON of the schema, of the list of choices or of the tools, or the regex. Equal specs share a grammar."""
 
-    kind: Literal["schema", "regex", "choice"]
+    kind: Literal["schema", "regex", "choice", "tools", "loose"]
     text: str
 
     @classmethod
     def regex(cls, pattern: str) -> GuideSpec:
+        """All of the output must match `pattern`."""
+        if not isinstance(pattern, str) or not pattern:
+            raise SchemaError("", "a regex must be a string that is not empty")
         return cls("regex", pattern)
 
     @classmethod
@@ -34,6 +39,21 @@ class GuideSpec:
     def schema(cls, schema: dict[str, Any] | bool) -> GuideSpec:
         return cls("schema", _text(schema))
 
+    def loosened(self) -> GuideSpec:
+        """For a schema that cannot be kept: a grammar that comes near it, and lets outputs through that do not fit."""
+        return GuideSpec("loose", self.text)
+
+    @classmethod
+    def tools(cls, form: str, tools: Sequence[Tool], choice: str) -> GuideSpec:
+        """form: a name of tool_formats.FORMATS; choice: from tools.read_choice, not "none"."""
+        called = [[tool.name, tool.parameters] for tool in allowed(tools, choice)]
+        return cls("tools", _text({"format": form, "choice": choice, "tools": called}))
+
+    def read_tools(self) -> tuple[str, list[Tool], str]:
+        """What `tools` was given."""
+        value = json.loads(self.text)
+        return value["format"], [Tool(name, parameters) for name, parameters in value["tools"]], value["choice"]
+
     @classmethod
     def of(cls, source: Any) -> GuideSpec:
         """From a schema (dict, bool or JSON text), a list of choices, "package.module:Name", or a type that outlines knows.
@@ -45,7 +65,7 @@ class GuideSpec:
             return cls.schema(source)
         if isinstance(source, (list, tuple)):
             return cls.choice(source)
-        if isinstance(source, str) and _IMPORT_PATH.fullmatch(source.strip()):
+        if isinstance(source, str) and IMPORT_PATH.fullmatch(source.strip()):
             return cls._of_type(_load(source.strip()))
         if isinstance(source, str):
             return cls.schema(parse_schema(source))

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
 from engine.guided.automaton import TokenAutomaton
+
+if TYPE_CHECKING:
+    from engine.guided.tools import Tool
 
 
 class SchemaError(ValueError):
@@ -71,6 +74,8 @@ class GrammarBackend(Protocol):
     def compile_schema(self, schema: str | dict | bool) -> Grammar: ...
     def compile_regex(self, pattern: str) -> Grammar: ...
     def compile_choice(self, choices: Sequence[str]) -> Grammar: ...
+    def compile_loose(self, schema: str | dict | bool) -> Grammar: ...
+    def compile_tools(self, form: str, tools: Sequence[Tool], choice: str) -> Grammar: ...
 
     def fill(self, guides: Sequence[Guide], mask: np.ndarray) -> None:
         """Write row i of `mask` from guides[i], in parallel: int32 [n, ceil(vocab / 32)], bit set = allowed, low bits first."""

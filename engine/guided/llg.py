@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Callable, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,17 +13,20 @@ from llguidance import LLExecutor, LLMatcher, LLParserLimits, LLTokenizer
 
 from engine.guided.automaton import MAX_STATES, TokenAutomaton, token_automaton
 from engine.guided.byte_dfa import ByteDfa, TooLarge
+from engine.guided.closed import ClosedGrammar
 from engine.guided.closing import Closer, byte_tokenizer
-from engine.guided.distinct import Scanner, TokensByPrefix, Unique
+from engine.guided.distinct import CallScanner, Scanner, Unique, either
 from engine.guided.front import parse_schema
 from engine.guided.grammar import SchemaError
 from engine.guided.hints import example, schema_hints
 from engine.guided.lower import Lowered, lower
 from engine.guided.regular import choice_dfa, schema_dfa
 from engine.guided.regular_numbers import NotRegular
+from engine.guided.simple import choice_check, validator_of
 from engine.guided.token_trie import Vocabulary
-from engine.guided.validate import Validator
-from engine.guided.vocabulary import GrammarVocabulary
+from engine.guided.tool_formats import FORMATS
+from engine.guided.tools import Tool, ToolCheck, allowed
+from engine.guided.vocabulary import GrammarVocabulary, MarkedVocabulary
 
 if TYPE_CHECKING:
     from llguidance._lib import JsonCompileOptions
@@ -79,11 +83,11 @@ class LLGuide:
 class DistinctGuide(LLGuide):
     """A row whose keys, or the items of some arrays, must differ: a mask alone does not say so."""
 
-    __slots__ = ("_error", "_pieces", "_scanner")
+    __slots__ = ("_error", "_pieces", "_scanner", "_vocabulary")
 
-    def __init__(self, matcher: LLMatcher, unique: Unique, pieces: Sequence[bytes]) -> None:
+    def __init__(self, matcher: LLMatcher, scanner: Scanner, vocabulary: GrammarVocabulary) -> None:
         super().__init__(matcher)
-        self._scanner, self._pieces = Scanner(unique), pieces
+        self._scanner, self._vocabulary, self._pieces = scanner, vocabulary, vocabulary.token_bytes
         self._error: str | None = None
 
     def accept(self, tokens: Sequence[int]) -> int:
@@ -99,14 +103,14 @@ class DistinctGuide(LLGuide):
         text = b"".join(self._pieces[t] for t in tokens)
         return [] if text and any(text.startswith(rest) for rest in self._scanner.repeats()[0]) else tokens
 
-    def restrict(self, row: np.ndarray, vocabulary: TokensByPrefix, end: Sequence[int]) -> None:
+    def restrict(self, row: np.ndarray, end: Sequence[int]) -> None:
         """Leave out of a filled mask row what would repeat. Where nothing is left: an error, with only `end` allowed."""
         repeating, doomed = self._scanner.repeats()
         if repeating:
-            vocabulary.clear(row, repeating, doomed)
+            self._vocabulary.by_prefix.clear(row, repeating, doomed)
             if not row.any():
                 self._error = "whatever may follow repeats a key or an item that must differ"
-                vocabulary.set(row, end)
+                self._vocabulary.by_prefix.set(row, end)
 
     @property
     def finished(self) -> bool:
@@ -121,49 +125,38 @@ class DistinctGuide(LLGuide):
         return self._error or super().error
 
 
-class LLGrammar:
-    """A compiled grammar. Immutable, shared by rows and threads.
-
-    check: text -> value; raises ValueError where the text is not a valid output.
-    minimal: a short valid output, int32 tokens; min_tokens is its length.
-    notes: (JSON pointer, what the grammar leaves out of what the schema allows).
-    distinct: arrays whose items must differ, see Scanner; None: no array is, and no object has keys of its own choice.
-    automaton: the same grammar as a table, where it is regular and small enough; else rows need guides.
-    """
+class LLGrammar(ClosedGrammar):
+    """hints, is_json, opening: see Closer. notes: (JSON pointer, what the grammar leaves out of what the schema allows).
+    scanner: makes what follows keys and items that must differ, see Scanner; None: none must.
+    automaton: the same grammar as a table, where it is regular and small enough; else rows need guides."""
 
     def __init__(self, backend: LLGuidanceBackend, source: str, check: Callable[[str], Any], hints: Sequence[bytes] = (),
-                 is_json: bool = True, distinct: Unique | None = None, notes: Sequence[tuple[str, str]] = (),
+                 is_json: bool = True, scanner: Callable[[], Scanner] | None = None, notes: Sequence[tuple[str, str]] = (),
+                 vocabulary: GrammarVocabulary | None = None, opening: bytes = b"",
                  automaton: TokenAutomaton | None = None) -> None:
-        self.notes, self.automaton = notes, automaton
-        self._backend, self._distinct = backend, distinct
-        self._matcher = _matcher(backend.vocabulary.tokenizer, source, backend.limits)
-        self.check = check
+        vocabulary = vocabulary or backend.vocabulary
+        self.notes, self._scanner, self.automaton = notes, scanner, automaton
+        self._matcher = _matcher(vocabulary.tokenizer, source, backend.limits)
         by_bytes = _matcher(byte_tokenizer(), source, backend.limits)
-        self._closer = Closer(by_bytes, backend.vocabulary.tokenize, check, hints, is_json, distinct)
-        minimal = self._closer.minimal()
-        if minimal is None:
-            raise SchemaError("", "no valid output was found: the schema contradicts itself or asks for too much")
-        self.minimal = np.asarray(backend.vocabulary.tokenize(minimal), dtype=np.int32)
-        self.min_tokens = len(self.minimal)
+        super().__init__(vocabulary, Closer(by_bytes, vocabulary.tokenize, check, hints, is_json, scanner, opening), check)
 
     def start(self) -> LLGuide:
-        if self._distinct is None:
+        if self._scanner is None:
             return LLGuide(self._matcher.deep_copy())
-        return DistinctGuide(self._matcher.deep_copy(), self._distinct, self._backend.vocabulary.token_bytes)
+        return DistinctGuide(self._matcher.deep_copy(), self._scanner(), self.vocabulary)
+
+
+class LooseGrammar(LLGrammar):
+    """A grammar that is only near to its schema: what comes out of it must be checked. Where no valid output is known, `minimal`
+    is empty and `close` may give back what it was given."""
+
+    def _shortest(self) -> list[int]:
+        minimal = self._closer.minimal()
+        return [] if minimal is None else self.vocabulary.tokenize(minimal)
 
     def close(self, tokens: Sequence[int], budget: int) -> np.ndarray:
-        if budget < self.min_tokens:
-            raise ValueError(f"{budget} tokens are too few: the shortest output known for this schema needs {self.min_tokens}; "
-                             "raise max_tokens")
-        taken = np.asarray(tokens, dtype=np.int32)
-        pieces = [self._backend.vocabulary.token_bytes[t] for t in taken.tolist()]
-        if len(pieces) <= budget and self._closer.holds(b"".join(pieces)):
-            return taken.copy()
-        found = self._closer.close(pieces, budget)
-        if found is None:
-            return self.minimal.copy()
-        kept, closing = found
-        return np.concatenate([taken[:kept], np.asarray(closing, dtype=np.int32)])
+        closed = super().close(tokens, max(budget, self.min_tokens))
+        return closed if 0 < len(closed) <= budget else np.asarray(tokens[:budget], dtype=np.int32)
 
 
 class LLGuidanceBackend:
@@ -171,21 +164,24 @@ class LLGuidanceBackend:
 
     vocab_size: columns of the logits, padding included; padded columns are never allowed.
     whitespace: "dumps" (`{"a": 1, "b": 2}`), "compact" or "flexible".
-    close_objects: objects that list properties, and say nothing of others, get no others; see lower().
+    extra_keys: objects that list properties, and say nothing of others, may get others; see lower().
     """
 
     name = "llguidance"
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, vocab_size: int, eos_token_ids: Sequence[int],
-                 whitespace: str = "dumps", close_objects: bool = True, limits: LLParserLimits | None = None,
+                 whitespace: str = "dumps", extra_keys: bool = False, limits: LLParserLimits | None = None,
                  threads: int | None = None) -> None:
         if whitespace not in WHITESPACE:
             raise ValueError(f"guided whitespace must be one of {', '.join(WHITESPACE)}, not {whitespace!r}")
         self.vocab_size = vocab_size
         self.limits = limits or default_limits()
-        self._close_objects = close_objects
+        self._extra_keys = extra_keys
         self.whitespace = whitespace
         self.vocabulary = GrammarVocabulary(tokenizer, vocab_size, eos_token_ids)
+        self._added = dict(tokenizer.get_added_vocab())
+        self._with_markers: dict[tuple[str, ...], MarkedVocabulary] = {}
+        self._lock = threading.Lock()
         self._end = [t for t in eos_token_ids if t < vocab_size]
         self._executor = LLExecutor(threads)
         self._tries = iter(range(MAX_AUTOMATA))
@@ -193,24 +189,32 @@ class LLGuidanceBackend:
         self._words = (self.vocabulary.size + 31) // 32
 
     @cached_property
-    def _by_prefix(self) -> TokensByPrefix:
-        return TokensByPrefix(self.vocabulary.token_bytes)
-
-    @cached_property
     def _texts(self) -> Vocabulary:
         return Vocabulary(self.vocabulary.token_bytes[: self.vocab_size])
 
     def compile_schema(self, schema: str | dict[str, Any] | bool) -> LLGrammar:
         original = parse_schema(schema) if isinstance(schema, str) else schema
-        lowered = lower(original, self._close_objects)
-        try:
-            validator = Validator(original)
-        except ValueError as error:
-            raise SchemaError("", " ".join(str(error).split())) from None
+        lowered = lower(original, not self._extra_keys)
+        validator = validator_of(original)
         source = LLMatcher.grammar_from_json_schema(json.dumps(lowered.schema), overrides=WHITESPACE[self.whitespace])
-        hints = schema_hints(lowered.schema)
-        return LLGrammar(self, source, validator.check, hints, distinct=lowered.distinct, notes=lowered.notes,
+        scanner = None if lowered.distinct is None else partial(Scanner, lowered.distinct)
+        return LLGrammar(self, source, validator.check, schema_hints(lowered.schema), scanner=scanner, notes=lowered.notes,
                          automaton=self._automaton(lambda: self._regular(lowered)))
+
+    def compile_loose(self, schema: str | dict[str, Any] | bool) -> LooseGrammar:
+        """The keywords that the engine knows, the others left out; any JSON where even that cannot be."""
+        original = parse_schema(schema) if isinstance(schema, str) else schema
+        check = validator_of(original).check
+        loosest: dict[str, Any] = {"$schema": "https://json-schema.org/draft/2020-12/schema"}
+        near = original if isinstance(original, dict) else {}
+        options: JsonCompileOptions = {**WHITESPACE[self.whitespace], "lenient": True}
+        for candidate in (near, loosest):
+            source = LLMatcher.grammar_from_json_schema(json.dumps(candidate), overrides=options)
+            try:
+                return LooseGrammar(self, source, check, schema_hints(candidate))
+            except SchemaError as error:
+                reason = error
+        raise reason
 
     def compile_regex(self, pattern: str) -> LLGrammar:
         source = LLMatcher.grammar_from_regex(pattern)
@@ -225,18 +229,11 @@ class LLGuidanceBackend:
         return LLGrammar(self, source, check, [(example(pattern) or "").encode()], is_json=False)
 
     def compile_choice(self, choices: Sequence[str]) -> LLGrammar:
-        options = dict.fromkeys(choices)
-        if not options or not all(isinstance(c, str) and c for c in options):
-            raise SchemaError("", "a choice needs at least one string, and none of them empty")
-
-        def check(text: str) -> str:
-            if text not in options:
-                raise ValueError(f"{text!r} is not one of the choices")
-            return text
-
+        check = choice_check(choices)
+        options = list(dict.fromkeys(choices))
         lark = "start: " + " | ".join(json.dumps(c, ensure_ascii=False) for c in options)
         return LLGrammar(self, LLMatcher.grammar_from_lark(lark), check, is_json=False,
-                         automaton=self._automaton(lambda: choice_dfa(list(options), MAX_STATES)))
+                         automaton=self._automaton(lambda: choice_dfa(options, MAX_STATES)))
 
     def _regular(self, lowered: Lowered) -> ByteDfa:
         style = WHITESPACE[self.whitespace]
@@ -255,6 +252,42 @@ class LLGuidanceBackend:
         except (NotRegular, TooLarge):
             return None
 
+    def compile_tools(self, form: str, tools: Sequence[Tool], choice: str) -> LLGrammar:
+        """Outputs that call tools (read_tools) as `choice` (read_choice, but "none") has it, in a format of tool_formats."""
+        family, callable_tools = FORMATS[form], allowed(tools, choice)
+        check = ToolCheck(form, tools, choice).check
+        rules: list[str] = []
+        hints: list[bytes] = []
+        notes: list[tuple[str, str]] = []
+        distinct: list[Unique] = []
+        for tool in callable_tools:
+            try:
+                lowered = lower(tool.parameters, not self._extra_keys)
+            except SchemaError as error:
+                raise SchemaError(error.pointer, f"the parameters of {tool.name}: {error.reason}") from None
+            schema = json.dumps({**lowered.schema, "x-guidance": WHITESPACE[self.whitespace]})
+            rules.append(f'{json.dumps(family.head(tool.name), ensure_ascii=False)} %json {schema} "}}"')
+            hints += schema_hints(lowered.schema)
+            notes += lowered.notes
+            if lowered.distinct is not None:
+                distinct.append(lowered.distinct)
+        opening = family.trigger.encode()
+        free = choice == "auto"
+        source = LLMatcher.grammar_from_lark(family.lark(rules, free, many=choice in ("auto", "required")))
+        scanner = partial(CallScanner, either(distinct), opening, family.anywhere) if distinct else None
+        return LLGrammar(self, source, check, hints, scanner=scanner, notes=notes, vocabulary=self._marked(family.markers),
+                         opening=opening if free and family.anywhere else b"")
+
+    def _marked(self, markers: tuple[str, ...]) -> GrammarVocabulary:
+        """The vocabulary in which those of `markers` that are tokens are text. Made when it is first asked for."""
+        tokens = {text: self._added[text] for text in markers if self._added.get(text, self.vocab_size) < self.vocab_size}
+        if not tokens:
+            return self.vocabulary
+        with self._lock:
+            if markers not in self._with_markers:
+                self._with_markers[markers] = MarkedVocabulary(self.vocabulary, tokens, self._end)
+            return self._with_markers[markers]
+
     def fill(self, guides: Sequence[LLGuide], mask: np.ndarray) -> None:
         words = (self.vocab_size + 31) // 32
         if mask.dtype != np.int32 or mask.ndim != 2 or mask.shape[0] < len(guides) or mask.shape[1] != words \
@@ -269,7 +302,7 @@ class LLGuidanceBackend:
                 mask[: len(guides), -1] &= (1 << tail) - 1
         for row, guide in zip(mask, guides, strict=False):
             if isinstance(guide, DistinctGuide):
-                guide.restrict(row, self._by_prefix, self._end)
+                guide.restrict(row, self._end)
 
 
 def _matcher(tokenizer: LLTokenizer, source: str, limits: LLParserLimits) -> LLMatcher:

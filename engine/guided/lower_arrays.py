@@ -27,6 +27,8 @@ def write_arrays(writer: Writer, facts: Facts, key: frozenset[int], place: str) 
     wanted = [c for c in facts.contains if c[1] > 0 or c[2] is not None]
     filled = 0
     for node, at_least, at_most in wanted:
+        if at_most is not None and at_most < at_least:
+            return []
         for i in range(filled, filled + at_least):
             extra.setdefault(i, []).append(node)
         filled += at_least

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import threading
 import time
@@ -13,6 +14,8 @@ from typing import Any
 
 from engine.guided.front import GuideSpec
 from engine.guided.grammar import Grammar, GrammarBackend, SchemaError
+
+_log = logging.getLogger(__name__)
 
 
 class _Job:
@@ -90,8 +93,13 @@ class GrammarPool:
         job.started.set()
         try:
             result = self._compile(job.spec)
-        except Exception as error:                       # handed to whoever asks for the grammar
+        except SchemaError as error:                     # handed to whoever asks for the grammar
             self._settle(job, error=error)
+        except Exception as error:
+            # A schema that trips the compiler is this row's misfortune, not the job's; the log has where it happened.
+            _log.exception("a schema tripped the compiler: %.500s", job.spec.text)
+            reason = f"cannot be compiled: {type(error).__name__}: {' '.join(str(error).split())}"
+            self._settle(job, error=SchemaError("", reason))
         else:
             self._settle(job, result)
 
@@ -101,11 +109,19 @@ class GrammarPool:
         if spec.kind == "regex":
             return self._backend.compile_regex(spec.text)
         value = json.loads(spec.text)
+        if spec.kind == "tools":
+            form, tools, choice = spec.read_tools()
+            for tool in tools:
+                self._check_depth(tool.parameters)
+            return self._backend.compile_tools(form, tools, choice)
         if spec.kind == "choice":
             return self._backend.compile_choice(value)
-        if _depth(value) > self._max_depth:
+        self._check_depth(value)
+        return self._backend.compile_loose(value) if spec.kind == "loose" else self._backend.compile_schema(value)
+
+    def _check_depth(self, schema: Any) -> None:
+        if _depth(schema) > self._max_depth:
             raise SchemaError("", f"nested deeper than {self._max_depth} levels")
-        return self._backend.compile_schema(value)
 
     def _settle(self, job: _Job, grammar: Grammar | None = None, error: Exception | None = None) -> None:
         with self._lock:                                 # the thread and a waiter that lost patience may both come here

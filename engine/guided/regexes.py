@@ -61,7 +61,9 @@ def engine_pattern(pattern: str) -> str:
         piece = _ATOM.match(pattern, i)
         text = piece.group() if piece else pattern[i]
         i += len(text)
-        if text == r"\s":
+        if text == ".":
+            out.append(r"[^\n\r\u2028\u2029]")
+        elif text == r"\s":
             out.append(f"[{_SPACE}]")
         elif text == r"\S":
             out.append(f"[{_NO_SPACE}]")

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from llguidance import LLTokenizer
+from llguidance import LLTokenizer, TokenizerWrapper
+
+from engine.guided.distinct import TokensByPrefix
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -33,6 +37,48 @@ class GrammarVocabulary:
 
     def text(self, tokens: Sequence[int]) -> bytes:
         return b"".join([self.token_bytes[token] for token in tokens])
+
+    @cached_property
+    def by_prefix(self) -> TokensByPrefix:
+        return TokensByPrefix(self.token_bytes)
+
+
+class MarkedVocabulary(GrammarVocabulary):
+    """The same, but for `markers` (text -> token), which are text like any other: the tokens around tool calls.
+
+    Wherever their text stands, it is tokenised as the marker; a marker inside a JSON string is its text there.
+    """
+
+    def __init__(self, plain: GrammarVocabulary, markers: dict[str, int], end_tokens: Sequence[int]) -> None:
+        self._plain, self.size = plain, plain.size
+        self._markers = {text.encode(): token for text, token in markers.items()}
+        self._cut = re.compile(b"(" + b"|".join(map(re.escape, self._markers)) + b")")
+        self.token_bytes = list(plain.token_bytes)
+        for text, token in self._markers.items():
+            self.token_bytes[token] = text
+        wrapped = TokenizerWrapper(_Wrapped(self, end_tokens[0]))
+        self.tokenizer = LLTokenizer(wrapped, n_vocab=self.size, eos_token=list(end_tokens))
+
+    def tokenize(self, text: bytes) -> list[int]:
+        tokens: list[int] = []
+        for i, part in enumerate(self._cut.split(text)):
+            tokens += [self._markers[part]] if i % 2 else self._plain.tokenize(part)
+        return tokens
+
+
+class _Wrapped:
+    """What LLTokenizer asks of a tokenizer. Tokens without text are special: no grammar of ours names them."""
+
+    bos_token_id = None
+
+    def __init__(self, vocabulary: MarkedVocabulary, end_token: int) -> None:
+        self._vocabulary, self.eos_token_id = vocabulary, end_token
+        pieces = vocabulary.token_bytes
+        self.special_token_ids = [i for i, piece in enumerate(pieces) if not piece]
+        self.tokens = [piece or b"<special %d>" % i for i, piece in enumerate(pieces)]
+
+    def __call__(self, text: bytes | str) -> list[int]:
+        return self._vocabulary.tokenize(text if isinstance(text, bytes) else text.encode())
 
 
 def _without_special_text(tokenizer: PreTrainedTokenizerFast) -> str:

@@ -23,6 +23,7 @@ from pipeline.output.shards import ShardWriter
 
 OPEN_ROWS = 32768  # rows of shards that were begun and are not published: the tail of one does not idle the engine
 OPEN_SHARDS = 64
+RESAMPLING_TEMPERATURE = 0.7  # at least, where an output did not fit: at 0 it would be the same again
 _AHEAD = 2  # windows ready before the engine asks for them
 
 
@@ -58,10 +59,15 @@ class Work:
     result: RowResult | None = None  # set once, under the shard's lock; rows that come later take a copy
     tries: int = 0
     cut: tuple[Status, str] | None = None  # why the loop ended it: its status and error
+    resampled: int = 0  # how often its output did not fit a schema that is kept by trying
 
     def request(self, number: int) -> Request:
         grammar = self.ask.guide.grammar if self.ask.guide else None
-        return Request(number, self.tokens, replace(self.ask.params, seed=self.seed), grammar, self.ask.adapter)
+        params = replace(self.ask.params, seed=self.seed)
+        if self.resampled:
+            params = replace(params, seed=row_seed(self.seed, "resampled", self.resampled),
+                             temperature=max(params.temperature, RESAMPLING_TEMPERATURE))
+        return Request(number, self.tokens, params, grammar, self.ask.adapter)
 
 
 class Shards(Protocol):

@@ -16,7 +16,8 @@ from pipeline.exits import ConfigError
 from pipeline.input.formats import JSON_TEXT, first_line
 from pipeline.output.rows import Status
 
-OVERRIDES = ("schema", "tools", "sampling", "adapter")
+GUIDES = ("schema", "guided_json", "guided_regex", "guided_choice")
+OVERRIDES = (*GUIDES, "tools", "tool_choice", "sampling", "adapter")
 ROLES = frozenset({"system", "developer", "user", "assistant", "tool", "function"})
 
 _JINJA = jinja2.sandbox.ImmutableSandboxedEnvironment(

@@ -21,6 +21,7 @@ from pipeline.exits import ConfigError
 from pipeline.input.form import Form, Refused, json_value
 from pipeline.input.formats import Chunk, first_line
 from pipeline.input.schemas import Guide, Guides
+from pipeline.input.tools import ToolReader
 from pipeline.output.rows import Status
 
 # Private-use characters stand for the special tokens of a row's own text, and for themselves, while the chat template is applied.
@@ -50,6 +51,9 @@ class Tokenizer(Protocol):
     def decode_batch(self, tokens: Sequence[Tokens]) -> list[str]:
         """Special tokens are left out."""
 
+    def decode_marked(self, tokens: Sequence[Tokens]) -> list[str]:
+        """Special tokens are written as their text."""
+
 
 @dataclass(frozen=True, slots=True)
 class Ask:
@@ -75,12 +79,15 @@ class Prompt:
 
 
 class PromptBuilder:
-    """Makes prompts of chunks of rows, in any thread. `guide`: the task's schema, compiled. `default`: what rows get unasked."""
+    """Makes prompts of chunks of rows, in any thread. `guide`: of the task's schema or tools. `default`: what rows get unasked.
+    """
 
-    def __init__(
-        self, form: Form, task: TaskKeys, sampling: Sampling, tokenizer: Tokenizer, guides: Guides, guide: Guide | None
-    ) -> None:
+    def __init__(self, form: Form, task: TaskKeys, sampling: Sampling, tokenizer: Tokenizer, guides: Guides, guide: Guide | None,
+                 tools: ToolReader) -> None:
         self._form, self._tokenizer, self._guides, self._sampling = form, tokenizer, guides, sampling
+        self._tools = tools
+        if "tools" in form.overrides:
+            tools.check_columns()
         self.default = Ask(sampling.params(), sampling.n or 1, guide=guide)
         chat = bool(tokenizer.chat_template) if task.chat == "auto" else task.chat
         if chat and not tokenizer.chat_template:
@@ -88,7 +95,6 @@ class PromptBuilder:
         if not chat and form.base == "messages":
             raise ConfigError("the input has a column messages, but no chat template applies; set model.chat_template=FILE")
         self._chat = chat
-        self._takes_tools = bool(chat and "tools" in (tokenizer.chat_template or ""))
         self._folds_system = chat and not _takes_system(tokenizer)
         special = [re.escape(token) for token in sorted(tokenizer.special_tokens, key=len, reverse=True)]
         self._special = re.compile("|".join([*special, f"[{chr(_MARK)}-{chr(_MARK + _MARKS)}]"]))
@@ -108,8 +114,8 @@ class PromptBuilder:
             if index in chunk.repaired:
                 prompt.note = "text of this row was not Unicode: replaced by U+FFFD"
             try:
-                prompt.ask = self._ask(row) if self._form.overrides else self.default
-                text, hidden = self._text(row)
+                prompt.ask, tools = self._ask(row) if self._form.overrides else (self.default, self._tools.task.shown)
+                text, hidden = self._text(row, tools)
             except Refused as refused:
                 prompt.status, prompt.error = refused.status, refused.error
             else:
@@ -120,13 +126,21 @@ class PromptBuilder:
             prompt.tokens = np.asarray(self._encode_hidden(text, hidden) if hidden else ids, dtype=np.int32)
         return prompts
 
-    def _text(self, row: dict[str, Any]) -> tuple[str, list[str]]:
+    def refusals(self, chunk: Chunk, first_row: int) -> Iterator[tuple[int, Refused]]:
+        """The rows whose own schema, tools or sampling cannot be, without making prompts of the others."""
+        if self._form.overrides:
+            for index, row in enumerate(self._form.rows(chunk.table)):
+                try:
+                    self._ask(row)
+                except Refused as refused:
+                    yield first_row + index, refused
+
+    def _text(self, row: dict[str, Any], tools: list[dict[str, Any]] | None) -> tuple[str, list[str]]:
         """The text to encode, and the special tokens that stand in it as marks."""
         content = self._form.content(row)
         if not self._chat:
             return content if isinstance(content, str) else "\n\n".join(message["content"] for message in content), []
         messages = [{"role": "user", "content": content}] if isinstance(content, str) else content
-        tools = self._tools(row)
         hidden: list[str] = []
         if any(map(self._special.search, _strings([messages, tools]))):
             messages, tools = self._hide(messages, hidden), self._hide(tools, hidden)
@@ -137,16 +151,6 @@ class PromptBuilder:
         except Exception as error:
             # Chat templates are code of the model's makers: what one raises on a conversation is an error of this row.
             raise Refused(Status.TEMPLATE_ERROR, f"the chat template refuses: {first_line(error)}") from None
-
-    def _tools(self, row: dict[str, Any]) -> list[dict[str, Any]] | None:
-        if (tools := row.get("tools")) is None or "tools" not in self._form.overrides:
-            return None
-        tools = json_value(tools, "tools", Status.SCHEMA_ERROR)
-        if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
-            raise Refused(Status.SCHEMA_ERROR, "tools is not a list of objects")
-        if not self._takes_tools:
-            raise Refused(Status.TEMPLATE_ERROR, "the model's chat template takes no tools")
-        return tools
 
     def _hide(self, value: Any, hidden: list[str]) -> Any:
         """`value` with each special token replaced by a mark that the chat template leaves alone."""
@@ -173,20 +177,23 @@ class PromptBuilder:
             ids += rest
         return ids
 
-    def _ask(self, row: dict[str, Any]) -> Ask:
-        """The task's parameters under the row's own. Raises Refused."""
-        ask = self.default
+    def _ask(self, row: dict[str, Any]) -> tuple[Ask, list[dict[str, Any]] | None]:
+        """The task's parameters under the row's own, and the tools that the chat template shows. Raises Refused."""
+        ask, shown = self.default, self._tools.task.shown
         if (value := row.get("sampling")) is not None:
             ask = self._sampled(ask, json_value(value, "sampling", Status.TEMPLATE_ERROR))
-        if (value := row.get("schema")) is not None:
-            # Never a Python type by its name, as a task may have: rows are data, and must not import anything.
-            value = json_value(value, "schema", Status.SCHEMA_ERROR)
-            if not isinstance(value, (dict, bool)):
-                raise Refused(Status.SCHEMA_ERROR, "schema is not an object, true or false")
+        guide, use = self._guides.of_row(row), self._tools.of_row(row)
+        if use is not None and use.spec is not None:
+            if guide is not None:
+                raise Refused(Status.SCHEMA_ERROR, "a schema and tools: give one of them, or tool_choice none")
+            shown = use.shown
             try:
-                guide = self._guides.get(value)
+                guide = self._guides.get(use.spec)
             except SchemaError as error:
-                raise Refused(Status.SCHEMA_ERROR, f"schema: {error}") from None
+                raise Refused(Status.SCHEMA_ERROR, f"tools: {error}") from None
+        elif use is not None or guide is not None:
+            shown = None                                 # the row does without the task's tools
+        if guide is not None or (use is not None and self._tools.task.spec is not None):
             ask = replace(ask, guide=guide)
         if (value := row.get("adapter")) is not None:
             ask = replace(ask, adapter=str(value))
@@ -196,7 +203,7 @@ class PromptBuilder:
                 f"max_tokens={ask.params.max_tokens} is below the {ask.guide.grammar.min_tokens} tokens "
                 "that the shortest valid output needs",
             )
-        return ask
+        return ask, shown
 
     def _sampled(self, ask: Ask, value: Any) -> Ask:
         if not isinstance(value, dict):

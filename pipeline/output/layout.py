@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any
@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.exits import ConfigError
+from pipeline.output.flat import Flat
 from pipeline.output.rows import RowResult
 
 RESULTS = pa.schema(
@@ -31,15 +32,6 @@ RESULTS = pa.schema(
     ]
 )
 TOOL_CALLS = pa.field("tool_calls", pa.string())
-
-
-@dataclass(frozen=True)
-class Flat:
-    """A top-level property as a column: its name there, its Arrow type, and how a JSON value becomes one of it (or null)."""
-
-    column: str
-    type: pa.DataType
-    convert: Callable[[Any], Any]
 
 
 @dataclass(frozen=True)
@@ -74,7 +66,7 @@ class OutputLayout:
         for name, subschema in (flatten or {}).get("properties", {}).items():
             column = _free(name, "json_", taken) if name in taken else name
             taken.add(column)
-            flat[name] = Flat(column, *_column_type(subschema))
+            flat[name] = Flat.make(column, subschema, flatten or {})
             fields.append(pa.field(column, flat[name].type))
             if column != name:
                 renamed.setdefault(f"json:{name}", column)
@@ -108,49 +100,6 @@ class OutputLayout:
             except pa.ArrowException as error:
                 raise ConfigError(f"input column {field.name} ({field.type}) cannot be written to Parquet: {error}; "
                                   "leave it out with input.columns") from error
-
-
-def _column_type(subschema: object) -> tuple[pa.DataType, Callable[[Any], Any]]:
-    """The column of a property: string, int64, float64 or bool where its schema leaves one of them (or null), else JSON text."""
-    schema = subschema if isinstance(subschema, Mapping) else {}
-    kinds = schema.get("type")
-    if kinds is None and ("enum" in schema or "const" in schema):
-        kinds = [_kind(value) for value in schema.get("enum", [schema.get("const")])]
-    kinds = ({kinds} if isinstance(kinds, str) else set(kinds or ())) - {"null"}
-    if kinds == {"integer", "number"}:
-        kinds = {"number"}
-    return _TYPES.get(kinds.pop() if len(kinds) == 1 else "any", _TYPES["any"])
-
-
-def _kind(value: object) -> str:
-    for kind, name in ((bool, "boolean"), (int, "integer"), (float, "number"), (str, "string")):
-        if isinstance(value, kind):
-            return name
-    return "null" if value is None else "any"
-
-
-def _integer(value: Any) -> int | None:
-    """JSON Schema calls 1.0 an integer too. Beyond int64 there is no value for the column: the json column has it."""
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)
-    return value if type(value) is int and -(2**63) <= value < 2**63 else None
-
-
-def _number(value: Any) -> float | None:
-    return float(value) if type(value) in (int, float) else None
-
-
-def _text(value: Any) -> str | None:
-    return None if value is None else orjson.dumps(value).decode()
-
-
-_TYPES: dict[str, tuple[pa.DataType, Callable[[Any], Any]]] = {
-    "string": (pa.string(), lambda value: value if isinstance(value, str) else None),
-    "integer": (pa.int64(), _integer),
-    "number": (pa.float64(), _number),
-    "boolean": (pa.bool_(), lambda value: value if isinstance(value, bool) else None),
-    "any": (pa.string(), _text),
-}
 
 
 def _document(text: str | None) -> dict[str, Any]:

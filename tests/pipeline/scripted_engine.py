@@ -29,7 +29,7 @@ from pipeline.estimate import ModelSize
 SPECIAL = ("<|im_start|>", "<|im_end|>")
 TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-    "{% if tools %}TOOLS {{ tools | tojson }}\n{% endif %}<|im_start|>assistant\n"
+    "{% if tools %}TOOLS {{ tools | tojson }}\n{# a call: <tool_call> #}{% endif %}<|im_start|>assistant\n"
 )
 
 
@@ -76,6 +76,9 @@ class ScriptedTokenizer:
     def encode_plain(self, text: str) -> list[int]:
         return list(text.encode())
 
+    def decode_marked(self, tokens: Sequence[Sequence[int]]) -> list[str]:
+        return self.decode_batch(tokens)
+
     def decode_batch(self, tokens: Sequence[Sequence[int]]) -> list[str]:
         return [
             bytes(t for t in ids if t < 256).decode("utf-8", "replace") for ids in (np.asarray(ids).tolist() for ids in tokens)
@@ -87,11 +90,21 @@ class ScriptedGrammar:
     spec: GuideSpec
     min_tokens: int = 4
 
+    def check(self, text: str) -> str:
+        return text
+
+    def close(self, tokens: Sequence[int], budget: int) -> np.ndarray:
+        """An output that says HUGE can be mended, others cannot."""
+        text = bytes(tokens).decode()
+        if "HUGE" not in text:
+            raise ValueError("cannot be closed")
+        return np.frombuffer(text.replace("HUGE", "").encode(), np.uint8).astype(np.int32)
+
 
 class ScriptedGrammars:
     def get(self, source: Any) -> ScriptedGrammar:
         spec = source if isinstance(source, GuideSpec) else GuideSpec.of(source)
-        if "REFUSED" in spec.text:
+        if "REFUSED" in spec.text and spec.kind != "loose":
             raise SchemaError("/properties/REFUSED", "cannot be kept")
         return ScriptedGrammar(spec)
 
@@ -192,11 +205,7 @@ class ScriptedEngine:
             return Completion(request.id, empty, FinishReason.ERROR, size, error="scripted failure")
         seed = request.params.seed if request.params.temperature > 0 else 0
         draw = random.Random(hashlib.blake2b(text + seed.to_bytes(8, "big"), digest_size=8).digest())
-        output = (
-            json.dumps(_instance(json.loads(request.grammar.spec.text), draw))
-            if request.grammar
-            else f"echo {draw.getrandbits(32):08x}"
-        )
+        output = _output(request.grammar.spec, text, draw) if request.grammar else f"echo {draw.getrandbits(32):08x}"
         tokens = np.frombuffer(output.encode(), np.uint8).astype(np.int32)
         reason = FinishReason.STOP
         if b"LONG" in text:
@@ -245,6 +254,17 @@ class ScriptedModel:
 
 def _text(request: Request) -> bytes:
     return bytes(token for token in request.prompt.tolist() if token < 256)
+
+
+def _output(spec: GuideSpec, prompt: bytes, draw: random.Random) -> str:
+    """With tools, a prompt may say CALL: else an output that may be text is text."""
+    if spec.kind == "tools":
+        _, tools, choice = spec.read_tools()
+        if choice == "auto" and b"CALL" not in prompt:
+            return "no tool is needed"
+        call = {"name": tools[0].name, "arguments": _instance(tools[0].parameters, draw)}
+        return f"<tool_call>\n{json.dumps(call)}\n</tool_call>"
+    return spec.text if spec.kind == "regex" else json.dumps(_instance(json.loads(spec.text), draw))
 
 
 def _instance(schema: Any, draw: random.Random) -> Any:

@@ -106,6 +106,61 @@ def test_an_output_that_does_not_fit_the_schema_is_an_error(run: Run, table: Any
     assert ran.code == 4
 
 
+def test_an_output_that_does_not_fit_is_closed_where_it_can_be(run: Run, table: Any) -> None:
+    schema = {"type": "object", "properties": {"HUGEa": {"type": "integer"}}, "propertyNames": {"maxLength": 1}}
+    (row,) = run(f"data={table(prompt=['x'])}", f"task.schema={json.dumps(schema)}").rows()
+    assert (row["status"], row["finish_reason"], row["error"]) == ("ok", "length_closed", None)
+    assert list(json.loads(row["json"])) == ["a"]
+    assert (row["text"], row["completion_tokens"]) == (row["json"], len(row["json"]))
+
+
+TOOLS = json.dumps([{"type": "function", "function": {"name": "look_up", "parameters": {
+    "type": "object", "properties": {"id": {"type": "integer"}}, "required": ["id"]}}}])  # fmt: skip
+
+
+def test_tool_calls_come_back_parsed(run: Run, table: Any) -> None:
+    data = table(prompt=["a", "b", "CALL c", "d", "e"], tools=[TOOLS, TOOLS, TOOLS, TOOLS, None],
+                 tool_choice=["required", "auto", None, "none", None])  # fmt: skip
+    rows = run(f"data={data}").rows()
+    assert [row["status"] for row in rows] == ["ok"] * 5
+    for row in (rows[0], rows[2]):
+        (call,) = json.loads(row["tool_calls"])
+        assert (call["name"], list(call["arguments"])) == ("look_up", ["id"])
+        assert row["text"].startswith("<tool_call>")
+    assert [row["tool_calls"] for row in (rows[1], rows[3], rows[4])] == [None] * 3
+    assert rows[1]["text"] == "no tool is needed"
+
+
+def test_tool_calls_of_the_tasks_tools(run: Run, table: Any, tmp_path: Path) -> None:
+    (tmp_path / "tools.json").write_text(TOOLS)
+    words = (f"data={table(prompt=['x'])}", f"task.tools={tmp_path / 'tools.json'}")
+    (row,) = run(*words, "task.tool_choice=look_up").rows()
+    assert json.loads(row["tool_calls"])[0]["name"] == "look_up"
+    assert run(*words, "task.tool_choice=look", out="other").line.startswith("task.tool_choice: tool_choice must be one of none,")
+    (tmp_path / "tools.json").write_text(TOOLS.replace("look_up", "REFUSED"))
+    assert run(*words, out="other").line == "task.tools: /properties/REFUSED: cannot be kept"
+
+
+def test_an_output_under_tools_that_was_cut_has_the_status_length(run: Run, table: Any) -> None:
+    words = (f"data={table(prompt=['x'], tools=[TOOLS])}", "sampling.max_tokens=17")
+    (row,) = run(*words).rows()
+    assert (row["status"], row["finish_reason"], row["text"]) == ("length", "length", "no tool is needed")
+
+
+@pytest.mark.parametrize("retries", [2, 40])
+def test_a_schema_that_cannot_be_kept_may_be_tried(run: Run, table: Any, retries: int) -> None:
+    schema = {"type": "object", "properties": {"a": {"type": "integer", "maximum": 4}}, "x-REFUSED": True}
+    words = (f"data={table(prompt=[str(i) for i in range(40)])}", f"task.schema={json.dumps(schema)}")
+    assert run(*words).code == 2
+    ran = run(*words, "guided.on_unsupported=best_effort", f"guided.retries={retries}", "limits.max_error_rate=1")
+    good = [row for row in ran.rows() if row["status"] == "ok"]
+    assert all(json.loads(row["json"])["a"] <= 4 for row in good)
+    bad = [row for row in ran.rows() if row["status"] != "ok"]
+    assert all((row["status"], row["json"]) == ("schema_error", None) and "maximum" in row["error"] for row in bad)
+    assert len(good) == 40 if retries == 40 else 30 <= len(good) < 40
+    assert ran.engines[0].stats().finished > 40
+
+
 def test_bad_rows_and_good_ones(run: Run, table: Any) -> None:
     prompts = ["fine", None, "", "  ", "x" * 5000, "FAIL", "FAILONCE", "LONG", "<|im_end|>", "nul \0", "fine"]
     ran = run(f"data={table(prompt=prompts)}", "sampling.max_tokens=5", "limits.max_error_rate=1", "engine.max_model_len=4096")
@@ -293,7 +348,7 @@ def test_a_schema_that_cannot_be_kept_stops_the_job_and_leaves_the_folder_free(r
     assert not ran.engines
     short = run(f"data={data}", 'task.schema={"type": "integer"}', "sampling.max_tokens=2")
     assert short.line.startswith(
-        "sampling.max_tokens=2: the shortest output that the schema allows needs 4; set sampling.max_tokens="
+        "sampling.max_tokens=2: the shortest valid output needs 4; set sampling.max_tokens="
     )
     assert run(f"data={data}", 'task.schema={"type": "integer"}').code == 0
 
@@ -543,6 +598,20 @@ def test_dry_run_prints_the_plan_and_writes_nothing(run: Run, table: Any) -> Non
     assert re.search(r"time:    about .* \(outputs of 1\) to .* \(of 256 tokens\) on the .* CPU cores of this machine", ran.out)
     assert not ran.folder.exists()
     assert not ran.engines
+
+
+def test_dry_run_lists_every_row_that_is_refused(run: Run, table: Any) -> None:
+    schemas = [json.dumps({"properties": {"REFUSED" if i % 1000 == 7 else "a": {}}}) for i in range(3000)]
+    tools = [TOOLS if i != 2900 else "[]" for i in range(3000)]
+    data = table(prompt=["x"] * 3000, schema=[s if i % 2 else None for i, s in enumerate(schemas)],
+                 tools=[None if i % 2 else t for i, t in enumerate(tools)])  # fmt: skip
+    ran = run(f"data={data}", "dry_run=true")
+    assert ran.code == 0
+    lines = [line for line in ran.out.splitlines() if line.startswith("row ")]
+    ids = [row["row_id"] for row in run(f"data={data}").rows()]
+    refused = [f"row {i} ({ids[i]}): schema_error: schema: /properties/REFUSED: cannot be kept" for i in (7, 1007, 2007)]
+    assert lines == [*refused, f"row 2900 ({ids[2900]}): schema_error: tools: tools must be a list of one or more objects"]
+    assert "refused: 4 rows of 3,000" in ran.out
 
 
 def _wait_for(there: Any, job: subprocess.Popen[str], seconds: float = 60) -> None:

@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import Any, Literal
 
 import pyarrow as pa
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from engine.guided.front import GuideSpec
+from engine.guided.tools import read_tools
 from engine.request import SamplingParams
 from pipeline.config import Sampling, TaskKeys
 from pipeline.exits import ConfigError
+from pipeline.input.form import Refused
 from pipeline.input.formats import JSON_TEXT, Chunk
 from pipeline.input.prompts import Form, Prompt, PromptBuilder, row_seed
 from pipeline.input.schemas import Guides
+from pipeline.input.tools import ToolReader
 from pipeline.output.rows import Status
 from tests.pipeline.scripted_engine import SPECIAL, TEMPLATE, ScriptedGrammars, ScriptedTokenizer
+
+Colour = Literal["red", "green"]
 
 
 def build(
@@ -30,9 +36,12 @@ def build(
     table = columns if isinstance(columns, pa.Table) else pa.table(columns)
     keys = TaskKeys(**(task or {}))
     guides = Guides(ScriptedGrammars())
-    guide = guides.get(schema) if schema is not None else None
     form = Form(keys, mapping or {}, table.schema)
-    builder = PromptBuilder(form, keys, keys.sampling, ScriptedTokenizer(chat_template), guides, guide)
+    tokenizer = ScriptedTokenizer(chat_template)
+    tools = ToolReader(chat_template, "auto", keys)
+    spec = tools.task.spec if schema is None else schema
+    guide = guides.get(spec) if spec is not None else None
+    builder = PromptBuilder(form, keys, keys.sampling, tokenizer, guides, guide, tools)
     return builder.build(Chunk(table.select(builder.columns)), 0)
 
 
@@ -151,13 +160,14 @@ def test_chat_without_a_template_stops_the_job() -> None:
     ({"messages": ['[{"role": "user", "content": [{"type": "image_url"}]}]']}, {},
      Status.TEMPLATE_ERROR, "messages.0.content has a part"),
     ({"prompt": ["x"], "schema": ["{"]}, {}, Status.SCHEMA_ERROR, "schema is not JSON: "),
-    ({"prompt": ["x"], "schema": ["antigravity:fly"]}, {}, Status.SCHEMA_ERROR, "schema is not JSON: "),
+    ({"prompt": ["x"], "schema": ["antigravity:fly"]}, {}, Status.SCHEMA_ERROR, "schema: /: rows may not name types"),
     ({"prompt": ["x"], "schema": ['"antigravity:fly"']}, {}, Status.SCHEMA_ERROR, "schema is not an object"),
     ({"prompt": ["x"], "schema": ['{"properties": {"REFUSED": {}}}']}, {}, Status.SCHEMA_ERROR, "schema: /properties/REFUSED: "),
     ({"prompt": ["x"], "schema": ['{"type": "objekt"}']}, {}, Status.SCHEMA_ERROR, "schema: "),
     ({"prompt": ["x"], "schema": ["{}"], "sampling": ['{"max_tokens": 2}']}, {},
      Status.SCHEMA_ERROR, "max_tokens=2 is below the 4 "),
-    ({"prompt": ["x"], "tools": ["{}"]}, {}, Status.SCHEMA_ERROR, "tools is not a list of objects"),
+    ({"prompt": ["x"], "tools": ["{}"]}, {}, Status.SCHEMA_ERROR, "tools: tools must be a list"),
+    ({"prompt": ["x"], "tools": ['[{"name": "f", "parameters": 7}]']}, {}, Status.SCHEMA_ERROR, "tools/0/parameters: "),
     ({"prompt": ["x"], "tools": ["["]}, {}, Status.SCHEMA_ERROR, "tools is not JSON: "),
     ({"prompt": ["x"], "sampling": ['{"temperature": -1}']}, {}, Status.TEMPLATE_ERROR, "sampling.temperature must be 0 or more"),
     ({"prompt": ["x"], "sampling": ['{"n": 0}']}, {}, Status.TEMPLATE_ERROR, "sampling.n: "),
@@ -198,7 +208,8 @@ def test_a_template_that_refuses_is_an_error_of_the_row() -> None:
 def test_repaired_text_runs_and_says_so() -> None:
     table = pa.table({"prompt": ["a�", "b"]})
     keys = TaskKeys()
-    builder = PromptBuilder(Form(keys, {}, table.schema), keys, Sampling(), ScriptedTokenizer(), Guides(ScriptedGrammars()), None)
+    builder = PromptBuilder(Form(keys, {}, table.schema), keys, Sampling(), ScriptedTokenizer(), Guides(ScriptedGrammars()), None,
+                            ToolReader(TEMPLATE, "auto", keys))
     prompts = builder.build(Chunk(table, frozenset({0})), 0)
     assert [prompt.status for prompt in prompts] == [Status.OK, Status.OK]
     assert prompts[0].note == "text of this row was not Unicode: replaced by U+FFFD"
@@ -260,25 +271,80 @@ def test_rows_override_sampling_by_json_or_struct() -> None:
         assert (second.ask.n, second.ask.seed) == (1, None)
 
 
+TOOLS = [{"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}, {"name": "g"}]
+
+
+def spec_of(prompt: Prompt) -> GuideSpec | None:
+    assert prompt.ask is not None, prompt.error
+    return None if prompt.ask.guide is None else prompt.ask.guide.spec
+
+
 def test_rows_override_schema_tools_and_adapter() -> None:
-    tools = [{"type": "function", "function": {"name": "f"}}]
-    first, second = build({"prompt": ["a", "b"], "schema": ['{"type": "integer"}', None], "tools": [json.dumps(tools), None],
-                           "adapter": ["lora", None]}, schema={"type": "string"})  # fmt: skip
-    assert first.ask is not None
-    assert second.ask is not None
-    assert first.ask.guide is not None
-    assert second.ask.guide is not None
-    assert json.loads(first.ask.guide.spec.text) == {"type": "integer"}
-    assert json.loads(second.ask.guide.spec.text) == {"type": "string"}
+    first, second, third = build({"prompt": ["a", "b", "c"], "schema": ['{"type": "integer"}', None, None],
+                                  "tools": [None, None, json.dumps(TOOLS)], "adapter": ["lora", None, None]},
+                                 schema={"type": "string"})  # fmt: skip
+    assert [spec_of(first), spec_of(second)] == [GuideSpec.schema({"type": "integer"}), GuideSpec.schema({"type": "string"})]
+    assert spec_of(third) == GuideSpec.tools("hermes", read_tools(TOOLS), "auto")
+    assert first.ask is not None and second.ask is not None
     assert (first.ask.adapter, second.ask.adapter) == ("lora", None)
-    assert "TOOLS" in text(first)
-    assert "TOOLS" not in text(second)
+    assert ["TOOLS" in text(prompt) for prompt in (first, second, third)] == [False, False, True]
+
+
+def test_rows_choose_among_the_tasks_tools() -> None:
+    choices = [None, "auto", "none", "required", "g", '{"type": "function", "function": {"name": "f"}}', "h"]
+    prompts = build({"prompt": list("abcdefg"), "tool_choice": choices}, {"tools": TOOLS, "tool_choice": "required"})
+    expected = ["required", "auto", None, "required", ":g", ":f"]
+    for prompt, choice in zip(prompts, expected, strict=False):
+        spec = None if choice is None else GuideSpec.tools("hermes", read_tools(TOOLS), choice)
+        assert spec_of(prompt) == spec
+        assert ("TOOLS" in text(prompt)) == (choice is not None)
+    assert (prompts[-1].status, str(prompts[-1].error)[:12]) == (Status.SCHEMA_ERROR, "tool_choice:")
+
+
+def test_a_schema_and_tools_are_not_both_kept() -> None:
+    columns = {"prompt": ["a", "b"], "schema": ["{}", "{}"], "tools": [json.dumps(TOOLS)] * 2, "tool_choice": [None, "none"]}
+    first, second = build(columns)
+    assert (first.status, first.error) == (Status.SCHEMA_ERROR, "a schema and tools: give one of them, or tool_choice none")
+    assert spec_of(second) == GuideSpec.schema({})
+    with pytest.raises(ConfigError, match=r"task\.tools and task\.schema: give one of them"):
+        build({"prompt": ["a"]}, {"tools": TOOLS, "schema": {}})
+    with pytest.raises(ConfigError, match=r"task\.tools/0/name: "):
+        build({"prompt": ["a"]}, {"tools": [{"name": "a b"}]})
+
+
+def test_rows_name_their_guides_as_others_do() -> None:
+    columns = {"prompt": list("abcde"), "guided_regex": ["a+", None, None, None, ""],
+               "guided_choice": [None, ["x", "y"], None, None, None], "guided_json": [None, None, '{"type": "null"}', "{}", None],
+               "schema": [None, None, None, "{}", None]}  # fmt: skip
+    prompts = build(columns)
+    specs = [GuideSpec.regex("a+"), GuideSpec.choice(["x", "y"]), GuideSpec.schema({"type": "null"})]
+    assert list(map(spec_of, prompts[:3])) == specs
+    assert [prompt.status for prompt in prompts[3:]] == [Status.SCHEMA_ERROR] * 2
+    assert [prompt.error for prompt in prompts[3:]] == [
+        "schema and guided_json: give one of them", "guided_regex: /: a regex must be a string that is not empty"]
+    assert spec_of(build({"prompt": ["a"], "guided_choice": ['["x"]']})[0]) == GuideSpec.choice(["x"])
+
+
+def test_rows_may_name_types_of_the_modules_that_the_job_allows() -> None:
+    guides = Guides(ScriptedGrammars(), row_types=["tests.pipeline.test_prompts"])
+    row = {"schema": "tests.pipeline.test_prompts:Colour"}
+    guide = guides.of_row(row)
+    assert guide is not None and guide.spec == GuideSpec.choice(["red", "green"])
+    with pytest.raises(Refused, match="may not name types of os"):
+        guides.of_row({"schema": "os:PathLike"})
 
 
 def test_a_template_that_takes_no_tools_refuses_them() -> None:
-    template = TEMPLATE.replace("{% if tools %}TOOLS {{ tools | tojson }}\n{% endif %}", "")
-    prompt = build({"prompt": ["a"], "tools": ['[{"type": "function"}]']}, chat_template=template)[0]
+    template = TEMPLATE.replace("tools", "utensils")
+    prompt = build({"prompt": ["a"], "tools": [json.dumps(TOOLS)]}, chat_template=template)[0]
     assert (prompt.status, prompt.error) == (Status.TEMPLATE_ERROR, "the model's chat template takes no tools")
+    with pytest.raises(ConfigError, match=r"task\.tools: the model's chat template takes no tools"):
+        build({"prompt": ["a"]}, {"tools": TOOLS}, chat_template=template)
+
+
+def test_how_calls_are_written_must_be_known() -> None:
+    with pytest.raises(ConfigError, match=r"model\.tool_format: .* set one of hermes, mistral, llama3"):
+        build({"prompt": ["a"], "tools": [None]}, chat_template=TEMPLATE.replace("<tool_call>", ""))
 
 
 def test_equal_schemas_are_compiled_once() -> None:

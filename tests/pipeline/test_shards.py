@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -57,6 +58,40 @@ def test_a_part_holds_input_columns_results_and_properties(tmp_path: Path) -> No
     assert flat[2] == flat[3] == dict.fromkeys(flat[0])
     assert table.column("status").to_pylist() == ["ok", "ok", "ok", "engine_error"]
     assert table.column("row_id").to_pylist() == list(shard.row_ids())
+
+
+@pytest.mark.parametrize("subschema, type", [
+    ({"anyOf": [{"type": "string", "maxLength": 5}, {"type": "null"}]}, pa.string()),          # Pydantic's Optional
+    ({"$ref": "#/$defs/colour"}, pa.string()), ({"allOf": [{"$ref": "#/$defs/colour"}], "default": "red"}, pa.string()),
+    ({"anyOf": [{"$ref": "#/$defs/colour"}, {"type": "null"}]}, pa.string()),
+    ({"enum": [1, 2, None]}, pa.int64()), ({"enum": [1, 2.5]}, pa.float64()), ({"enum": ["a", 1]}, "text"),
+    ({"const": None}, "text"),
+    ({"type": "number", "enum": [1, 2]}, pa.float64()), ({"type": ["integer", "number", "null"]}, pa.float64()),
+    ({"oneOf": [{"type": "integer"}, {"type": "number"}]}, pa.float64()), ({"anyOf": [{"type": "integer"}, {}]}, "text"),
+    ({"type": "array", "items": {"type": "string"}}, pa.list_(pa.string())),
+    ({"type": ["array", "null"], "items": {"$ref": "#/$defs/colour"}}, pa.list_(pa.string())),
+    ({"type": "array", "items": {"type": "array", "items": {"type": "integer"}}}, pa.list_(pa.list_(pa.int64()))),
+    ({"type": "array", "items": {"type": "object"}}, "text"), ({"type": "array"}, "text"),
+    ({"type": "array", "prefixItems": [{"type": "boolean"}], "items": {"type": "string"}}, "text"),
+    ({"type": "object", "properties": {"x": {"type": "integer"}}}, "text"), ({"$ref": "#/$defs/node"}, "text"),
+    ({"$ref": "#/$defs/loop"}, "text"), ({"$ref": "http://example.com/x"}, "text"), ({"$ref": "#/nowhere/x"}, "text"),
+    ({"type": ["string", "object"]}, "text"), (False, "text"), ({"description": "anything"}, "text"),
+])  # fmt: skip
+def test_types_of_properties(subschema: Any, type: Any) -> None:
+    root = {"properties": {"p": subschema}, "$defs": {"colour": {"enum": ["red", "green"]}, "loop": {"$ref": "#/$defs/loop"},
+                                                      "node": {"type": "object", "properties": {"n": {"$ref": "#/$defs/node"}}}}}
+    flat = OutputLayout.make(SCALARS, root).flat["p"]
+    assert flat.type == (pa.string() if type == "text" else type)
+    assert flat.convert(None) is None
+    if type == "text":
+        assert flat.convert({"x": [1, "é"]}) == '{"x":[1,"é"]}'
+
+
+def test_values_of_lists() -> None:
+    flat = OutputLayout.make(SCALARS, {"properties": {"p": {"type": "array", "items": {"type": ["integer", "null"]}}}}).flat["p"]
+    values = [flat.convert(value) for value in ([1, None, 3.0, 2**70, "x"], [], None, "x")]
+    assert values == [[1, None, 3, None, None], [], None, None]
+    pa.array(values, flat.type).validate(full=True)
 
 
 def test_tool_calls_have_a_column_where_asked_for(tmp_path: Path) -> None:

@@ -568,6 +568,26 @@ CASES = [
         [{"a": 1}],
     ),
     Case(
+        "minContains above maxContains",
+        {"contains": {"const": 1}, "minContains": 3, "maxContains": 1},
+        ["x", 1, {"a": 1}],
+        [[], [1], [1, 1, 1], [2]],
+    ),
+    Case(
+        "counts with a fraction of zero",
+        obj({
+            "s": {"type": "string", "minLength": 1.0, "maxLength": 2.0},
+            "a": {"type": "array", "items": INTEGER, "minItems": 1.0, "maxItems": 2.0},
+            "o": {"type": "object", "additionalProperties": INTEGER, "minProperties": 1.0, "maxProperties": 1.0},
+            "c": {"type": "array", "contains": {"const": 1}, "minContains": 1.0, "maxContains": 2.0, "maxItems": 3},
+        }, "s", "a", "o", "c"),
+        [{"s": "ab", "a": [1, 2], "o": {"k": 1}, "c": [1, 1]}],
+        [{"s": "", "a": [1], "o": {"k": 1}, "c": [1]}, {"s": "abc", "a": [1], "o": {"k": 1}, "c": [1]},
+         {"s": "a", "a": [], "o": {"k": 1}, "c": [1]}, {"s": "a", "a": [1, 2, 3], "o": {"k": 1}, "c": [1]},
+         {"s": "a", "a": [1], "o": {}, "c": [1]}, {"s": "a", "a": [1], "o": {"k": 1, "l": 2}, "c": [1]},
+         {"s": "a", "a": [1], "o": {"k": 1}, "c": [2]}, {"s": "a", "a": [1], "o": {"k": 1}, "c": [1, 1, 1]}],
+    ),
+    Case(
         "draft 2019 $recursiveRef",
         {
             "$schema": "https://json-schema.org/draft/2019-09/schema",

@@ -29,6 +29,8 @@ class Counting:
             self.release.wait(schema["sleep"])
         if isinstance(schema, dict) and "fail" in schema:
             raise SchemaError("/fail", "as asked")
+        if isinstance(schema, dict) and "trip" in schema:
+            raise TypeError("'three' is no number")
         return object()
 
     compile_regex = compile_choice = compile_schema
@@ -65,6 +67,14 @@ def test_failures_are_kept(counting: Counting) -> None:
     assert errors[0] is not errors[1] and errors[2].pointer == "/fail"
     with pytest.raises(SchemaError):
         pool.submit({"fail": 1}).result()
+
+
+def test_a_schema_that_trips_the_compiler_is_refused(counting: Counting, caplog: pytest.LogCaptureFixture) -> None:
+    pool = GrammarPool(counting, workers=1)
+    with pytest.raises(SchemaError, match="cannot be compiled: TypeError: 'three' is no number"):
+        pool.get({"trip": 1})
+    assert "Traceback" in caplog.text
+    assert pool.get({"n": 1}) is not None
 
 
 def test_a_slow_schema_is_given_up_and_blocks_no_other(counting: Counting) -> None:

@@ -1,0 +1,42 @@
+"""What the methods need to know about the inputs of a linear layer, gathered over the calibration tokens."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class InputStats:
+    """`hessian`: sum of x x^T, float32 [K, K] (half the Hessian of the squared output error); `mean_abs`: float32 [K]."""
+
+    def __init__(self, in_features: int, device: torch.device) -> None:
+        self.hessian = torch.zeros(in_features, in_features, device=device)
+        self._sum_abs = torch.zeros(in_features, device=device)
+        self.tokens = 0
+
+    def add(self, x: Tensor) -> None:
+        """x [T, K]"""
+        x = x.float()
+        self.hessian.addmm_(x.T, x)
+        self._sum_abs += x.abs().sum(0)
+        self.tokens += x.shape[0]
+
+    @property
+    def mean_abs(self) -> Tensor:
+        return self._sum_abs / max(self.tokens, 1)
+
+
+class InputPeak:
+    """`peak`: the largest absolute input, float32 []."""
+
+    def __init__(self, in_features: int, device: torch.device) -> None:
+        self.peak = torch.zeros((), device=device)
+
+    def add(self, x: Tensor) -> None:
+        """x [T, K]"""
+        self.peak = torch.maximum(self.peak, x.abs().max().float())
+
+
+def output_error(change: Tensor, hessian: Tensor) -> float:
+    """|X change^T|^2 of a change of the weights [N, K] over all tokens."""
+    return ((change @ hessian) * change).sum(dtype=torch.float64).item()

@@ -1,0 +1,126 @@
+"""Whole jobs on a tiny random model: whatever rows ask for, each is served or refused with a reason, and the job goes on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from models import tiny_checkpoint
+
+from pipeline.run import main
+
+TEMPLATES = {
+    "hermes": "{% for m in messages %}{{ m.content }}\n{% endfor %}{% if tools %}{{ tools | tojson }}<tool_call>{% endif %}",
+    "mistral": "{% for m in messages %}{{ m.content }}\n{% endfor %}{% if tools %}{{ tools | tojson }}[TOOL_CALLS]{% endif %}",
+    "llama3": "<|python_tag|>{% for m in messages %}{{ m.content }}\n{% endfor %}{% if tools %}{{ tools | tojson }}{% endif %}",
+}
+TOOLS = [
+    {"type": "function", "function": {"name": "look_up", "parameters": {
+        "type": "object", "properties": {"id": {"type": "integer", "minimum": 1, "maximum": 99}, "deep": {"type": "boolean"}},
+        "required": ["id"], "additionalProperties": False}}},
+    {"type": "function", "function": {"name": "write", "parameters": {
+        "type": "object", "properties": {"text": {"type": "string", "maxLength": 12}}, "required": ["text"]}}},
+]  # fmt: skip
+PARAMETERS = {tool["function"]["name"]: tool["function"]["parameters"] for tool in TOOLS}
+
+NODE = {"type": "object", "properties": {"v": {"enum": ["🙂", "中文"]}, "next": {"$ref": "#/$defs/n"}}, "required": ["v"]}
+DEFS = {f"d{i}": {"anyOf": [{"$ref": f"#/$defs/d{i + 1}"}, {"$ref": f"#/$defs/d{i + 1}"}]} for i in range(40)}
+# name -> (schema, the status that rows with it get)
+ADVERSARIAL: dict[str, tuple[Any, str]] = {
+    "explodes": ({"$defs": {**DEFS, "d40": {"type": "string"}}, "$ref": "#/$defs/d0"}, "schema_error"),
+    "catastrophic regex": ({"type": "string", "pattern": "^(a+)+$", "maxLength": 40}, "ok"),
+    "emoji and CJK": ({"enum": ["😀👩‍👩‍👧", "非常好", "한국어", "a"]}, "ok"),
+    "2,000 tokens at least": ({"type": "string", "minLength": 2000}, "schema_error"),
+    "recursive": ({"$defs": {"n": NODE}, "$ref": "#/$defs/n"}, "ok"),
+    "draft-07 with definitions": ({
+        "$schema": "http://json-schema.org/draft-07/schema#", "definitions": {"p": {"minimum": 3}}, "type": "object",
+        "properties": {"a": {"type": "integer", "allOf": [{"$ref": "#/definitions/p"}]}}, "required": ["a"],
+        "dependencies": {"a": ["b"]}}, "ok"),
+    "look-behind": ({"type": "string", "pattern": "(?<=a)b"}, "schema_error"),
+    "numbers beyond a double": ({"type": "array", "items": {"type": "number"}, "minItems": 8}, "ok"),
+    "no schema": ({"type": "objekt"}, "schema_error"),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_checkpoint("llama", tmp_path_factory.mktemp("guided"), max_position_embeddings=2048)
+
+
+Job = Callable[..., list[dict[str, Any]]]
+
+
+@pytest.fixture
+def job(model: Path, tmp_path: Path) -> Job:
+    """`job(columns, "key=value", ...)`: the rows that a run writes."""
+
+    def run(columns: dict[str, Any], *words: str) -> list[dict[str, Any]]:
+        data, out = tmp_path / "in.parquet", tmp_path / "out"
+        pq.write_table(pa.table(columns), data)
+        code = main([f"data={data}", f"model={model}", f"output.dir={out}", "engine.max_model_len=2048", "engine.cpu_kv_gib=0.1",
+                     "sampling.temperature=1", "limits.max_error_rate=1", *words])
+        assert code == 0
+        return pa.concat_tables(pq.read_table(part) for part in sorted(out.glob("part-*.parquet"))).to_pylist()
+
+    return run
+
+
+def test_adversarial_schemas_beside_many_others(job: Job) -> None:
+    many = [{"type": "object", "properties": {f"k{i}": {"enum": [i, f"v{i}"]}}, "required": [f"k{i}"]} for i in range(150)]
+    schemas = [*many, *(schema for schema, _ in ADVERSARIAL.values())]
+    rows = job({"prompt": ["x"] * len(schemas), "schema": [json.dumps(schema) for schema in schemas]}, "sampling.max_tokens=100")
+    expected = ["ok"] * len(many) + [status for _, status in ADVERSARIAL.values()]
+    assert [row["status"] for row in rows] == expected, [row["error"] for row in rows if row["error"]]
+    for row, schema in zip(rows, schemas, strict=True):
+        assert (row["json"] is not None) == (row["status"] == "ok") and (row["error"] is None) == (row["status"] == "ok")
+        if row["status"] == "ok":
+            dialect = jsonschema.validators.validator_for(schema, default=jsonschema.Draft202012Validator)
+            assert dialect(schema).is_valid(json.loads(row["json"]))
+            assert row["completion_tokens"] <= 100
+
+
+@pytest.mark.parametrize("form", TEMPLATES)
+def test_calls_are_valid_whatever_the_model_says(job: Job, form: str) -> None:
+    choices = ["required", "look_up", "write", "auto", "none"] * 6
+    limits = [json.dumps({"max_tokens": 70 + i}) for i in range(len(choices))]
+    rows = job({"prompt": [f"p{i}" for i in range(len(choices))], "tool_choice": choices, "sampling": limits,
+                "tools": [json.dumps(TOOLS)] * len(choices)}, f"model.chat_template={TEMPLATES[form]!r}")
+    for row, choice in zip(rows, choices, strict=True):
+        calls = json.loads(row["tool_calls"] or "[]")
+        for call in calls:
+            assert jsonschema.Draft202012Validator(PARAMETERS[call["name"]]).is_valid(call["arguments"])
+        if choice in ("auto", "none"):
+            assert row["status"] in ("ok", "length"), row["error"]
+        else:
+            assert row["status"] == "ok" and calls, row["error"]
+            assert choice == "required" or [call["name"] for call in calls] == [choice]
+        assert choice != "none" or not calls
+
+
+def test_regexes_and_choices(job: Job) -> None:
+    rows = job({"prompt": ["x"] * 4, "guided_regex": ["[a-c]{3}-[0-9]+", None, None, "(["],
+                "guided_choice": [None, ["ja", "nein"], None, None],
+                "guided_json": [None, None, '{"type": "boolean"}', None]}, "sampling.max_tokens=20")  # fmt: skip
+    assert [row["status"] for row in rows] == ["ok", "ok", "ok", "schema_error"]
+    assert rows[0]["text"][:3].strip("abc") == "" and rows[0]["text"][3] == "-" and rows[0]["text"][4:].isdigit()
+    assert rows[1]["text"] in ("ja", "nein")
+    assert rows[2]["json"] in ("true", "false")
+
+
+def test_a_schema_that_is_refused_may_be_tried(job: Job) -> None:
+    schema = {"type": "array", "items": {"type": "integer", "minimum": 0, "maximum": 9}, "maxItems": 3, "contains": {"const": 1},
+              "maxContains": 1, "allOf": [{"contains": {"const": 2}, "maxContains": 1, "minContains": 0}]}  # fmt: skip
+    columns = {"prompt": [f"p{i}" for i in range(20)], "schema": [json.dumps(schema)] * 20}
+    rows = job(columns, "sampling.max_tokens=40", "guided.on_unsupported=best_effort", "guided.retries=8")
+    statuses = {row["status"] for row in rows}
+    assert "ok" in statuses and statuses <= {"ok", "schema_error"}
+    for row in rows:
+        assert (row["json"] is not None) == (row["status"] == "ok")
+        if row["json"] is not None:
+            assert jsonschema.Draft202012Validator(schema).is_valid(json.loads(row["json"]))
