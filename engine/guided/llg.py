@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from llguidance import LLExecutor, LLMatcher, LLParserLimits, LLTokenizer
 
-from engine.guided.automaton import MAX_STATES, TokenAutomaton, Vocabulary, token_automaton
+from engine.guided.automaton import MAX_STATES, TokenAutomaton, token_automaton
 from engine.guided.byte_dfa import ByteDfa, TooLarge
 from engine.guided.closed import ClosedGrammar
 from engine.guided.closing import Closer, byte_tokenizer
@@ -20,8 +20,10 @@ from engine.guided.front import parse_schema
 from engine.guided.grammar import SchemaError
 from engine.guided.hints import example, schema_hints
 from engine.guided.lower import Lowered, lower
-from engine.guided.regular import NotRegular, choice_dfa, schema_dfa
+from engine.guided.regular import choice_dfa, schema_dfa
+from engine.guided.regular_numbers import NotRegular
 from engine.guided.simple import choice_check, validator_of
+from engine.guided.token_trie import Vocabulary
 from engine.guided.tool_formats import FORMATS
 from engine.guided.tools import Tool, ToolCheck, allowed
 from engine.guided.vocabulary import GrammarVocabulary, MarkedVocabulary

@@ -12,19 +12,15 @@ from functools import partial
 from typing import Any
 
 from engine.guided.byte_dfa import ByteDfa, Nfa
+from engine.guided.regular_numbers import BOUNDS, NotRegular, NumberWriter
 
 ESCAPES = b'"\\bfnrt'
 _ASCII = ((0x20, 0x21), (0x23, 0x5B), (0x5D, 0x7E))      # what a string may hold as it is: no quote, backslash or control
 _WORDS: dict[str, set[str]] = {
-    "null": set(), "boolean": set(), "integer": {"minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"},
-    "number": {"minimum", "maximum", "exclusiveMaximum"},
+    "null": set(), "boolean": set(), "integer": BOUNDS, "number": BOUNDS - {"exclusiveMinimum"},
     "string": {"minLength", "maxLength"}, "array": {"prefixItems", "items", "minItems", "maxItems"},
     "object": {"properties", "required", "additionalProperties"},
 }
-
-
-class NotRegular(Exception):
-    """Not covered here."""
 
 
 def schema_dfa(schema: Any, item_separator: str, key_separator: str, max_states: int) -> ByteDfa:
@@ -32,7 +28,7 @@ def schema_dfa(schema: Any, item_separator: str, key_separator: str, max_states:
     writer = _Writer(schema, item_separator, key_separator, max_states)
     start = writer.nfa.state()
     end = writer.value(schema, start)
-    return writer.nfa.dfa(end, writer.sound)
+    return writer.nfa.dfa(end, writer.numbers.bounded)
 
 
 def choice_dfa(choices: Sequence[str], max_states: int) -> ByteDfa:
@@ -44,17 +40,18 @@ def choice_dfa(choices: Sequence[str], max_states: int) -> ByteDfa:
 
 
 class _Writer:
-    """Methods add a value to the automaton from a state on, and return the state behind it. sound: see ByteDfa."""
+    """Methods add a value to the automaton from a state on, and return the state behind it."""
 
     def __init__(self, root: Any, item_separator: str, key_separator: str, max_states: int) -> None:
-        self.nfa, self.sound = Nfa(max_states), True
+        self.nfa = Nfa(max_states)
+        self.numbers = NumberWriter(self.nfa)
         self._separators = item_separator, key_separator
         self._comma, self._colon = item_separator.encode(), key_separator.encode()
         self._definitions = root.get("$defs", {}) if isinstance(root, dict) else {}
         self._open: list[str] = []
         self._kinds: dict[str, Callable[[dict[str, Any], int], int]] = {
-            "null": self._null, "boolean": self._boolean, "integer": self._integer, "number": self._number,
-            "string": self._string, "array": self._array, "object": self._object}
+            "null": self._null, "boolean": self._boolean, "integer": self.numbers.integer,
+            "number": self.numbers.number, "string": self._string, "array": self._array, "object": self._object}
 
     def value(self, schema: Any, start: int) -> int:
         if not isinstance(schema, dict):
@@ -96,7 +93,7 @@ class _Writer:
         return self.nfa.text(start, text)
 
     def _literal(self, value: Any) -> bytes:
-        if any(number == int(number) or "e" in repr(number) for number in _floats(value)):
+        if any(not 0 < number % 1 < 1 or "e" in repr(number) for number in _floats(value)):
             raise NotRegular                                     # there are several ways to write it
         return json.dumps(value, ensure_ascii=False, separators=self._separators).encode()
 
@@ -105,109 +102,6 @@ class _Writer:
 
     def _boolean(self, schema: dict[str, Any], start: int) -> int:
         return self._either([partial(self._text, b"true"), partial(self._text, b"false")], start)
-
-    # --- integers ---
-
-    def _integer(self, schema: dict[str, Any], start: int) -> int:
-        low, high = _bound(schema, "minimum", "exclusiveMinimum", 1), _bound(schema, "maximum", "exclusiveMaximum", -1)
-        end = self.nfa.state()
-        if low is None or low < 0:
-            minus = self.nfa.text(start, b"-")
-            # Minus zero is a way to write 0. llguidance takes it where 0 is in range, but not beside a single bound.
-            zero = (low is None) == (high is None)
-            least = -high if high is not None and high < 0 else 0 if zero else 1
-            self._naturals(minus, least, None if low is None else -low, end)
-        if high is None or high >= 0:
-            self._naturals(start, max(0, low or 0), high, end)
-        return end
-
-    def _naturals(self, start: int, low: int, high: int | None, end: int) -> None:
-        """Whole numbers from `low` to `high`, without leading zeros."""
-        if high is None:
-            self.sound = False                                   # it may be beyond a double
-            digits = len(str(low))
-            self._naturals(start, low, 10**digits - 1, end)
-            more = self.nfa.byte(start, 0x31, 0x39)
-            for _ in range(digits):
-                more = self.nfa.byte(more, 0x30, 0x39)
-            self.nfa.byte(more, 0x30, 0x39, more)
-            self.nfa.join(more, end)
-            return
-        for digits in range(len(str(low)), len(str(high)) + 1):
-            first, last = max(low, 10 ** (digits - 1) if digits > 1 else 0), min(high, 10**digits - 1)
-            if first <= last:
-                self._same_length(start, str(first), str(last), end)
-
-    def _same_length(self, start: int, low: str, high: str, end: int) -> None:
-        """Strings of digits between `low` and `high`, all three of one length."""
-        if not low:
-            self.nfa.join(start, end)
-            return
-        zero = ord("0")
-        if set(low) == {"0"} and set(high) == {"9"}:
-            for _ in low:
-                start = self.nfa.byte(start, zero, zero + 9)
-            self.nfa.join(start, end)
-            return
-        a, b = int(low[0]), int(high[0])
-        if a == b:
-            self._same_length(self.nfa.byte(start, zero + a, zero + a), low[1:], high[1:], end)
-            return
-        nines, zeros = "9" * (len(low) - 1), "0" * (len(low) - 1)
-        if low[1:] != zeros:
-            self._same_length(self.nfa.byte(start, zero + a, zero + a), low[1:], nines, end)
-            a += 1
-        if high[1:] != nines:
-            self._same_length(self.nfa.byte(start, zero + b, zero + b), zeros, high[1:], end)
-            b -= 1
-        if a <= b:
-            self._same_length(self.nfa.byte(start, zero + a, zero + b), zeros, nines, end)
-
-    def _number(self, schema: dict[str, Any], start: int) -> int:
-        """Any number, or one between whole numbers from 0 on. Beside bounds llguidance takes no exponents."""
-        if not schema.keys() & _WORDS["number"]:
-            return self._any_number(start)
-        low = _whole(schema.get("minimum"))
-        below = _whole(schema["exclusiveMaximum"]) if "exclusiveMaximum" in schema else None
-        high = _whole(schema["maximum"]) if "maximum" in schema else below
-        if low < 0 or (below is not None and below != high):
-            raise NotRegular
-        nfa, end = self.nfa, self.nfa.state()
-        if high is None or low < high:
-            whole = nfa.state()
-            self._naturals(start, low, None if high is None else high - 1, whole)
-            nfa.join(whole, end)
-            nfa.join(self._digits(nfa.text(whole, b".")), end)
-        if high is not None and below is None:
-            whole = nfa.text(start, str(high).encode())
-            nfa.join(whole, end)
-            if low < high:
-                zeros = nfa.text(whole, b".0")
-                nfa.byte(zeros, 0x30, 0x30, zeros)
-                nfa.join(zeros, end)
-        return end
-
-    def _any_number(self, start: int) -> int:
-        nfa, end, natural, whole, fraction = self.nfa, *(self.nfa.state() for _ in range(4))
-        nfa.join(start, natural)
-        nfa.join(nfa.text(start, b"-"), natural)
-        self._naturals(natural, 0, None, whole)
-        nfa.join(whole, fraction)
-        nfa.join(self._digits(nfa.text(whole, b".")), fraction)
-        nfa.join(fraction, end)
-        for letter in b"eE":
-            exponent = nfa.byte(fraction, letter, letter)
-            signed = nfa.state()
-            nfa.join(exponent, signed)
-            for sign in b"+-":
-                nfa.byte(exponent, sign, sign, signed)
-            nfa.join(self._digits(signed), end)
-        return end
-
-    def _digits(self, start: int) -> int:
-        """One or more."""
-        end = self.nfa.byte(start, 0x30, 0x39)
-        return self.nfa.byte(end, 0x30, 0x39, end)
 
     # --- strings ---
 
@@ -288,29 +182,9 @@ class _Writer:
         return end
 
 
-def _bound(schema: dict[str, Any], inclusive: str, exclusive: str, step: int) -> int | None:
-    """The tighter of the two, as a bound that is included."""
-    bounds = []
-    for word, shift in ((inclusive, 0), (exclusive, step)):
-        if word in schema:
-            value = schema[word]
-            if not isinstance(value, int):
-                raise NotRegular
-            bounds.append(value + shift)
-    return (max(bounds) if step > 0 else min(bounds)) if bounds else None
-
-
 def _floats(value: Any) -> Iterator[float]:
     if isinstance(value, float):
         yield value
     elif isinstance(value, list | dict):
         for child in value.values() if isinstance(value, dict) else value:
             yield from _floats(child)
-
-
-def _whole(bound: Any) -> int:
-    if not isinstance(bound, int | float) or bound != int(bound):
-        raise NotRegular
-    return int(bound)
-
-

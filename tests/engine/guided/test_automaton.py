@@ -11,12 +11,13 @@ import pytest
 from guided_cases import PADDED, byte_level_tokenizer
 from llguidance import LLMatcher
 
-from engine.guided.automaton import TokenAutomaton, Vocabulary, token_automaton
+from engine.guided.automaton import TokenAutomaton, token_automaton
 from engine.guided.byte_dfa import TooLarge
 from engine.guided.closing import byte_tokenizer
 from engine.guided.llg import WHITESPACE, LLGrammar, LLGuidanceBackend
 from engine.guided.lower import lower
 from engine.guided.regular import choice_dfa, schema_dfa
+from engine.guided.token_trie import Vocabulary
 
 STRING, INTEGER = {"type": "string"}, {"type": "integer"}
 
