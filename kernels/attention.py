@@ -18,7 +18,7 @@ from kernels.ref import PREFIX_TILE, QUERY_TILE
 LOG2E = 1.4426950408889634
 MASKED = tl.constexpr(-1.0e30)      # the score of a key that a query does not see
 LOWEST = tl.constexpr(-1.0e20)      # peaks start here: above a masked score by far, so that no rounding of one lets it weigh
-DECODE_PROGRAMS = 1024              # enough to fill the largest chips; fewer rows than that are split along their keys
+DECODE_PROGRAMS = 264               # fill an H100 at a head size of 128, more at a smaller one; where rows give fewer, keys are split
 MAX_SPLITS = 64
 COMPILED = tl.constexpr(not triton.knobs.runtime.interpret)
 # Four e4m3 to four float16. A plain or a "pure" conversion is moved past shared memory, and the bytes read from there one by one.
@@ -201,7 +201,7 @@ def decode_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: T
     block_n, tuned = _decode_tile(k_cache)
     overlapping = launch_options(overlaps(q.device))
     tiles = triton.cdiv(min(max_context, window) if window else max_context, block_n)
-    splits = min(triton.next_power_of_2(triton.cdiv(DECODE_PROGRAMS, n * kv_heads)), MAX_SPLITS, tiles)
+    splits = min(triton.next_power_of_2(triton.cdiv(DECODE_PROGRAMS * 128 // dim, n * kv_heads)), MAX_SPLITS, tiles)
     out = torch.empty((n, heads, dim), dtype=q.dtype, device=q.device) if out is None else out
     partial = torch.empty(n * heads * splits * (dim + 2), dtype=torch.float32, device=q.device) if splits > 1 else out
     factor, inner = _log2_scales(scale, softcap)

@@ -117,15 +117,16 @@ def test_late_arrivals_do_not_disturb_running_rows(alone: tuple[Path, dict]) -> 
 # --- prefixes ---
 
 
-@pytest.mark.parametrize("length, pages", [(16, 0), (17, 1), (48, 2), (50, 3)])
-def test_equal_prompts_share_their_full_pages(llama: Path, length: int, pages: int) -> None:
-    """All but the first take them from the cache; the page of the last token is computed, for its logits."""
+@pytest.mark.parametrize("length, expected", [(16, [0] * 5), (17, [0] + [16] * 4), (48, [0, 32, 47, 47, 47]), (50, [0] + [48] * 4)])
+def test_equal_prompts_share_all_but_the_last_token(llama: Path, length: int, expected: list[int]) -> None:
+    """It is computed, for its logits. Rows of the step that computes the prefix share its full pages, later ones the rest too
+    (48: a step of 64 tokens has no room for a third)."""
     prompt = random_prompts(1, seed=7, shortest=length, longest=length)[0]
     params = [SamplingParams(max_tokens=8, temperature=1.0, seed=i) for i in range(5)]
     with running(llama) as engine:
         done = finish(engine, make_requests([prompt] * 5, params))
         cached = sorted(c.cached_tokens for c in done.values())
-        assert cached == [0] + [16 * pages] * 4
+        assert cached == expected
         assert engine.stats().cached_tokens == sum(cached)
         assert engine.stats().prompt_tokens == 5 * length
     assert len({tuple(c.tokens) for c in done.values()}) > 1, "seeds make samples differ"
@@ -449,7 +450,7 @@ def test_an_output_without_a_choice_needs_no_step(llama: Path, backend: LLGuidan
 def test_closing_gives_the_memory_back(llama: Path) -> None:
     """Also with a step in flight, and while somebody still holds the engine."""
     with running(llama) as engine:
-        model, cache = weakref.ref(engine._runner.model), weakref.ref(engine._runner.caches[0].k)
+        model, cache = weakref.ref(engine._runner.model), weakref.ref(engine._runner.caches.storage)
         engine.submit(make_requests([[1, 2, 3]], SamplingParams(max_tokens=50))[0])
         engine.step()
     assert model() is cache() is None
