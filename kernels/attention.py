@@ -18,7 +18,7 @@ from kernels.ref import PREFIX_TILE, QUERY_TILE
 LOG2E = 1.4426950408889634
 MASKED = tl.constexpr(-1.0e30)      # the score of a key that a query does not see
 LOWEST = tl.constexpr(-1.0e20)      # peaks start here: above a masked score by far, so that no rounding of one lets it weigh
-DECODE_PROGRAMS = 264               # fill an H100 at a head size of 128, more at a smaller one; where rows give fewer, keys are split
+DECODE_PROGRAMS = 264               # fill an H100 at a head size of 128, more at a smaller one; with fewer, keys are split
 MAX_SPLITS = 64
 COMPILED = tl.constexpr(not triton.knobs.runtime.interpret)
 # Four e4m3 to four float16. A plain or a "pure" conversion is moved past shared memory, and the bytes read from there one by one.

@@ -117,7 +117,8 @@ def test_late_arrivals_do_not_disturb_running_rows(alone: tuple[Path, dict]) -> 
 # --- prefixes ---
 
 
-@pytest.mark.parametrize("length, expected", [(16, [0] * 5), (17, [0] + [16] * 4), (48, [0, 32, 47, 47, 47]), (50, [0] + [48] * 4)])
+@pytest.mark.parametrize("length, expected", [(16, [0] * 5), (17, [0] + [16] * 4), (48, [0, 32, 47, 47, 47]),
+                                              (50, [0] + [48] * 4)])
 def test_equal_prompts_share_all_but_the_last_token(llama: Path, length: int, expected: list[int]) -> None:
     """It is computed, for its logits. Rows of the step that computes the prefix share its full pages, later ones the rest too
     (48: a step of 64 tokens has no room for a third)."""
