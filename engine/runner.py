@@ -66,6 +66,7 @@ class Runner:
     def warm_up(self) -> None:
         """Capture the graphs, all rows being dummies meanwhile; this also compiles and loads what steps with prompts need."""
         self.table.rows.fill_(self.table.dummy)
+        ops.copy_pages(self.caches.storage, torch.zeros(1, 2, dtype=torch.int32, device=self.device))
         for graphs in self._graphs.values():
             graphs.capture()
         if self._graphs:

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 MAX_STOP_IDS = 16
-KV_SHARE = 0.98         # of the pool that the forecast may fill
+KV_SHARE = 0.99         # of the pool that the forecast may fill
 
 
 @dataclass(slots=True, eq=False)
@@ -151,14 +151,13 @@ class Scheduler:
     def _fitting(self, ready: list[Waiting]) -> int:
         """How many of `ready` the forecast lets in. Pages shared through the tree are counted once, a row's own by the row."""
         page, rows = self._table.page_size, np.flatnonzero(self.active)
-        slack = page // 2                                                    # of a row's last page
-        held = self.known[rows] - self.shared_pages[rows] * page + slack
         left = self._predictor.remaining(self.known[rows] - self.prompt_len[rows], self.limit[rows] - self.prompt_len[rows],
                                          self.exact[rows])
+        held = _in_pages(self.known[rows], left, page) - self.shared_pages[rows] * page
         new = np.array([(w.tokens.size, w.request.prompt.size, self._limit(w.request), len(w.path), w.request.params.ignore_eos)
                         for w in ready], dtype=np.int64)
-        new_held = new[:, 0] - new[:, 3] * page + slack
         new_left = self._predictor.remaining(new[:, 0] - new[:, 1], new[:, 2] - new[:, 1], new[:, 4].astype(bool))
+        new_held = _in_pages(new[:, 0], new_left, page) - new[:, 3] * page
         coming = {id(node) for w in ready for node in w.path if not node.page}
         capacity = int(self._pool.usable * KV_SHARE) - self._pool.shared - len(coming)
         return admissible(held, left, new_held, new_left, capacity * page)
@@ -628,3 +627,8 @@ class Scheduler:
             for token in self.tokens[row, self.prompt_len[row] : self.seen[row]]:
                 state = self._automata.step(state, token)
             assert state[0] == self.state[row], "a row's automaton is not where its tokens lead"
+
+
+def _in_pages(known: np.ndarray, left: np.ndarray, page: int) -> np.ndarray:
+    """Tokens that rows hold now, with what stays empty of their last page when they end: that is when they hold the most."""
+    return -(-(known + left) // page) * page - left
