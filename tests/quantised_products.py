@@ -113,7 +113,7 @@ def check_fp8_blocks(like: Tensor, rows: int, outputs: int, inputs: int) -> None
 
 
 def check_fused_quantisation(like: Tensor, rows: int, width: int, static: bool) -> None:
-    """The norm and the activation give the same codes as their own kernels followed by that of the quantisation."""
+    """The norm and the activation give the codes of their own kernels followed by that of the quantisation."""
     scale = torch.tensor([0.02], device=like.device) if static else None
     x, residual, weight = randn(rows, 2 * width, like=like)[:, :width], randn(rows, width, like=like), randn(width, like=like)
     for plus_one in (False, True):
@@ -122,11 +122,17 @@ def check_fused_quantisation(like: Tensor, rows: int, width: int, static: bool) 
         apart = residual.clone()
         want, want_scales = quantize.fp8_quantize(pointwise.add_rms_norm(x, apart, weight, 1e-5, plus_one), scale)
         assert torch.equal(summed, apart)
-        assert torch.equal(codes.float(), want.float())
-        assert torch.equal(scales, want_scales)
+        _same_but_for_last_bits(codes, scales, want, want_scales)
     x = randn(rows, 2 * width, like=like)
     for activation in ("silu", "gelu_tanh"):
         codes, scales = quantize.gated_act_fp8(x, activation, scale)
         want, want_scales = quantize.fp8_quantize(pointwise.gated_act(x, activation), scale)
-        assert torch.equal(codes.float(), want.float())
-        assert torch.equal(scales, want_scales)
+        _same_but_for_last_bits(codes, scales, want, want_scales)
+
+
+def _same_but_for_last_bits(codes: Tensor, scales: Tensor, want: Tensor, want_scales: Tensor) -> None:
+    """Two kernels may sum a row in another order: then a few values are rounded to the neighbouring code, and no further."""
+    got, expected = codes.float() * scales, want.float() * want_scales
+    off = (got - expected).abs()
+    assert (off <= 0.13 * expected.abs() + 2**-8 * want_scales).all()
+    assert (off > 0.01 * expected.abs() + 2**-12 * want_scales).float().mean() < 1e-3
