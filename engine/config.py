@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+GPU_ROWS, CPU_ROWS = 2048, 32     # max_rows where it is not set
+
 
 @dataclass(frozen=True, slots=True)
 class EngineConfig:

@@ -11,7 +11,7 @@ import torch
 
 from engine.automata import Automata
 from engine.block_pool import BlockPool
-from engine.config import EngineConfig
+from engine.config import CPU_ROWS, GPU_ROWS, EngineConfig
 from engine.guided.grammar import GrammarBackend
 from engine.memory import size_pool
 from engine.models.decoder import Decoder
@@ -46,7 +46,7 @@ class Engine:
         on_gpu = self.device.type == "cuda"
         dtype = getattr(torch, config.dtype if config.dtype != "auto" else spec.gpu_dtype if on_gpu else "float32")
         self.max_model_len = config.max_model_len or min(spec.max_positions, DEFAULT_CONTEXT)
-        max_rows = config.max_rows or (2048 if on_gpu else 32)
+        max_rows = config.max_rows or (GPU_ROWS if on_gpu else CPU_ROWS)
         max_step_tokens = max(config.max_step_tokens or (16384 if on_gpu else 1024), max_rows)
         self._tokenizer, self._guided = tokenizer, guided
 

@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from engine.config import CPU_ROWS, GPU_ROWS
+
 if TYPE_CHECKING:
     from engine.weights import Checkpoint
 
 PRODUCTS, MEMORY = 0.65, 0.9      # of what torch's product and copy reach
-GPU_ROWS, CPU_ROWS = 2048, 32     # engine.max_rows where it is not set
 
 
 @dataclass(frozen=True, slots=True)
