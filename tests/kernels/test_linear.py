@@ -56,6 +56,7 @@ def test_the_rule_leaves_the_rest_to_the_library():
     assert linear.choose(65, 4096, 4096, False, torch.bfloat16, HOPPER) is None
     assert linear.choose(1, 4096, 4096, False, torch.float32, HOPPER) is None
     assert linear.choose(1, 4096, 4000, False, torch.bfloat16, HOPPER) is None
+    assert linear.choose(1, 4096, 4096, False, torch.bfloat16, 0) is None       # on a chip that the tiles do not fit
 
 
 @pytest.mark.parametrize("rows", [3, 65])
