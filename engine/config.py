@@ -26,6 +26,8 @@ class EngineConfig:
     window: int = 8192                   # requests held ahead of admission, ordered by prefix
 
     def __post_init__(self) -> None:
+        if self.dtype not in ("auto", "bfloat16", "float16", "float32"):
+            raise ValueError(f"engine.dtype={self.dtype}: give auto, bfloat16, float16 or float32")
         if self.quantization not in ("stored", "fp8", "dense"):
             raise ValueError(f"engine.quantization={self.quantization}: give stored, fp8 or dense")
         if self.kv_dtype not in ("auto", "fp8"):

@@ -201,7 +201,10 @@ class Engine:
 def _device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(name)
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"engine.device={name}: no such device; there are auto, cuda, cuda:N and cpu") from None
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"engine.device={name}, but torch sees no CUDA device: set engine.device=cpu or install torch with CUDA")
     return device
