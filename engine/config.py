@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+GPU_ROWS, CPU_ROWS = 2048, 32     # max_rows where it is not set
+
 
 @dataclass(frozen=True, slots=True)
 class EngineConfig:
@@ -24,6 +26,8 @@ class EngineConfig:
     window: int = 8192                   # requests held ahead of admission, ordered by prefix
 
     def __post_init__(self) -> None:
+        if self.dtype not in ("auto", "bfloat16", "float16", "float32"):
+            raise ValueError(f"engine.dtype={self.dtype}: give auto, bfloat16, float16 or float32")
         if self.quantization not in ("stored", "fp8", "dense"):
             raise ValueError(f"engine.quantization={self.quantization}: give stored, fp8 or dense")
         if self.kv_dtype not in ("auto", "fp8"):

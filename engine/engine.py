@@ -11,10 +11,11 @@ import torch
 
 from engine.automata import Automata
 from engine.block_pool import BlockPool
-from engine.config import EngineConfig
+from engine.config import CPU_ROWS, GPU_ROWS, EngineConfig
 from engine.guided.grammar import GrammarBackend
 from engine.memory import size_pool
 from engine.models.decoder import Decoder
+from engine.models.spec import ModelSpec
 from engine.prefix_groups import PrefixGroups
 from engine.recovery import Recovery
 from engine.request import Completion, EngineError, EngineStats, Request
@@ -43,10 +44,11 @@ class Engine:
         spec = checkpoint.spec
         self.config, self.vocab_size = config, spec.vocab_size
         self.device = _device(config.device)
+        _check_fp8(config, spec, self.device)
         on_gpu = self.device.type == "cuda"
         dtype = getattr(torch, config.dtype if config.dtype != "auto" else spec.gpu_dtype if on_gpu else "float32")
         self.max_model_len = config.max_model_len or min(spec.max_positions, DEFAULT_CONTEXT)
-        max_rows = config.max_rows or (2048 if on_gpu else 32)
+        max_rows = config.max_rows or (GPU_ROWS if on_gpu else CPU_ROWS)
         max_step_tokens = max(config.max_step_tokens or (16384 if on_gpu else 1024), max_rows)
         self._tokenizer, self._guided = tokenizer, guided
 
@@ -199,7 +201,23 @@ class Engine:
 def _device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(name)
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"engine.device={name}: no such device; there are auto, cuda, cuda:N and cpu") from None
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"engine.device={name}, but torch sees no CUDA device: set engine.device=cpu or install torch with CUDA")
     return device
+
+
+def _check_fp8(config: EngineConfig, spec: ModelSpec, device: torch.device) -> None:
+    """Raise ValueError where something is to be FP8 on a GPU that does not have it; on the CPU torch does."""
+    if device.type == "cpu" or (has := torch.cuda.get_device_capability(device)) >= (8, 9):
+        return
+    stored = spec.quantization is not None and spec.quantization.fp8
+    for asked, what, instead in ((config.kv_dtype == "fp8", "engine.kv_dtype=fp8", "leave it at auto"),
+                                 (config.quantization == "fp8", "engine.quantization=fp8", "leave it at stored"),
+                                 (stored, "the model's FP8 weights", "take the model in another format")):
+        if asked:
+            raise ValueError(f"{what}: FP8 needs a GPU of compute capability 8.9 or more, and this one has {has[0]}.{has[1]}; "
+                             f"{instead}")

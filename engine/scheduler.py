@@ -102,7 +102,7 @@ class Scheduler:
         self.arrived = np.zeros(rows, dtype=bool)                             # on the device: see _arrive
         self.exact = np.zeros(rows, dtype=bool)                               # ends at its limit and nowhere else
         self.generation = np.zeros(rows, dtype=np.int32)
-        self.watched = np.zeros(rows, dtype=bool)       # a grammar or stop strings: looked at after each token
+        self.watched = np.zeros(rows, dtype=bool)       # a guide or stop strings: looked at after each token
         self.special = np.zeros(rows, dtype=bool)       # penalties, min_tokens or logprobs: more than the kernel does
         self.known, self.seen, self.computed, self.staged = (np.zeros(rows, dtype=np.int32) for _ in range(4))
         self.prompt_len, self.limit, self.least = (np.zeros(rows, dtype=np.int32) for _ in range(3))
@@ -519,7 +519,7 @@ class Scheduler:
             self._settle(row)
 
     def _watch(self, row: int) -> None:
-        """A row that the host must look at after each token: a grammar or stop strings."""
+        """A row that the host must look at after each token: it has a guide or stop strings."""
         live = self.live[row]
         token = int(self.tokens[row, self.seen[row] - 1])
         if live.guide is not None:

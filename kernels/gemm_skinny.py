@@ -12,7 +12,6 @@ launch, CUDA's guide, section 4.5): a program asks the L2 for its first weights 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 import triton
@@ -21,9 +20,8 @@ from torch import Tensor
 
 from kernels.overlap import after, launch_options, overlaps, prefetch
 from kernels.pointwise import gate
+from kernels.split_k import TILES, counters
 
-MOST_ROWS = 128
-MOST_TILES = 1 << 14
 AHEAD_BYTES = 2 << 20     # of the weight, asked of the L2 before the wait
 
 
@@ -114,17 +112,11 @@ def _product_kernel(x, weight, bias, out, partial, arrived, M, N, K, share, x_st
         tl.store(out + m[None, :] * N + column[:, None], y, mask=(m < M)[None, :] & (column < N)[:, None])
 
 
-@cache
-def _arrived(device: torch.device) -> Tensor:
-    """How many programs of each tile have finished; all 0 between launches. One stream a device runs these kernels at a time."""
-    return torch.zeros(MOST_TILES, dtype=torch.int32, device=device)
-
-
 def product(x: Tensor, weight: Tensor, bias: Tensor | None, tile: Tile, activation: str = "", out: Tensor | None = None,
             overlap: bool | None = None, ahead: int = AHEAD_BYTES) -> Tensor:
     """x [M, K], rows may be strided, and weight [N, K] -> [M, N], into `out` if given; with an activation [M, N / 2].
 
-    M is at most MOST_ROWS; K a multiple of tile.splits * tile.depth.
+    M is at most 128; K a multiple of tile.splits * tile.depth.
     """
     (rows, depth), features = x.shape, weight.shape[0]
     block = tile.block(rows)
@@ -135,8 +127,8 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None, tile: Tile, activati
     partial, arrived = out, out         # not used without splits
     if tile.splits > 1:
         partial = torch.empty(tiles * tile.splits * tile.rows * block, dtype=torch.float32, device=x.device)
-        arrived = _arrived(x.device)
-        assert tiles <= MOST_TILES
+        arrived = counters(x.device)
+        assert tiles <= TILES
     _product_kernel[tiles, tile.splits](
         x, weight, weight if bias is None else bias, out, partial, arrived, rows, features, depth, depth // tile.splits,
         x.stride(0), ahead // (features * tile.splits * x.element_size()), BLOCK_M=block, BLOCK_N=tile.rows, BLOCK_K=tile.depth,

@@ -10,6 +10,8 @@ Many rows: the weights are written to a scratch buffer, and cuBLAS does the rest
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 import torch.nn.functional as F
 import triton
@@ -255,6 +257,14 @@ def _skinny_kernel(x, packed, scales, zeros, bias, out, partial, counters, M, N,
     finish(acc, bias, out, partial, counters, n, m, M, N, splits, BIAS, SPLIT)
 
 
+@cache
+def _has_assembly(device: torch.device, dtype: torch.dtype) -> bool:
+    """Bfloat16 is subtracted in pairs from Hopper on; nothing is in the interpreter, nor in float32."""
+    if INTERPRET or dtype == torch.float32:
+        return False
+    return dtype == torch.float16 or torch.cuda.get_device_capability(device) >= (9, 0)
+
+
 def _format(scales: Tensor, zeros: Tensor | None, group: int, bits: int, width: int) -> dict[str, int | bool]:
     """What the kernels are compiled for. GROUP 0: one group for all inputs; PIECE: columns of a block that share a scale."""
     block = WORDS * 16 // bits
@@ -262,7 +272,7 @@ def _format(scales: Tensor, zeros: Tensor | None, group: int, bits: int, width: 
         raise ValueError(f"groups of {group} are not supported: 32, 64, 128, or all {width} inputs")
     return {"GROUP": 0 if group == width else group, "PIECE": min(group, block) if group in (32, 64) else block, "BITS": bits,
             "ZERO": zeros is not None, "WHOLE": zeros is None or zeros.dtype == torch.uint8,
-            "ASM": not INTERPRET and scales.dtype != torch.float32}
+            "ASM": _has_assembly(scales.device, scales.dtype)}
 
 
 # By the most rows that a tile is for; measured on an H100 with Mistral-7B's shapes (jobs/bench/quantized.py --only w4 --sweep).

@@ -9,7 +9,7 @@ import triton
 from torch import Tensor
 
 from kernels import pointwise, ref
-from kernels.gemm_skinny import Tile, product, tile_of
+from kernels.gemm_skinny import SHARED_BYTES, Tile, product, tile_of
 
 MOST_ROWS = 64              # cuBLAS is as fast from here on
 SMALL_BYTES = 8 << 20       # weights up to this take as long as a program does, whatever the memory's speed
@@ -21,7 +21,7 @@ def choose(m: int, features: int, depth: int, gated: bool, dtype: torch.dtype, p
 
     As jobs/bench/gemm.py measured them on an H100 for the shapes of Mistral-7B and SmolLM2-135M.
     """
-    if m > MOST_ROWS or dtype.itemsize != 2:
+    if m > MOST_ROWS or dtype.itemsize != 2 or not processors:
         return None
     small = dtype.itemsize * features * depth <= SMALL_BYTES
     for rows, step, splits, stages in (_vectors if m == 1 else _small if small else _large)(m, features, depth, processors):
@@ -55,7 +55,9 @@ def _tile(x: Tensor, weight: Tensor, gated: bool) -> Tile | None:
 
 @cache
 def _processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
+    """Multiprocessors; 0 where they have less shared memory than the tiles are made for, as before Hopper."""
+    chip = torch.cuda.get_device_properties(device)
+    return chip.multi_processor_count if chip.shared_memory_per_multiprocessor >= SHARED_BYTES else 0
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None) -> Tensor:

@@ -77,7 +77,7 @@ def _gated_act_kernel(x, out, x_stride, WIDTH: tl.constexpr, BLOCK: tl.constexpr
     tl.store(out + row * WIDTH + columns, gate(low, up, GELU, out.dtype.element_ty), mask=inside)
 
 
-def _shape(width: int) -> tuple[int, int]:
+def row_shape(width: int) -> tuple[int, int]:
     """The power of two that holds a row, and warps such that a lane has about 16 elements: two 16-byte loads in flight each."""
     block = triton.next_power_of_2(width)
     return block, min(max(block // 512, 1), 16)
@@ -87,7 +87,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, plus_one: bool) -> Tensor:
     """See ref.rms_norm; x [T, width], rows may be strided."""
     rows, width = x.shape
     out = torch.empty((rows, width), dtype=x.dtype, device=x.device)
-    block, warps = _shape(width)
+    block, warps = row_shape(width)
     _rms_norm_kernel[rows,](x, weight, out, x.stride(0), eps, WIDTH=width, BLOCK=block, PLUS_ONE=plus_one, num_warps=warps,
                            **launch_options(overlaps(x.device)))
     return out
@@ -97,7 +97,7 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float, plus_o
     """See ref.add_rms_norm; x and residual [T, width], rows may be strided."""
     rows, width = x.shape
     out = torch.empty((rows, width), dtype=x.dtype, device=x.device)
-    block, warps = _shape(width)
+    block, warps = row_shape(width)
     _add_rms_norm_kernel[rows,](x, residual, weight, out, x.stride(0), residual.stride(0), eps, WIDTH=width, BLOCK=block,
                                 PLUS_ONE=plus_one, num_warps=warps, **launch_options(overlaps(x.device)))
     return out

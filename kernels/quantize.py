@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kernels import ref
 from kernels.overlap import after, launch_options, overlaps
-from kernels.pointwise import add_and_normalise, gate
+from kernels.pointwise import add_and_normalise, gate, row_shape
 
 LARGEST = tl.constexpr(ref.E4M3_MAX)
 
@@ -78,10 +78,9 @@ def _outputs(x: Tensor, width: int, groups: int = 1) -> tuple[Tensor, Tensor]:
 
 
 def _options(x: Tensor, width: int, scale: Tensor | None) -> dict[str, Any]:
-    """A row a program, as kernels.pointwise has it: a lane has about 16 elements."""
-    block = triton.next_power_of_2(width)
-    return {"WIDTH": width, "BLOCK": block, "STATIC": scale is not None, "num_warps": min(max(block // 512, 1), 16),
-            **launch_options(overlaps(x.device))}
+    """A row a program, as kernels.pointwise has it."""
+    block, warps = row_shape(width)
+    return {"WIDTH": width, "BLOCK": block, "STATIC": scale is not None, "num_warps": warps, **launch_options(overlaps(x.device))}
 
 
 def fp8_quantize(x: Tensor, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -62,5 +62,3 @@ def _prompts(source: Input, builder: PromptBuilder, limit: int | None) -> Iterat
     for shard in make_plan(source.files, _ROWS, limit).shards:
         for chunk in cursor.read(shard):
             yield from builder.build(chunk, 0)
-
-

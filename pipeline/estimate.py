@@ -15,11 +15,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from engine.config import CPU_ROWS, GPU_ROWS
+from pipeline.exits import ConfigError
+
 if TYPE_CHECKING:
     from engine.weights import Checkpoint
 
 PRODUCTS, MEMORY = 0.65, 0.9      # of what torch's product and copy reach
-GPU_ROWS, CPU_ROWS = 2048, 32     # engine.max_rows where it is not set
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +92,7 @@ def fresh_tokens(prompts: Sequence[np.ndarray]) -> int:
 
 
 def this_device(name: str, max_rows: int | None) -> Device:
-    """The one that `engine.device` names, measured: a second or less. Raises ValueError if it is not there."""
+    """The one that `engine.device` names, measured: a second or less. Raises ConfigError if it is not there."""
     import torch
 
     if name != "cpu" and torch.cuda.is_available():
@@ -103,7 +105,7 @@ def this_device(name: str, max_rows: int | None) -> Device:
         return Device(torch.cuda.get_device_name(device), 2 * 8192**3 / product, 2 * held.nbytes / copy, room, H100.overhead, 2,
                       max_rows or GPU_ROWS)
     if name not in ("auto", "cpu"):
-        raise ValueError(f"engine.device={name}: torch sees no such device")
+        raise ConfigError(f"engine.device={name}: torch sees no such device here; leave it at auto, or set engine.device=cpu")
     a, held = torch.randn(1024, 1024), torch.empty(1 << 26, dtype=torch.uint8)
     product, copy = _seconds(lambda: a @ a), _seconds(held.clone)
     label = f"the {os.cpu_count()} CPU cores of this machine"

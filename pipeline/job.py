@@ -103,6 +103,7 @@ def label(config: RunConfig, source: Input, builder: PromptBuilder, folder: RunF
     collect = Collect(source, model.tokenizer(), lambda state: feed.published(state))
     feed = Feed(source, mine, open_shard, builder, config.seed, config.engine.window, config.input.threads,
                 collect.opened, collect.deliver)
+
     def phase(name: str) -> None:
         if reason := stop.interrupted():
             raise Interrupted(reason)

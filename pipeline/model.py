@@ -103,14 +103,14 @@ class RealModel:
 
     @cached_property
     def _path(self) -> Path:
-        return _resolve("model.source", self._config.model.source, _accept)
+        return resolve("model.source", self._config.model.source, _accept)
 
     @cached_property
     def _tokenizer(self) -> RowTokenizer:
         from pipeline.tokenizer import RowTokenizer, load_tokenizer
 
         keys = self._config.model
-        path = self._path if keys.tokenizer is None else _resolve("model.tokenizer", keys.tokenizer)
+        path = self._path if keys.tokenizer is None else resolve("model.tokenizer", keys.tokenizer)
         return _one_line(lambda: RowTokenizer(load_tokenizer(path, keys.chat_template)))
 
     @cached_property
@@ -165,7 +165,8 @@ def _accept(config: dict[str, Any]) -> None:
         raise ConfigError(f"model.source: {first_line(error)}") from error
 
 
-def _resolve(key: str, source: str, accept: Accept | None = None) -> Path:
+def resolve(key: str, source: str, accept: Accept | None = None) -> Path:
+    """See resolve_model. Raises ConfigError that names the key."""
     try:
         return resolve_model(source, accept=accept)
     except ModelSourceError as error:
@@ -176,7 +177,7 @@ def _identity(key: str, source: str, accept: Accept | None = None) -> str:
     """A wheel's version never changes, so its name will do; of the hub, the commit; of local files, a digest of the contents."""
     if source.startswith("pypi:"):
         return source
-    path = _resolve(key, source, accept)
+    path = resolve(key, source, accept)
     if not Path(source).expanduser().exists():
         return f"{source} at {path.name}"
     digest = hashlib.blake2b(digest_size=16)

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from pipeline.config import InputKeys, ModelKeys, Strict, TaskKeys, validate
 from pipeline.exits import ConfigError, Exit, JobError, StorageError
 from pipeline.input.formats import first_line
-from pipeline.model_source import Accept, ModelSourceError, resolve_model
+from pipeline.model import resolve
 from pipeline.run import compose_tree, given_keys, listed, normalise
 
 if TYPE_CHECKING:
@@ -171,9 +171,9 @@ def run(config: QuantizeConfig) -> None:
         check(spec, make_method(config, spec))
 
     try:
-        path = tokenizer_path = _resolve("model.source", config.model.source, accept)
+        path = tokenizer_path = resolve("model.source", config.model.source, accept)
         if config.model.tokenizer is not None:
-            tokenizer_path = _resolve("model.tokenizer", config.model.tokenizer)
+            tokenizer_path = resolve("model.tokenizer", config.model.tokenizer)
         checkpoint = open_checkpoint(path)
         method = make_method(config, checkpoint.spec)
         check(checkpoint.spec, method)
@@ -270,13 +270,6 @@ def _free(name: str) -> Path:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"out={name}: exists already; give another name, or remove it")
     return out
-
-
-def _resolve(key: str, source: str, accept: Accept | None = None) -> Path:
-    try:
-        return resolve_model(source, accept=accept)
-    except ModelSourceError as error:
-        raise ConfigError(f"{key}: {error}") from None
 
 
 def _device(name: str) -> torch.device:

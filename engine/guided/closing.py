@@ -18,7 +18,7 @@ from llguidance import LLTokenizer, TokenizerWrapper
 
 from engine.guided.distinct import Scanner
 
-_END = 256
+END = 256
 _QUOTE, _BACKSLASH = 0x22, 0x5C
 # Outside strings: leave what is open, go on where that is needed, then the cheapest value that may begin.
 _STRUCTURE = tuple(b'}],:0123456789"[{ntf-.eE+')
@@ -37,7 +37,7 @@ _NEVER = 1 << 30
 class _Bytes:
     """What LLTokenizer asks of a tokenizer, for a vocabulary of single bytes."""
 
-    eos_token_id, bos_token_id, special_token_ids = _END, None, (_END,)
+    eos_token_id, bos_token_id, special_token_ids = END, None, (END,)
     tokens = [bytes([i]) for i in range(256)] + [b"<end>"]
 
     def __call__(self, text: bytes | str) -> list[int]:
@@ -46,12 +46,12 @@ class _Bytes:
 
 @cache
 def byte_tokenizer() -> LLTokenizer:
-    return LLTokenizer(TokenizerWrapper(_Bytes()), n_vocab=257, eos_token=_END, slices=[])
+    return LLTokenizer(TokenizerWrapper(_Bytes()), n_vocab=257, eos_token=END, slices=[])
 
 
 class ByteMatcher(Protocol):
-    """A grammar over the 256 bytes and an end: LLMatcher's methods that the search needs. Of a backend that has none of its own,
-    its language over `byte_tokens`."""
+    """A grammar over the 256 bytes and an end: LLMatcher's methods that the search needs; for other backends see
+    engine.guided.state_matcher."""
 
     def deep_copy(self) -> ByteMatcher: ...
     def try_consume_tokens(self, tokens: list[int]) -> int: ...

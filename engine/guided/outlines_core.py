@@ -20,12 +20,12 @@ from outlines_core import Guide as Walker
 from outlines_core import Index, Vocabulary, json_schema
 
 from engine.guided.closed import ClosedGrammar
-from engine.guided.closing import Closer
+from engine.guided.closing import END, Closer
 from engine.guided.front import parse_schema
 from engine.guided.grammar import SchemaError
 from engine.guided.hints import example, schema_hints
 from engine.guided.simple import SimpleBackend, choice_check, regex_check, validator_of
-from engine.guided.state_matcher import END, StateMatcher
+from engine.guided.state_matcher import StateMatcher
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

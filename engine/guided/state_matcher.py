@@ -1,24 +1,15 @@
-"""A finite automaton over the bytes as the closing search wants it: for backends that have no matcher over bytes of their own."""
+"""Matchers over the bytes as the closing search wants them: for backends that have none of their own."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Set
 from dataclasses import dataclass, field
 
-END = 256
+from engine.guided.closing import END, ByteMatcher
 
 
-@dataclass(slots=True)
-class StateMatcher:
-    """closing.ByteMatcher. moves: state -> byte -> state; END is no move. finals: states where the output may end."""
-
-    moves: Mapping[int, Mapping[int, int]]
-    finals: Set[int]
-    state: int
-    before: list[int] = field(default_factory=list)
-
-    def deep_copy(self) -> StateMatcher:
-        return StateMatcher(self.moves, self.finals, self.state, list(self.before))
+class ByteByByte(ByteMatcher):
+    """What follows from consume_token and rollback."""
 
     def try_consume_tokens(self, tokens: list[int]) -> int:
         for taken, byte in enumerate(tokens):
@@ -29,6 +20,24 @@ class StateMatcher:
     def consume_tokens(self, sampled_tokens: list[int]) -> bool:
         return self.try_consume_tokens(sampled_tokens) == len(sampled_tokens)
 
+    def validate_tokens(self, tokens: list[int]) -> int:
+        taken = self.try_consume_tokens(tokens)
+        self.rollback(taken)
+        return taken
+
+
+@dataclass(slots=True)
+class StateMatcher(ByteByByte):
+    """Of a finite automaton. moves: state -> byte -> state; END is no move. finals: states where the output may end."""
+
+    moves: Mapping[int, Mapping[int, int]]
+    finals: Set[int]
+    state: int
+    before: list[int] = field(default_factory=list)
+
+    def deep_copy(self) -> StateMatcher:
+        return StateMatcher(self.moves, self.finals, self.state, list(self.before))
+
     def consume_token(self, sampled_token: int) -> bool:
         after = self.moves.get(self.state, {}).get(sampled_token) if sampled_token != END else None
         if after is None:
@@ -36,11 +45,6 @@ class StateMatcher:
         self.before.append(self.state)
         self.state = after
         return True
-
-    def validate_tokens(self, tokens: list[int]) -> int:
-        taken = self.try_consume_tokens(tokens)
-        self.rollback(taken)
-        return taken
 
     def rollback(self, num_tokens: int) -> bool:
         if num_tokens:

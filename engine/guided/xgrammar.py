@@ -20,12 +20,12 @@ import torch
 import xgrammar
 
 from engine.guided.closed import ClosedGrammar
-from engine.guided.closing import Closer
+from engine.guided.closing import END, Closer
 from engine.guided.front import parse_schema
 from engine.guided.grammar import SchemaError
 from engine.guided.hints import example, schema_hints
 from engine.guided.simple import SimpleBackend, choice_check, regex_check, validator_of
-from engine.guided.state_matcher import END
+from engine.guided.state_matcher import ByteByByte
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -65,7 +65,7 @@ class XGuide:
         return None
 
 
-class XBytes:
+class XBytes(ByteByByte):
     """closing.ByteMatcher over xgrammar's matcher for the vocabulary of single bytes."""
 
     def __init__(self, matcher: xgrammar.GrammarMatcher) -> None:
@@ -75,22 +75,8 @@ class XBytes:
     def deep_copy(self) -> XBytes:
         return XBytes(self._matcher.fork())
 
-    def try_consume_tokens(self, tokens: list[int]) -> int:
-        for taken, byte in enumerate(tokens):
-            if not self.consume_token(byte):
-                return taken
-        return len(tokens)
-
-    def consume_tokens(self, sampled_tokens: list[int]) -> bool:
-        return self.try_consume_tokens(sampled_tokens) == len(sampled_tokens)
-
     def consume_token(self, sampled_token: int) -> bool:
         return sampled_token != END and self._matcher.accept_token(sampled_token)
-
-    def validate_tokens(self, tokens: list[int]) -> int:
-        taken = self.try_consume_tokens(tokens)
-        self.rollback(taken)
-        return taken
 
     def rollback(self, num_tokens: int) -> bool:
         if num_tokens:

@@ -58,7 +58,6 @@ class Fp8Method(_RowScaled):
                 "input_scale": None if inputs is None else inputs.amax(0)}
 
 
-
 @dataclass(frozen=True, slots=True)
 class Fp8BlockMethod(LinearMethod):
     """Weights with a scale for every block of 128 x 128, inputs with one for every 128 of a token (DeepSeek-V3)."""
@@ -90,4 +89,3 @@ class OnlineFp8Method(_RowScaled):
     def finalize(self, layer: Linear, stored: dict[str, Tensor]) -> dict[str, Tensor | None]:
         weight, scale = ops.fp8_quantize(stored["weight"])
         return {"weight": weight, "weight_scale": scale.flatten(), "bias": stored.get("bias"), "input_scale": None}
-

@@ -104,6 +104,10 @@ class Quantization:
     def integer(self) -> bool:
         return any(isinstance(scheme, (Awq, Gptq, Packed)) for _, scheme in self.rules)
 
+    @property
+    def fp8(self) -> bool:
+        return any(isinstance(scheme, Fp8) for _, scheme in self.rules)
+
     def scheme(self, name: str) -> Scheme | None:
         """Of the layer `name` (model.layers.0.self_attn.q_proj); None: its weights are plain."""
         if any(pattern.match(name) for pattern in self.ignored):

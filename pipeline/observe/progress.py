@@ -27,9 +27,9 @@ class Progress:
 
     @contextmanager
     def shown_logs(self, name: str) -> Iterator[None]:
-        """Meanwhile, what the logger `name` and those below it have to say of their progress is shown as phases."""
+        """Meanwhile, what the logger `name` and those below it have to say is shown as phases, errors with their traceback."""
         handler = logging.Handler(logging.INFO)
-        handler.emit = lambda record: self.phase(record.getMessage())    # type: ignore[method-assign]
+        handler.emit = lambda record: self.phase(handler.format(record))    # type: ignore[method-assign]
         logger = logging.getLogger(name)
         before = logger.handlers, logger.propagate, logger.level
         logger.handlers, logger.propagate = [handler], False

@@ -261,6 +261,11 @@ def test_grammars_and_adapters_need_their_part(llama: Path, backend: LLGuidanceB
             engine.submit(Request(0, np.array([1]), adapter="mine"))
 
 
+def test_a_device_that_torch_does_not_know_is_refused(llama: Path) -> None:
+    with pytest.raises(ValueError, match=r"^engine\.device=tpu: no such device"), running(llama, device="tpu"):
+        pass
+
+
 @pytest.mark.parametrize("config, limit", [
     ({"kv_pages": 16}, "engine.kv_pages=16 leaves 0.00 GiB"),
     ({"cpu_kv_gib": 0.0001}, "engine.cpu_kv_gib=0.0001 leaves 0.00 GiB"),

@@ -13,8 +13,10 @@ from models import tiny_checkpoint
 from safetensors.torch import load_file, save_file
 
 from engine.config import EngineConfig
+from engine.engine import _check_fp8
 from engine.memory import page_bytes
 from engine.models.errors import ModelError
+from engine.weights import open_checkpoint
 from kernels import ops, ref
 
 PROMPT = torch.randint(0, 200, (90,), generator=torch.Generator().manual_seed(0)).tolist()
@@ -99,3 +101,13 @@ def test_twice_the_pages_of_16_bits_fit(tmp_path: Path) -> None:
 def test_other_kinds_are_refused() -> None:
     with pytest.raises(ValueError, match=r"engine\.kv_dtype=int4: give auto or fp8"):
         dataclasses.replace(EngineConfig(), kv_dtype="int4")
+
+
+@pytest.mark.parametrize("config, what", [({"kv_dtype": "fp8"}, "kv_dtype=fp8"), ({"quantization": "fp8"}, "quantization=fp8")])
+def test_gpus_without_fp8_are_refused(config: dict[str, str], what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = open_checkpoint(tiny_checkpoint("llama", tmp_path)).spec
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    with pytest.raises(ValueError, match=rf"engine\.{what}: FP8 needs a GPU of compute capability 8\.9 .* has 8\.0; leave it at"):
+        _check_fp8(EngineConfig(**config), spec, torch.device("cuda"))
+    _check_fp8(EngineConfig(), spec, torch.device("cuda"))
+    _check_fp8(EngineConfig(**config), spec, torch.device("cpu"))

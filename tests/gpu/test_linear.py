@@ -12,7 +12,8 @@ if not torch.cuda.is_available():
     pytest.skip("needs CUDA", allow_module_level=True)
 
 from kernels import ops, ref
-from kernels.gemm_skinny import Tile, _arrived, product
+from kernels.gemm_skinny import Tile, product
+from kernels.split_k import counters
 
 
 def run(tile, x, weight, bias, activation, out):
@@ -39,7 +40,7 @@ def seeded():
 def test_product(dtype, m, features, depth, tile, activation, bias):
     like = torch.empty(0, dtype=dtype, device="cuda")
     check_linear(partial(run, tile), like, m, features, depth, activation, bias)
-    assert not _arrived(like.device).any()
+    assert not counters(like.device).any()
 
 
 @pytest.mark.parametrize("m", [1, 7, 16, 56, 100, 128])

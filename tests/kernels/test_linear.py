@@ -13,7 +13,8 @@ import torch
 from kernel_cases import check_linear, randn
 
 from kernels import linear, ref
-from kernels.gemm_skinny import Tile, _arrived, product
+from kernels.gemm_skinny import Tile, product
+from kernels.split_k import counters
 
 HOPPER = 132
 
@@ -36,7 +37,7 @@ def seeded():
 @pytest.mark.parametrize("activation, bias", [("", False), ("", True), ("silu", True), ("gelu_tanh", False)])
 def test_product(dtype, m, features, depth, tile, activation, bias):
     check_linear(partial(run, tile), torch.empty(0, dtype=dtype), m, features, depth, activation, bias)
-    assert not _arrived(torch.device("cpu")).any()
+    assert not counters(torch.device("cpu")).any()
 
 
 @pytest.mark.parametrize("m", [1, 2, 16, 17, 64])
@@ -55,6 +56,7 @@ def test_the_rule_leaves_the_rest_to_the_library():
     assert linear.choose(65, 4096, 4096, False, torch.bfloat16, HOPPER) is None
     assert linear.choose(1, 4096, 4096, False, torch.float32, HOPPER) is None
     assert linear.choose(1, 4096, 4000, False, torch.bfloat16, HOPPER) is None
+    assert linear.choose(1, 4096, 4096, False, torch.bfloat16, 0) is None       # on a chip that the tiles do not fit
 
 
 @pytest.mark.parametrize("rows", [3, 65])

@@ -38,9 +38,11 @@ def test_conf_shows_every_key() -> None:
     shown = set(yaml.safe_load((CONF / "engine/default.yaml").read_text()))
     assert shown == {field.name for field in dataclasses.fields(EngineConfig)}
     assert {key.partition(".")[0] for key in known_keys(RunConfig)} == set(tree)
-    for section in ("sampling", "guided", "output", "task"):
-        name = {"task": "generate"}.get(section, "default")
-        assert set(yaml.safe_load((CONF / section / f"{name}.yaml").read_text())) == set(tree[section]), section
+    for section in ("sampling", "guided", "output"):
+        assert set(yaml.safe_load((CONF / section / "default.yaml").read_text())) == set(tree[section]), section
+    for section in ("model", "task"):       # each of these stands alone
+        for path in (CONF / section).glob("*.yaml"):
+            assert set(yaml.safe_load(path.read_text())) == set(tree[section]), path
     top = yaml.safe_load((CONF / "config.yaml").read_text())
     for section in ("input", "plan", "limits"):
         assert set(top[section]) == set(tree[section]), section
@@ -119,6 +121,7 @@ def test_a_wrong_task_file_is_one_line(tmp_path: Path, text: str | None, line: s
     ("model=qwen2.5-0.5", "model=qwen2.5-0.5: no such model; did you mean qwen2.5-0.5b?"),
     ("task=nope", "task=nope: no such task; there are classify, "),
     ("engine.depth=7", "engine.depth must be 1 or 2"),
+    ("engine.dtype=fp8", "engine.dtype=fp8: give auto, bfloat16, float16 or float32"),
     ("engine.max_rows=many", "engine.max_rows=many: "),
     ("sampling.temperature=-1", "sampling.temperature must be 0 or more"),
     ("sampling.n=0", "sampling.n=0: "),

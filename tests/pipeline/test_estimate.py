@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 
-from pipeline.estimate import Device, ModelSize, Workload, fresh_tokens, seconds
+from pipeline.estimate import Device, ModelSize, Workload, fresh_tokens, seconds, this_device
+from pipeline.exits import ConfigError
 
 H200 = Device("H200", 690e12, 4.41e12, 130e9, 0.0012, 2, 2048)
 MISTRAL = ModelSize(7_110_000_000, 14_500_000_000, 2 * 32 * 8 * 128)
@@ -33,3 +35,9 @@ def test_a_prefix_is_counted_once() -> None:
     prompts = [np.array([*stem, *own], dtype=np.int32) for own in ([1, 2, 3], [1, 2, 4, 5], [9])]
     assert fresh_tokens(prompts) == 103 + 2 + 1
     assert fresh_tokens(prompts[:1] * 5) == 103 + 4
+
+
+def test_a_device_that_is_not_there_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ConfigError, match=r"^engine\.device=cuda: torch sees no such device here; .* set engine\.device=cpu$"):
+        this_device("cuda", None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -63,6 +64,19 @@ def test_a_terminal_gets_a_bar(clock: list[float]) -> None:
     progress.end(100)
     assert "100/100" in stream.getvalue()
     assert "decode 200 tok/s" in stream.getvalue()
+
+
+def test_a_logged_error_is_shown_with_where_it_happened(clock: list[float]) -> None:
+    stream = io.StringIO()
+    with Progress(stream).shown_logs("engine"):
+        try:
+            raise KeyError("inside the compiler")
+        except KeyError:
+            logging.getLogger("engine.guided.pool").exception("a schema tripped the compiler")
+    lines = stream.getvalue().splitlines()
+    assert lines[0] == "[   0.0 s] a schema tripped the compiler"
+    assert lines[1].startswith("Traceback")
+    assert lines[-1] == "KeyError: 'inside the compiler'"
 
 
 def test_durations() -> None:
