@@ -15,9 +15,10 @@ ARGS ?=
 run: $(VENV)/.installed
 	$(BIN)/python -m pipeline.run $(ARGS)
 
-# Everything that needs no GPU; a GPU that is there is hidden. One file: make test ARGS=tests/engine/test_scheduler.py
+# Everything that needs no GPU; a GPU that is there is hidden. One file: make test ARGS=tests/engine/test_scheduler.py WORKERS=0
+WORKERS ?= 2
 test: $(VENV)/.installed-dev
-	CUDA_VISIBLE_DEVICES= $(BIN)/python -m pytest $(ARGS)
+	CUDA_VISIBLE_DEVICES= $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
 
 # What needs CUDA, with the interpreter at hand and the packages it has.
 test-gpu:

@@ -115,7 +115,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if any(word in ("-h", "--help", "help") for word in argv):
         print(HELP % (listed("model"), listed("task")), end="")
         return Exit.COMPLETE
-    before = signal.signal(signal.SIGTERM, _stop)
+    before = {number: signal.signal(number, _stop) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         config = read_config([word for word in argv if word != "--cfg"])
         if "--cfg" in argv:
@@ -128,9 +128,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return int(error.exit_code)
     except KeyboardInterrupt as stopped:
         print("stopped: nothing was written", file=sys.stderr)
-        return 128 + (stopped.args[0] if stopped.args else signal.SIGINT)
+        return 128 + int(stopped.args[0])
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _stop(number: int, frame: object) -> None:
