@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import traceback
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from typing import TYPE_CHECKING
@@ -128,17 +129,19 @@ class Engine:
         self._scheduler.refill()
         plan = self._scheduler.schedule()
         failure: Exception | None = None
+        where = ""
         if plan is not None:
             try:
                 self._inflight.append(self._launch(plan))
             except Exception as error:
+                where = traceback.format_exc()
                 failure = error.with_traceback(None)             # whose frames would keep the step's tensors alive
         else:
             self._table.flush_staged()
             if self._inflight:
                 self._retire()
         if plan is not None and failure is not None:
-            self._recover(plan, failure)
+            self._recover(plan, failure, where)
         done = self._scheduler.finished()
         self._recovery.ended(done)
         return done
@@ -152,7 +155,7 @@ class Engine:
         self._runner.launch_sample(step, mask)
         return step
 
-    def _recover(self, plan: StepPlan, failure: Exception) -> None:
+    def _recover(self, plan: StepPlan, failure: Exception, where: str) -> None:
         if self.device.type == "cuda":
             try:
                 torch.cuda.synchronize(self.device)
@@ -160,7 +163,7 @@ class Engine:
                 raise EngineError(f"the GPU no longer answers ({error})") from failure
         while self._inflight:
             self._retire()
-        self._recovery.failed(plan, failure)
+        self._recovery.failed(plan, failure, where)
 
     def _retire(self) -> None:
         step = self._inflight.popleft()

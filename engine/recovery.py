@@ -27,13 +27,18 @@ class Recovery:
         self._fits = scheduler.row_limit         # rows that memory allows, as far as is known
         self._suspects: set[Hashable] = set()    # of a step that failed, as long as they have not ended
         self._blamed = 0
+        self._logged: set[str] = set()
 
-    def failed(self, plan: StepPlan, error: Exception) -> None:
-        """`plan` did not run, and no step is in flight. Raises EngineError if fewer rows would not help."""
+    def failed(self, plan: StepPlan, error: Exception, where: str) -> None:
+        """`plan` did not run, no step is in flight. `where`: the traceback. Raises EngineError if fewer rows would not help."""
         scheduler = self._scheduler
         rows = [row for row in plan.rows.tolist() if scheduler.active[row]]
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-        if _is_out_of_memory(error):
+        out_of_memory = _is_out_of_memory(error)
+        if not out_of_memory and where not in self._logged:      # once for each place: a step is tried again many times
+            self._logged.add(where)
+            _log.warning("a step of %d rows failed\n%s", len(rows), where)
+        if out_of_memory:
             self._shrink(plan, reason)
         elif len(rows) > 1:
             self._suspects = {scheduler.live[row].waiting.request.id for row in rows}
