@@ -17,12 +17,13 @@ from engine.guided.grammar import GrammarBackend
 from engine.memory import size_pool
 from engine.models.decoder import Decoder
 from engine.models.spec import ModelSpec
+from engine.plan import StepPlan
 from engine.prefix_groups import PrefixGroups
 from engine.recovery import Recovery
 from engine.request import Completion, EngineError, EngineStats, Request
 from engine.row_table import RowTable
 from engine.runner import Runner, Step
-from engine.scheduler import MAX_STOP_IDS, Scheduler, StepPlan
+from engine.scheduler import MAX_STOP_IDS, Scheduler
 from engine.weights import Checkpoint
 from engine.window import Waiting
 

@@ -12,8 +12,9 @@ from collections.abc import Hashable, Iterable
 
 import torch
 
+from engine.plan import StepPlan
 from engine.request import Completion, EngineError
-from engine.scheduler import Scheduler, StepPlan
+from engine.scheduler import Scheduler
 
 MIN_STEP_TOKENS = 256    # fewer save no memory worth having
 MOST_BLAMED = 32         # rows that fail alone, one after another, before the engine itself is held to be at fault

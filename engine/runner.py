@@ -13,10 +13,10 @@ from engine.automata import Automata
 from engine.cuda_graphs import CudaGraphs, graph_sizes
 from engine.layers.attention import KVCache, StepInputs
 from engine.models.decoder import Decoder
+from engine.plan import StepPlan
 from engine.prefix_groups import MIN_ROWS
 from engine.request import TokenLogprobs
 from engine.row_table import RING, RowTable
-from engine.scheduler import StepPlan
 from kernels import ops
 
 SHARING_ALWAYS = 64     # decode rows from which on a step always asks for shared prefixes: too cheap then to matter

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from engine.automata import Automata
+from engine.plan import Special
 from engine.request import TokenLogprobs
 from engine.row_table import RowTable
-from engine.scheduler import Special
 from kernels import ops
 
 

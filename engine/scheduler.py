@@ -22,8 +22,9 @@ from engine.automata import Automata
 from engine.block_pool import BlockPool, Node, OutOfPages
 from engine.config import EngineConfig
 from engine.guided.grammar import Guide
+from engine.plan import Special, StepPlan
 from engine.prefix_groups import PrefixGroups
-from engine.request import Completion, EngineStats, FinishReason, Request, SamplingParams, TokenLogprobs
+from engine.request import Completion, EngineStats, FinishReason, Request, TokenLogprobs
 from engine.row_table import RowTable
 from engine.stop_strings import StopStrings
 from engine.window import Waiting, Window
@@ -44,41 +45,6 @@ class Live:
     stop: StopStrings | None
     logprobs: list[TokenLogprobs] | None
     published: int = 0          # nodes of the path that it has offered or found computed
-
-
-@dataclass(frozen=True, slots=True)
-class Special:
-    """A sampled row that wants more than the sampling kernel does. `index`: into the plan's sampled rows."""
-
-    index: int
-    row: int
-    params: SamplingParams
-    prompt_len: int
-    length: int                 # tokens before the one to be sampled
-    forbidden: np.ndarray       # int32 ids that must not come yet (min_tokens)
-
-
-@dataclass(slots=True, eq=False)
-class StepPlan:
-    """One step: table rows [decode | rest], with one query each and with several."""
-
-    rows: np.ndarray            # int32 [N]
-    starts: np.ndarray          # int32 [N] position of the first query
-    counts: np.ndarray          # int32 [N] queries
-    num_decode: int
-    sampled: np.ndarray         # int32 [S] index into rows, of those that sample a token
-    generations: np.ndarray     # int32 [S] of the sampled rows, so that late results are known
-    guides: list[Guide]         # of the sampled rows under a grammar ...
-    guided: np.ndarray          # ... int32, and their index into sampled
-    by_automata: bool           # some row is under an automaton
-    special: list[Special]
-    shared: np.ndarray | None          # int32 [num_decode] and [M, 2]: see PrefixGroups.arrange
-    prefix_tiles: np.ndarray | None
-    copies: np.ndarray                 # int32 [C, 2] pages (from, to) to copy before anything is computed
-
-    @property
-    def num_tokens(self) -> int:
-        return int(self.counts.sum())
 
 
 class Scheduler:

@@ -16,9 +16,9 @@ from models import TURN_END, VOCAB, tiny_checkpoint, tiny_tokenizer
 from engine import recovery
 from engine.engine import Engine
 from engine.guided.llg import LLGuidanceBackend
+from engine.plan import StepPlan
 from engine.request import EngineError, FinishReason, Request, SamplingParams
 from engine.runner import Runner
-from engine.scheduler import StepPlan
 
 
 @pytest.fixture(scope="module")

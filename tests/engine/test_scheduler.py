@@ -25,10 +25,11 @@ from engine.automata import Automata
 from engine.block_pool import BlockPool, Node
 from engine.config import EngineConfig
 from engine.guided.automaton import TokenAutomaton
+from engine.plan import StepPlan
 from engine.prefix_groups import PrefixGroups
 from engine.request import Completion, FinishReason, Request, SamplingParams, TokenLogprobs
 from engine.row_table import RowTable
-from engine.scheduler import Live, Scheduler, StepPlan
+from engine.scheduler import Live, Scheduler
 from engine.window import Waiting
 from kernels import ref
 
