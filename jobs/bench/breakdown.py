@@ -9,14 +9,12 @@ still for the GPU: where it is near zero, the host is what holds the job up.
 
 from __future__ import annotations
 
-import argparse
 import json
 import time
 from collections import Counter
-from pathlib import Path
 
 import torch
-from throughput import load_engine, load_workloads, requests_of
+from throughput import load_engine, load_workloads, options, requests_of
 
 from engine.engine import Engine
 from engine.request import Request
@@ -26,13 +24,7 @@ PHASES = {"_scheduler": ("refill", "schedule", "retire", "finished"), "_runner":
 
 
 def main() -> None:
-    ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    ap.add_argument("--workloads", type=Path, required=True)
-    ap.add_argument("--model", type=Path, required=True)
-    ap.add_argument("--w", nargs="+", default=["W2", "W1"])
-    ap.add_argument("--engine", type=json.loads, default={})
-    ap.add_argument("--dummy", action="store_true")
-    ap.add_argument("--temperature", type=float, default=0.6)
+    ap = options(__doc__)
     ap.add_argument("--steps", type=int, default=6)
     ap.add_argument("--no-kernels", action="store_true", help="only the host's phases")
     a = ap.parse_args()

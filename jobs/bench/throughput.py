@@ -32,13 +32,7 @@ from jobs.bench.random_model import RandomCheckpoint
 
 
 def main() -> None:
-    ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    ap.add_argument("--workloads", type=Path, required=True)
-    ap.add_argument("--model", type=Path, required=True)
-    ap.add_argument("--w", nargs="+", default=["W2", "W1"])
-    ap.add_argument("--engine", type=json.loads, default={})
-    ap.add_argument("--dummy", action="store_true")
-    ap.add_argument("--temperature", type=float, default=0.6)
+    ap = options(__doc__)
     ap.add_argument("--tag", default="")
     a = ap.parse_args()
     workloads = load_workloads(a.workloads)
@@ -66,6 +60,18 @@ def main() -> None:
                           "cached": after.cached_tokens - before.cached_tokens,
                           "forced": after.forced_tokens - before.forced_tokens,
                           "preemptions": after.preemptions - before.preemptions}), flush=True)
+
+
+def options(text: str | None) -> argparse.ArgumentParser:
+    """What to run, and on what; `text` for --help."""
+    ap = argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
+    ap.add_argument("--workloads", type=Path, required=True)
+    ap.add_argument("--model", type=Path, required=True)
+    ap.add_argument("--w", nargs="+", default=["W2", "W1"])
+    ap.add_argument("--engine", type=json.loads, default={})
+    ap.add_argument("--dummy", action="store_true")
+    ap.add_argument("--temperature", type=float, default=0.6)
+    return ap
 
 
 def free_gib() -> float | None:
