@@ -182,9 +182,8 @@ class Scheduler:
         plan = self._schedule()
         if plan is not None:
             for node, row, size in self._offers:         # what this step computes can be copied from the next one on
-                if self.active[row]:
-                    first = node.depth * self._table.page_size
-                    self._pool.offer_tail(node, self.tokens[row, first : first + size], int(self.pages[row, node.depth]))
+                first = node.depth * self._table.page_size
+                self._pool.offer_tail(node, self.tokens[row, first : first + size], int(self.pages[row, node.depth]))
             for source, _ in self._copies.values():
                 self._pool.release(np.array([source], dtype=np.int32))
             self._copies, self._offers = {}, []
