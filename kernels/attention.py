@@ -50,21 +50,21 @@ def _fold(scores, v, peak, total, acc, scale, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def _softcap(scores, inner):
+def softcapped(scores, inner):
     """tanh of half the scores, by exp2(scores * inner): tanh(x) = 1 - 2 / (exp(2 x) + 1)."""
     return 1.0 - 2.0 / (tl.exp2(scores * inner) + 1.0)
 
 
 @triton.jit
-def _key_scaled(scale, inner, kv_scales, head, SOFTCAP: tl.constexpr):
+def key_scaled(scale, inner, kv_scales, head, SOFTCAP: tl.constexpr):
     """scale and inner times the scale of a head's keys."""
     if SOFTCAP:
         return scale, inner * tl.load(kv_scales + head)
     return scale * tl.load(kv_scales + head), inner
 
 
-def _log2_scales(scale: float, softcap: float) -> tuple[float, float]:
-    """(scale, inner) of _fold and _softcap: exp2 takes the place of exp."""
+def log2_scales(scale: float, softcap: float) -> tuple[float, float]:
+    """(scale, inner) of _fold and softcapped: exp2 takes the place of exp."""
     return (LOG2E * softcap, 2 * LOG2E * scale / softcap) if softcap else (LOG2E * scale, 0.0)
 
 
@@ -80,7 +80,7 @@ def _fp8(cache: Tensor) -> bool:
 
 
 @triton.jit
-def _attend(queries, k_cache, v_cache, table, head, lo, hi, peak, total, acc, scale, inner, K: tl.constexpr, P: tl.constexpr,
+def attend(queries, k_cache, v_cache, table, head, lo, hi, peak, total, acc, scale, inner, K: tl.constexpr, P: tl.constexpr,
             D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr):
     """Fold keys lo .. hi of the row whose pages `table` points at into the softmax sums of queries [BLOCK_M, D]."""
     n = tl.arange(0, BLOCK_N)
@@ -99,10 +99,32 @@ def _attend(queries, k_cache, v_cache, table, head, lo, hi, peak, total, acc, sc
         k, v = _widened(k, queries.dtype), _widened(v, queries.dtype)
         scores = tl.dot(queries, tl.trans(k), input_precision=PRECISION)
         if SOFTCAP:
-            scores = _softcap(scores, inner)
+            scores = softcapped(scores, inner)
         scores = tl.where((key < hi)[None, :], scores, MASKED)
         peak, total, acc = _fold(scores, v, peak, total, acc, scale, PRECISION)
     return peak, total, acc
+
+
+@triton.jit
+def store_sums(peak, total, acc, out, partial, i, head, split, splits, H: tl.constexpr, K: tl.constexpr, D: tl.constexpr,
+               SPLIT: tl.constexpr):
+    """The softmax sums of row i's queries of a KV head: to `out` as they are, or a split's part to `partial`, for _combine_kernel.
+
+    partial: the sums [N, H, splits, D], then the peaks [N, H, splits], then the totals. Rows are the grid's third dimension.
+    """
+    G: tl.constexpr = H // K
+    m = tl.arange(0, acc.shape[0])
+    d = tl.arange(0, acc.shape[1])
+    real = (m < G)[:, None] & (d < D)[None, :]
+    at = i * H + head * G + m
+    if SPLIT:
+        base = at * splits + split
+        ends = tl.num_programs(2).to(tl.int64) * H * splits
+        tl.store(partial + base[:, None] * D + d[None, :], acc, mask=real)
+        tl.store(partial + ends * D + base, peak, mask=m < G)
+        tl.store(partial + ends * (D + 1) + base, total, mask=m < G)
+    else:
+        tl.store(out + at[:, None] * D + d[None, :], (acc / total[:, None]).to(out.dtype.element_ty), mask=real)
 
 
 @triton.jit(do_not_specialize=["splits"], do_not_specialize_on_alignment=["rows", "positions", "shared"])
@@ -131,7 +153,7 @@ def _decode_kernel(q, k_cache, v_cache, kv_scales, block_table, rows, positions,
     queries = tl.load(q + i * q_stride + column, mask=real, other=0.0)
     queries = queries.to(tl.float16 if FP8 else k_cache.dtype.element_ty)
     if FP8:
-        scale, inner = _key_scaled(scale, inner, kv_scales, head, SOFTCAP)
+        scale, inner = key_scaled(scale, inner, kv_scales, head, SOFTCAP)
     table = block_table + tl.load(rows + i).to(tl.int64) * table_stride
     if SHARED:
         at = i * H + head * G + m
@@ -143,19 +165,11 @@ def _decode_kernel(q, k_cache, v_cache, kv_scales, block_table, rows, positions,
         peak = tl.full([BLOCK_M], LOWEST, tl.float32)
         total = tl.zeros([BLOCK_M], tl.float32)
         acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    peak, total, acc = _attend(queries, k_cache, v_cache, table, head, lo, hi, peak, total, acc, scale, inner, K, P, D,
-                               BLOCK_N, BLOCK_D, SOFTCAP, PRECISION)
+    peak, total, acc = attend(queries, k_cache, v_cache, table, head, lo, hi, peak, total, acc, scale, inner, K, P, D,
+                              BLOCK_N, BLOCK_D, SOFTCAP, PRECISION)
     if FP8:
         acc *= tl.load(kv_scales + K + head)
-    if SPLIT:   # partial: the sums [N, H, splits, D], then the peaks [N, H, splits], then the totals
-        base = (i * H + head * G + m) * splits + split
-        ends = tl.num_programs(2).to(tl.int64) * H * splits
-        tl.store(partial + base[:, None] * D + d[None, :], acc, mask=real)
-        tl.store(partial + ends * D + base, peak, mask=m < G)
-        tl.store(partial + ends * (D + 1) + base, total, mask=m < G)
-    else:
-        result = (acc / total[:, None]).to(out.dtype.element_ty)
-        tl.store(out + i * H * D + column, result, mask=real)
+    store_sums(peak, total, acc, out, partial, i, head, split, splits, H, K, D, SPLIT)
 
 
 @triton.jit(do_not_specialize=["splits"], do_not_specialize_on_alignment=["positions", "shared"])
@@ -183,11 +197,30 @@ def _combine_kernel(partial, positions, shared, out, window, splits, H: tl.const
     tl.store(out + (i * H + head) * D + d, result.to(out.dtype.element_ty), mask=d < D)
 
 
-def _decode_tile(cache: Tensor) -> tuple[int, dict[str, int]]:
+def decode_tile(cache: Tensor) -> tuple[int, dict[str, int]]:
     """Keys of a tile and launch options, as jobs/bench/attention.py measured them."""
     if cache.dtype == torch.float32:
         return 32, {"num_warps": 8, "num_stages": 2}
     return 64, {"num_warps": 4, "num_stages": 2}
+
+
+def split_keys(out: Tensor, kv_heads: int, max_context: int, window: int, block_n: int) -> tuple[int, Tensor]:
+    """How many programs share the keys of a row of `out` [N, H, D], and where their sums go: see store_sums."""
+    n, heads, dim = out.shape
+    tiles = triton.cdiv(min(max_context, window) if window else max_context, block_n)
+    splits = min(triton.next_power_of_2(triton.cdiv(DECODE_PROGRAMS * 128 // dim, n * kv_heads)), MAX_SPLITS, tiles)
+    return splits, torch.empty(n * heads * splits * (dim + 2), dtype=torch.float32, device=out.device) if splits > 1 else out
+
+
+def combine(partial: Tensor, positions: Tensor, shared: Tensor | None, out: Tensor, window: int, splits: int,
+            block_n: int) -> Tensor:
+    """out [N, H, D] from what its rows' splits have left, if there are several; keys before shared [N] are not among theirs."""
+    if splits > 1:
+        n, heads, dim = out.shape
+        _combine_kernel[heads, n](partial, positions, positions if shared is None else shared, out, window, splits, H=heads, D=dim,
+                                  BLOCK_N=block_n, BLOCK_D=triton.next_power_of_2(dim), BLOCK_S=triton.next_power_of_2(splits),
+                                  WINDOW=window > 0, SHARED=shared is not None, num_warps=4, **launch_options(overlaps(out.device)))
+    return out
 
 
 def decode_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, rows: Tensor, positions: Tensor,
@@ -198,13 +231,10 @@ def decode_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: T
     kv_heads, page = k_cache.shape[1], k_cache.shape[2]
     block_m = max(16, triton.next_power_of_2(heads // kv_heads))
     block_d = triton.next_power_of_2(dim)
-    block_n, tuned = _decode_tile(k_cache)
-    overlapping = launch_options(overlaps(q.device))
-    tiles = triton.cdiv(min(max_context, window) if window else max_context, block_n)
-    splits = min(triton.next_power_of_2(triton.cdiv(DECODE_PROGRAMS * 128 // dim, n * kv_heads)), MAX_SPLITS, tiles)
+    block_n, tuned = decode_tile(k_cache)
     out = torch.empty((n, heads, dim), dtype=q.dtype, device=q.device) if out is None else out
-    partial = torch.empty(n * heads * splits * (dim + 2), dtype=torch.float32, device=q.device) if splits > 1 else out
-    factor, inner = _log2_scales(scale, softcap)
+    splits, partial = split_keys(out, kv_heads, max_context, window, block_n)
+    factor, inner = log2_scales(scale, softcap)
     prefix, lengths = out, positions        # not read without SHARED
     scales = out if kv_scales is None else kv_scales
     if shared is not None and prefix_tiles is not None:
@@ -214,12 +244,9 @@ def decode_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: T
         q, k_cache, v_cache, scales, block_table, rows, positions, lengths, prefix, out, partial, factor, inner, window,
         block_table.stride(0), q.stride(0), splits, H=heads, K=kv_heads, P=page, D=dim,
         BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_D=block_d, SPLIT=splits > 1, WINDOW=window > 0,
-        SOFTCAP=softcap > 0, SHARED=shared is not None, FP8=_fp8(k_cache), PRECISION=_precision(k_cache), **tuned, **overlapping)
-    if splits > 1:
-        _combine_kernel[heads, n](partial, positions, lengths, out, window, splits, H=heads, D=dim, BLOCK_N=block_n,
-                                  BLOCK_D=block_d, BLOCK_S=triton.next_power_of_2(splits), WINDOW=window > 0,
-                                  SHARED=shared is not None, num_warps=4, **overlapping)
-    return out
+        SOFTCAP=softcap > 0, SHARED=shared is not None, FP8=_fp8(k_cache), PRECISION=_precision(k_cache), **tuned,
+        **launch_options(overlaps(q.device)))
+    return combine(partial, positions, lengths if shared is not None else None, out, window, splits, block_n)
 
 
 # --- prefill --------------------------------------------------------------------------------------------------------------------
@@ -258,7 +285,7 @@ def _attend_block(queries, positions, k_cache, v_cache, table, head, begin, end,
         v = _widened(tl.reshape(v, [BLOCK_N, BLOCK_D]), queries.dtype)
         scores = tl.dot(queries, tl.trans(k), input_precision=PRECISION)
         if SOFTCAP:
-            scores = _softcap(scores, inner)
+            scores = softcapped(scores, inner)
         if MASK:
             visible = (start + n)[None, :] <= positions[:, None]
             if WINDOW:
@@ -293,7 +320,7 @@ def _prefill_kernel(q, k_cache, v_cache, kv_scales, block_table, rows, starts, c
     row = (token + m // G).to(tl.int64)[:, None]
     queries = tl.load(q + row * q_stride + column, mask=real, other=0.0).to(tl.float16 if FP8 else k_cache.dtype.element_ty)
     if FP8:
-        scale, inner = _key_scaled(scale, inner, kv_scales, head, SOFTCAP)
+        scale, inner = key_scaled(scale, inner, kv_scales, head, SOFTCAP)
     start = tl.load(starts + i) + first
     positions = start + m // G
     low = start + r // G                                            # positions of the block's first and last query
@@ -345,7 +372,7 @@ def prefill_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: 
         return out
     block_m, block_n, options = _prefill_tile(k_cache)
     block_d = triton.next_power_of_2(dim)
-    factor, inner = _log2_scales(scale, softcap)
+    factor, inner = log2_scales(scale, softcap)
     grid = tiles.shape[0] * triton.cdiv(QUERY_TILE * (heads // kv_heads), block_m) * kv_heads
     _prefill_kernel[grid,](
         q, k_cache, v_cache, out if kv_scales is None else kv_scales, block_table, rows, starts, cu_q, tiles, out, factor, inner,
@@ -380,7 +407,7 @@ def _prefix_kernel(q, k_cache, v_cache, kv_scales, block_table, rows, shared, ti
     queries = tl.load(q + row[:, None] * q_stride + column, mask=real, other=0.0)
     queries = queries.to(tl.float16 if FP8 else k_cache.dtype.element_ty)
     if FP8:
-        scale, inner = _key_scaled(scale, inner, kv_scales, head, SOFTCAP)
+        scale, inner = key_scaled(scale, inner, kv_scales, head, SOFTCAP)
     hi = tl.load(shared + first)
     table = block_table + tl.load(rows + first).to(tl.int64) * table_stride
     peak = tl.full([BLOCK_M], LOWEST, tl.float32)

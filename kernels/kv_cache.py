@@ -15,7 +15,20 @@ TILE = 2048     # elements of q that one program handles: 16 a lane
 
 
 @triton.jit
-def _rotated(x, heads, inside, d, partner, cos, sin, weight, eps, D: tl.constexpr, NORM: tl.constexpr, PLUS_ONE: tl.constexpr):
+def rotation(cos_sin, position, d, ROTARY: tl.constexpr):
+    """Of dimensions d at a position: the partner that each is rotated against, cosines, and sines with the sign of the half."""
+    HALF: tl.constexpr = ROTARY // 2
+    turned = d < ROTARY
+    first = d < HALF
+    partner = tl.where(first, d + HALF, tl.where(turned, d - HALF, d))
+    angles = cos_sin + position.to(tl.int64) * ROTARY + tl.where(first, d, d - HALF)
+    cos = tl.load(angles, mask=turned, other=1.0)
+    sin = tl.load(angles + HALF, mask=turned, other=0.0)
+    return partner, cos, tl.where(first, -sin, sin)
+
+
+@triton.jit
+def rotated(x, heads, inside, d, partner, cos, sin, weight, eps, D: tl.constexpr, NORM: tl.constexpr, PLUS_ONE: tl.constexpr):
     """Heads [HEADS] of the token at x, normed and rotated -> float32 [HEADS, BLOCK_D].
 
     Every element reads its partner of the other half too: the line is in L1, and every head size and rotary share take one path.
@@ -38,7 +51,7 @@ def _rotated(x, heads, inside, d, partner, cos, sin, weight, eps, D: tl.constexp
 
 
 @triton.jit
-def _scaled(x, scales, inside):
+def scaled(x, scales, inside):
     """x over the scales of its heads [HEADS], within what e4m3 holds."""
     scale = tl.load(scales, mask=inside, other=1.0)[:, None]
     return tl.minimum(tl.maximum(x.to(tl.float32) / scale, -E4M3_MAX), E4M3_MAX)
@@ -54,31 +67,24 @@ def _rope_and_cache_kernel(qkv, q_weight, k_weight, cos_sin, positions, slots, q
     after(OVERLAP)
     token = tl.program_id(0).to(tl.int64)
     block = tl.program_id(1)
-    HALF: tl.constexpr = ROTARY // 2
     Q_BLOCKS: tl.constexpr = (H + HEADS_Q - 1) // HEADS_Q
     x = qkv + token * qkv_stride
     d = tl.arange(0, BLOCK_D)
-    turned = d < ROTARY
-    first = d < HALF
-    partner = tl.where(first, d + HALF, tl.where(turned, d - HALF, d))
-    angles = cos_sin + tl.load(positions + token).to(tl.int64) * ROTARY + tl.where(first, d, d - HALF)
-    cos = tl.load(angles, mask=turned, other=1.0)
-    sin = tl.load(angles + HALF, mask=turned, other=0.0)
-    sin = tl.where(first, -sin, sin)
+    partner, cos, sin = rotation(cos_sin, tl.load(positions + token), d, ROTARY)
     if block < Q_BLOCKS:
         heads = block * HEADS_Q + tl.arange(0, HEADS_Q)
         inside = (heads < H)[:, None] & (d < D)[None, :]
-        q = _rotated(x, heads, inside, d, partner, cos, sin, q_weight, eps, D, Q_NORM, PLUS_ONE)
+        q = rotated(x, heads, inside, d, partner, cos, sin, q_weight, eps, D, Q_NORM, PLUS_ONE)
         tl.store(q_out + (token * H + heads[:, None]) * D + d[None, :], q.to(q_out.dtype.element_ty), mask=inside)
     else:
         kv_heads = (block - Q_BLOCKS) * HEADS_K + tl.arange(0, HEADS_K)
         kv_inside = (kv_heads < K)[:, None] & (d < D)[None, :]
         v = tl.load(x + (H + K + kv_heads[:, None]) * D + d[None, :], mask=kv_inside)
-        k = _rotated(x + H * D, kv_heads, kv_inside, d, partner, cos, sin, k_weight, eps, D, K_NORM, PLUS_ONE)
+        k = rotated(x + H * D, kv_heads, kv_inside, d, partner, cos, sin, k_weight, eps, D, K_NORM, PLUS_ONE)
         k = k.to(qkv.dtype.element_ty)
         if FP8:
-            k = _scaled(k, kv_scales + kv_heads, kv_heads < K)
-            v = _scaled(v, kv_scales + K + kv_heads, kv_heads < K)
+            k = scaled(k, kv_scales + kv_heads, kv_heads < K)
+            v = scaled(v, kv_scales + K + kv_heads, kv_heads < K)
         slot = tl.load(slots + token)
         at = (((slot // P).to(tl.int64) * K + kv_heads) * P + slot % P)[:, None] * D + d[None, :]
         tl.store(k_cache + at, k.to(k_cache.dtype.element_ty), mask=kv_inside)

@@ -11,6 +11,7 @@ from kernels import ref
 
 attention: ModuleType = ref
 automaton: ModuleType = ref
+decode_step: ModuleType = ref
 dequantize: ModuleType = ref
 gemm_fp8: ModuleType = ref
 gemm_w4: ModuleType = ref
@@ -21,7 +22,7 @@ quantize: ModuleType = ref
 sampling: ModuleType = ref
 step: ModuleType = ref
 if torch.cuda.is_available():
-    from kernels import attention, automaton, dequantize, gemm_fp8, gemm_w4, kv_cache, pointwise, quantize, step
+    from kernels import attention, automaton, decode_step, dequantize, gemm_fp8, gemm_w4, kv_cache, pointwise, quantize, step
     from kernels import linear as dense
     from kernels import sample as sampling
 
@@ -129,6 +130,15 @@ def decode_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: T
     return (attention if q.is_cuda else ref).decode_attention(
         q, k_cache, v_cache, block_table, rows, positions, scale, window, softcap, max_context, shared, prefix_tiles, out,
         kv_scales)
+
+
+def rope_and_decode(qkv: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, eps: float, plus_one: bool, cos_sin: Tensor,
+                    positions: Tensor, slots: Tensor, k_cache: Tensor, v_cache: Tensor, num_heads: int, block_table: Tensor,
+                    rows: Tensor, scale: float, window: int, softcap: float, max_context: int,
+                    kv_scales: Tensor | None = None) -> Tensor:
+    return (decode_step if qkv.is_cuda else ref).rope_and_decode(
+        qkv, q_weight, k_weight, eps, plus_one, cos_sin, positions, slots, k_cache, v_cache, num_heads, block_table, rows, scale,
+        window, softcap, max_context, kv_scales)
 
 
 def prefill_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, rows: Tensor, starts: Tensor,

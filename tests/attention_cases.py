@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -120,3 +121,51 @@ def shared_prefix_error(kernel: Callable[..., Tensor], heads: int, kv_heads: int
     got = kernel(*(t.to(device) for t in (q, case.k_cache, case.v_cache, table, rows, positions)), case.scale, 0, 0.0, 12 * page,
                  shared.to(device), tiles.to(device), kv_scales=None if case.kv_scales is None else case.kv_scales.to(device))
     return error(got.cpu(), want)
+
+
+def rope_and_decode_error(kernels: ModuleType, contexts: Sequence[int], heads: int, kv_heads: int, dim: int, page: int,
+                          dtype: torch.dtype, device: str, window: int = 0, softcap: float = 0.0, rotary: int = 0,
+                          norm: bool = False, fp8: bool = False) -> float:
+    """Relative error of a step with one new token a row, whose key and value are not in the cache yet (NaN, but in FP8).
+
+    Also checks that these are written where they belong, and nothing else is.
+    """
+    firsts = [max(c - window, 0) if window else 0 for c in contexts]
+    n, seed = len(contexts), sum(contexts) + dim
+    case = make_case(contexts, n, heads, kv_heads, dim, page, dtype, seed=seed, firsts=firsts)
+    if fp8:
+        case = case.as_fp8()
+    g = torch.Generator().manual_seed(seed)
+    rotary = rotary or dim
+    angles = torch.rand(max(contexts), rotary // 2, generator=g) * 6.3
+    cos_sin = torch.cat([angles.cos(), angles.sin()], -1)
+    weights = torch.randn(2, dim, generator=g).to(dtype) if norm else (None, None)
+    positions = torch.tensor(contexts, dtype=torch.int32) - 1
+    slots = (case.block_table[case.rows.long(), positions.long() // page] * page + positions % page).int()
+    qkv = torch.randn(n, (heads + 2 * kv_heads) * dim + 16, generator=g).to(dtype)[:, :-16]       # rows inside wider ones
+    if case.kv_scales is not None:      # turned by nothing, and what e4m3 holds: the interpreter rounds to it wrongly
+        cos_sin[:, : rotary // 2], cos_sin[:, rotary // 2 :] = 1.0, 0.0
+        scale = case.kv_scales.view(-1, 1)
+        codes = (qkv[:, heads * dim :].view(n, -1, dim) / scale).to(torch.float8_e4m3fn)
+        qkv[:, heads * dim :] = (codes.float() * scale).to(dtype).flatten(1)
+    at = slots.long() // page, slice(None), slots.long() % page
+    k_cache, v_cache = case.k_cache.clone(), case.v_cache.clone()
+    for cache in (k_cache, v_cache):
+        cache[at] = float("nan")
+    inputs = (*weights, 1e-6, False, cos_sin, positions, slots)
+    q = ref.rope_and_cache(qkv, *inputs, case.k_cache, case.v_cache, heads, case.kv_scales)
+    done = replace(case, q=q).plain() if fp8 else replace(case, q=q)
+    want = exact(done, list(range(n + 1)), [c - 1 for c in contexts], window, softcap)
+
+    def there(x: Tensor | None) -> Tensor | None:
+        return x if x is None else x.to(device)
+
+    k_cache, v_cache = k_cache.to(device), v_cache.to(device)
+    wide = qkv.as_strided((n, qkv.stride(0)), qkv.stride()).to(device)[:, : qkv.shape[1]]
+    got = kernels.rope_and_decode(wide, *map(there, weights), 1e-6, False, there(cos_sin), there(positions), there(slots),
+                                  k_cache, v_cache, heads, there(case.block_table), there(case.rows), case.scale, window,
+                                  softcap, 4096, there(case.kv_scales))
+    assert got.shape == q.shape
+    for cache, expected in ((k_cache, case.k_cache), (v_cache, case.v_cache)):
+        torch.testing.assert_close(cache.float().cpu(), expected.float(), rtol=1e-2, atol=1e-2, equal_nan=True)
+    return error(got, want)

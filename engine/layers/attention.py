@@ -77,9 +77,14 @@ class Attention(nn.Module):
         q_weight = self.q_norm.weight if self.q_norm is not None else None
         k_weight = self.k_norm.weight if self.k_norm is not None else None
         qkv = self.qkv.after_norm(x, residual, norm)
-        q = ops.rope_and_cache(qkv, q_weight, k_weight, self.eps, self.plus_one, cos_sin, step.positions, step.slots,
-                               cache.k, cache.v, self.num_heads, cache.scales)
-        return self.out(self._attend(q, step, cache).flatten(1))
+        from_qkv = (qkv, q_weight, k_weight, self.eps, self.plus_one, cos_sin, step.positions, step.slots, cache.k, cache.v,
+                    self.num_heads)
+        if step.rest_rows is None and step.shared is None:
+            out = ops.rope_and_decode(*from_qkv, step.block_table, step.decode_rows, self.scale, self.window, self.softcap,
+                                      step.max_context, cache.scales)
+        else:
+            out = self._attend(ops.rope_and_cache(*from_qkv, cache.scales), step, cache)
+        return self.out(out.flatten(1))
 
     def _attend(self, q: Tensor, step: StepInputs, cache: LayerCache) -> Tensor:
         n, out = step.num_decode, torch.empty_like(q)

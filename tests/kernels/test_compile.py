@@ -19,6 +19,7 @@ def compile_all() -> None:
     from kernels import (
         attention,
         automaton,
+        decode_step,
         dequantize,
         gemm_fp8,
         gemm_skinny,
@@ -33,7 +34,8 @@ def compile_all() -> None:
     elements = {"x", "residual", "weight", "bias", "qkv", "q_weight", "k_weight", "q_out", "q", "k_cache", "v_cache", "logits",
                 "scales"}
     rounding = {"_rms_norm_kernel", "_add_rms_norm_kernel", "_gated_act_kernel", "_dequantize_kernel", "_product_kernel",
-                "_skinny_kernel", "_dequantise_kernel", "_decode_kernel", "_prefill_kernel"}
+                "_skinny_kernel", "_dequantise_kernel", "_decode_kernel", "_prefill_kernel",
+                "_decode_step_kernel"}
     scalars = {"V", "W", "n", "M", "N", "K", "share", "ahead", "stride_n", "stride_g", "units", "splits", "window"}
 
     def kind(module: str, kernel: str, name: str, fp8: bool) -> str:
@@ -86,6 +88,8 @@ def compile_all() -> None:
         (quantize, "_add_rms_norm_kernel", {**row, "PLUS_ONE": False, "STATIC": True}),
         (quantize, "_gated_act_kernel", {**row, "GELU": False, "STATIC": False}),
         (attention, "_decode_kernel", {**paged, "BLOCK_M": 16, "SPLIT": True, "SHARED": False, "OVERLAP": True}),
+        (decode_step, "_decode_step_kernel",
+         {**paged, "ROTARY": 128, "BLOCK_M": 16, "SPLIT": True, "Q_NORM": True, "K_NORM": True, "PLUS_ONE": False, "OVERLAP": True}),
         (attention, "_prefill_kernel", {**paged, "BLOCK_M": 128, "TILE": 128}),
         (kv_cache, "_copy_pages_kernel", {"SIZE": 16384, "BLOCK": 4096}),
         (step, "_apply_writes_kernel", {"BLOCK": 1024}),
@@ -103,7 +107,7 @@ def compile_all() -> None:
         constants = {name: value for name, value in constants.items() if name in function.arg_names}
         signature = {name: "constexpr" if name in constants else kind(module.__name__, kernel, name, fp8)
                      for name in function.arg_names}
-        aligned = {} if module not in (attention, gemm_fp8, gemm_w4) else {
+        aligned = {} if module not in (attention, decode_step, gemm_fp8, gemm_w4) else {
             (i,): [["tt.divisibility", 16]] for i, name in enumerate(function.arg_names)
             if signature[name] not in ("constexpr", "fp32") and name not in ("M", "splits", "stride_n", "stride_g")}
         source = ASTSource(fn=function, signature=signature, constexprs=constants, attrs=aligned)

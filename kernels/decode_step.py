@@ -1,0 +1,98 @@
+"""Attention of a step with one query a row, from the fused projection on, in one launch (two where keys are split).
+
+It does what kv_cache.rope_and_cache and attention.decode_attention do one after the other, for steps of so few rows that a launch
+takes as long as its work. The new token's key and value are where the softmax sums begin, so no program reads what another writes.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.attention import LOWEST, attend, combine, decode_tile, key_scaled, log2_scales, softcapped, split_keys, store_sums
+from kernels.kv_cache import rotated, rotation, scaled
+from kernels.overlap import after, launch_options, overlaps
+
+
+@triton.jit(do_not_specialize=["splits"], do_not_specialize_on_alignment=["rows", "positions", "slots"])
+def _decode_step_kernel(qkv, q_weight, k_weight, cos_sin, positions, slots, k_cache, v_cache, kv_scales, block_table, rows, out,
+                        partial, scale, inner, eps, window, table_stride, qkv_stride, splits,
+                        H: tl.constexpr, K: tl.constexpr, P: tl.constexpr, D: tl.constexpr, ROTARY: tl.constexpr,
+                        BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, SPLIT: tl.constexpr,
+                        WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, Q_NORM: tl.constexpr, K_NORM: tl.constexpr,
+                        PLUS_ONE: tl.constexpr, FP8: tl.constexpr, PRECISION: tl.constexpr, OVERLAP: tl.constexpr):
+    after(OVERLAP)
+    head, split, i = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    position = tl.load(positions + i)
+    lo = tl.maximum(position + 1 - window, 0) if WINDOW else 0
+    hi = position + 1
+    if SPLIT:       # as attention.py splits them
+        share = tl.cdiv(tl.cdiv(hi - lo, BLOCK_N), splits) * BLOCK_N
+        lo += split * share
+        hi = tl.minimum(lo + share, hi)
+        if lo >= hi:
+            return
+    own = hi > position             # the new token is among this program's keys: the last of them, and not read from the cache
+    hi = tl.minimum(hi, position)
+    table = block_table + tl.load(rows + i).to(tl.int64) * table_stride
+
+    G: tl.constexpr = H // K
+    STORED: tl.constexpr = k_cache.dtype.element_ty
+    m = tl.arange(0, BLOCK_M)
+    d = tl.arange(0, BLOCK_D)
+    one = tl.arange(0, 1)
+    inside = (d < D)[None, :]
+    real = (m < G)[:, None] & inside
+    partner, cos, sin = rotation(cos_sin, position, d, ROTARY)
+    x = qkv + i * qkv_stride
+    kind: tl.constexpr = qkv.dtype.element_ty
+    queries = rotated(x, head * G + m, real, d, partner, cos, sin, q_weight, eps, D, Q_NORM, PLUS_ONE).to(kind)
+    queries = queries.to(tl.float16 if FP8 else STORED)
+    key = rotated(x + H * D, head + one, inside, d, partner, cos, sin, k_weight, eps, D, K_NORM, PLUS_ONE).to(kind)
+    value = tl.load(x + (H + K + head) * D + d[None, :], mask=inside, other=0.0)
+    if FP8:
+        key = scaled(key, kv_scales + head + one, one == 0)
+        value = scaled(value, kv_scales + K + head + one, one == 0)
+        scale, inner = key_scaled(scale, inner, kv_scales, head, SOFTCAP)
+    key, value = key.to(STORED), value.to(STORED)
+    slot = tl.load(slots + i)
+    at = ((slot // P).to(tl.int64) * K + head) * P * D + slot % P * D + d[None, :]
+    written = (d < tl.where(own, D, 0))[None, :]
+    tl.store(k_cache + at, key, mask=written)
+    tl.store(v_cache + at, value, mask=written)
+
+    score = tl.sum(queries.to(tl.float32) * key.to(tl.float32), 1)
+    if SOFTCAP:
+        score = softcapped(score, inner)
+    peak = tl.where(own, score * scale, LOWEST)
+    total = tl.where(own, tl.full([BLOCK_M], 1.0, tl.float32), 0.0)
+    acc = tl.where(own, tl.broadcast_to(value.to(tl.float32), [BLOCK_M, BLOCK_D]), 0.0)
+    peak, total, acc = attend(queries, k_cache, v_cache, table, head, lo, hi, peak, total, acc, scale, inner, K, P, D,
+                              BLOCK_N, BLOCK_D, SOFTCAP, PRECISION)
+    if FP8:
+        acc *= tl.load(kv_scales + K + head)
+    store_sums(peak, total, acc, out, partial, i, head, split, splits, H, K, D, SPLIT)
+
+
+def rope_and_decode(qkv: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, eps: float, plus_one: bool, cos_sin: Tensor,
+                    positions: Tensor, slots: Tensor, k_cache: Tensor, v_cache: Tensor, num_heads: int, block_table: Tensor,
+                    rows: Tensor, scale: float, window: int, softcap: float, max_context: int,
+                    kv_scales: Tensor | None = None) -> Tensor:
+    """See ref.rope_and_decode; rows of qkv may be strided. Safe in a CUDA graph, as attention.decode_attention is."""
+    n = qkv.shape[0]
+    _, kv_heads, page, dim = k_cache.shape
+    block_n, tuned = decode_tile(k_cache)
+    out = torch.empty((n, num_heads, dim), dtype=qkv.dtype, device=qkv.device)
+    splits, partial = split_keys(out, kv_heads, max_context, window, block_n)
+    factor, inner = log2_scales(scale, softcap)
+    _decode_step_kernel[kv_heads, splits, n](
+        qkv, qkv if q_weight is None else q_weight, qkv if k_weight is None else k_weight, cos_sin, positions, slots,
+        k_cache, v_cache, out if kv_scales is None else kv_scales, block_table, rows, out, partial, factor, inner, eps, window,
+        block_table.stride(0), qkv.stride(0), splits, H=num_heads, K=kv_heads, P=page, D=dim, ROTARY=cos_sin.shape[1],
+        BLOCK_M=max(16, triton.next_power_of_2(num_heads // kv_heads)), BLOCK_N=block_n, BLOCK_D=triton.next_power_of_2(dim),
+        SPLIT=splits > 1, WINDOW=window > 0, SOFTCAP=softcap > 0, Q_NORM=q_weight is not None, K_NORM=k_weight is not None,
+        PLUS_ONE=plus_one, FP8=k_cache.dtype == torch.float8_e4m3fn,
+        PRECISION="ieee" if k_cache.dtype == torch.float32 else "tf32", **tuned, **launch_options(overlaps(qkv.device)))
+    return combine(partial, positions, None, out, window, splits, block_n)

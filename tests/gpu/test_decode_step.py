@@ -1,0 +1,50 @@
+"""The kernel of small decode steps as compiled for this GPU, in bf16, fp16 and fp32, against float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from attention_cases import rope_and_decode_error
+
+if not torch.cuda.is_available():
+    pytest.skip("needs CUDA", allow_module_level=True)
+
+from kernels import ops
+
+LIMIT = {torch.bfloat16: 8e-3, torch.float16: 1e-3, torch.float32: 2e-6}
+
+
+@pytest.fixture(autouse=True)
+def poisoned():
+    """torch.empty gives NaN: an output that no program wrote shows."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def ragged(count: int, low: int, high: int, seed: int) -> list[int]:
+    return torch.randint(low, high, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+@pytest.mark.parametrize("dtype", list(LIMIT))
+@pytest.mark.parametrize("heads, kv_heads, dim, norm", [(9, 3, 64, False), (8, 2, 80, False), (32, 8, 128, False),
+                                                        (12, 2, 128, True), (8, 4, 256, True), (20, 1, 64, False)])
+def test_heads(dtype, heads, kv_heads, dim, norm):
+    contexts = [1, 2, 64, 65, 3000, *ragged(20, 1, 900, dim)]
+    assert rope_and_decode_error(ops, contexts, heads, kv_heads, dim, 32, dtype, "cuda", norm=norm) < LIMIT[dtype]
+
+
+@pytest.mark.parametrize("rows", [1, 7, 64, 300])
+@pytest.mark.parametrize("page", [16, 128])
+def test_rows_and_pages(rows, page):
+    assert rope_and_decode_error(ops, ragged(rows, 1, 1500, rows), 8, 4, 128, page, torch.bfloat16, "cuda") < 8e-3
+
+
+@pytest.mark.parametrize("window, softcap", [(1, 0.0), (100, 0.0), (512, 30.0), (0, 30.0)])
+def test_window_and_softcap(window, softcap):
+    assert rope_and_decode_error(ops, ragged(40, 1, 2000, 7), 8, 2, 64, 32, torch.bfloat16, "cuda", window, softcap) < 8e-3
+
+
+@pytest.mark.parametrize("heads, kv_heads, dim", [(32, 8, 128), (8, 2, 64)])
+def test_fp8_cache(heads, kv_heads, dim):
+    assert rope_and_decode_error(ops, ragged(30, 1, 1500, dim), heads, kv_heads, dim, 32, torch.bfloat16, "cuda", fp8=True) < 8e-3
