@@ -22,6 +22,7 @@ from kernels.overlap import after, launch_options, overlaps, prefetch
 from kernels.split_k import Tile, counters, finish
 
 ROWS = 128              # of W in one unit of the packed layout
+AHEAD = 1               # blocks of its weights that a program asks the L2 for before it waits for x
 WORDS = 32              # 16-bit words of one row in one unit: 128 codes of 4 bits, 64 of 8
 INTERPRET = triton.knobs.runtime.interpret      # by Triton's interpreter, which knows no assembly
 
@@ -228,7 +229,7 @@ def _load_zeros(table, n, block, stride_n, stride_g, N, K, GROUP: tl.constexpr, 
 def _skinny_kernel(x, packed, scales, zeros, bias, out, partial, counters, M, N, K, x_stride, stride_n, stride_g, units, splits,
                    GROUP: tl.constexpr, PIECE: tl.constexpr, BITS: tl.constexpr, ZERO: tl.constexpr, WHOLE: tl.constexpr,
                    BIAS: tl.constexpr, SPLIT: tl.constexpr, EVEN_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-                   ASM: tl.constexpr, OVERLAP: tl.constexpr):
+                   AHEAD: tl.constexpr, ASM: tl.constexpr, OVERLAP: tl.constexpr):
     DTYPE: tl.constexpr = x.dtype.element_ty
     BLOCK_K: tl.constexpr = 512 // BITS
     tile, split = tl.program_id(0), tl.program_id(1)
@@ -236,13 +237,14 @@ def _skinny_kernel(x, packed, scales, zeros, bias, out, partial, counters, M, N,
     m = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)
     blocks = tl.cdiv(K, BLOCK_K)
     lo, hi = split * blocks // splits, (split + 1) * blocks // splits
-    if OVERLAP:
-        _prefetch_words(packed, lo, units, tile * BLOCK_N, BLOCK_N)
-    after(OVERLAP)
-    acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
-    # Scales and zeros are fetched a block ahead, so that no product waits for them.
+    # Scales and zeros are fetched a block ahead, so that no product waits for them: the first like the weights before the wait.
     scale = _load_groups(scales, n, lo, stride_n, stride_g, N, K, GROUP, BLOCK_K, PIECE, DTYPE)
     zero = _load_zeros(zeros, n, lo, stride_n, stride_g, N, K, GROUP, BLOCK_K, PIECE, DTYPE, ZERO)
+    if OVERLAP:
+        for block in range(lo, tl.minimum(lo + AHEAD, hi)):
+            _prefetch_words(packed, block, units, tile * BLOCK_N, BLOCK_N)
+    after(OVERLAP)
+    acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     for block in range(lo, hi):
         words = _load_words(packed, block, units, tile * BLOCK_N, BLOCK_N)
         parts = _unpack(words, zero, BITS, PIECE, WHOLE, DTYPE, ASM)
@@ -277,7 +279,7 @@ def _format(scales: Tensor, zeros: Tensor | None, group: int, bits: int, width: 
 
 # By the most rows that a tile is for; measured on an H100 with Mistral-7B's shapes (jobs/bench/quantized.py --only w4 --sweep).
 TILES = {
-    16: Tile(16, 128, 4, 3, 528),
+    16: Tile(16, 64, 2, 2, 1056),
     32: Tile(32, 128, 8, 3, 264),
     64: Tile(64, 128, 8, 3, 264),
     128: Tile(128, 64, 4, 3, 264),
@@ -287,8 +289,13 @@ TILES = {
 MOST_ROWS = 448     # up to here the fused product is the faster one: 283 against 400 us at 256 rows, 495 against 490 at 512
 
 
-def _tile(rows: int) -> Tile:
-    return next(tile for most, tile in TILES.items() if rows <= most)
+WIDE = Tile(16, 64, 4, 3, 1056)     # the first of them, where there are many outputs
+WIDE_FEATURES = 1 << 14
+
+
+def _tile(rows: int, features: int) -> Tile:
+    most, tile = next(entry for entry in TILES.items() if rows <= entry[0])
+    return WIDE if most == 16 and features >= WIDE_FEATURES else tile
 
 
 def _skinny(x: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor | None, group: int, bias: Tensor | None, bits: int,
@@ -302,7 +309,7 @@ def _skinny(x: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor | None, gro
         x, packed, scales, scales if zeros is None else zeros, x if bias is None else bias, out, partial, counters(x.device),
         rows, features, width, x.stride(0), *scales.stride(), packed.shape[1], splits, BIAS=bias is not None, SPLIT=splits > 1,
         EVEN_K=width % (WORDS * 16 // bits) == 0, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
-        **_format(scales, zeros, group, bits, width), num_warps=tile.warps, num_stages=tile.stages,
+        AHEAD=AHEAD, **_format(scales, zeros, group, bits, width), num_warps=tile.warps, num_stages=tile.stages,
         **launch_options(overlaps(x.device)))
     return out
 
@@ -344,7 +351,7 @@ def _matmul(x: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor | None, gro
     if perm is not None:
         x = x.index_select(1, perm)
     if x.shape[0] <= MOST_ROWS:
-        return _skinny(x, packed, scales, zeros, group, bias, bits, _tile(x.shape[0]))
+        return _skinny(x, packed, scales, zeros, group, bias, bits, _tile(x.shape[0], scales.shape[0]))
     return F.linear(x, _dequantise(packed, scales, zeros, group, bits, x.shape[1]), bias)
 
 

@@ -252,8 +252,8 @@ def time_integer(bits: int, rate: float) -> None:
     layers = {name: Packed(shape, bits) for name, shape in TIMED.items()}
     for rows in TIMED_ROWS:
         x = {name: torch.randn(rows, shape[1], device=DEVICE).to(DTYPE) for name, shape in TIMED.items()}
-        tile = gemm_w4._tile(min(rows, max(gemm_w4.TILES)))
-        fused = [attempt(layer.fused, x[name], tile) if rows <= 512 else NAN for name, layer in layers.items()]
+        fused = [attempt(layer.fused, x[name], gemm_w4._tile(min(rows, gemm_w4.MOST_ROWS), layer.shape[0])) if rows <= 512 else NAN
+                 for name, layer in layers.items()]
         apart = sum(attempt(layer.apart, x[name]) for name, layer in layers.items())
         plain = sum(attempt(dense, shape, rows) for shape in TIMED.values())
         floor = sum(layer.bytes + 2 * rows * sum(layer.shape) for layer in layers.values()) / rate * 1e6
@@ -379,7 +379,8 @@ def compile_one(job: tuple[str, tuple[int, ...], int, torch.dtype, bool, bool]) 
 
 
 def jobs_of(kinds: Sequence[str], check: bool, timed: bool, swept: bool) -> Iterable[tuple]:
-    own = {"w4": gemm_w4.TILES, "w8": gemm_w4.TILES, "fp8": gemm_fp8.TILES, "block": gemm_fp8.TILES}
+    packed = {**gemm_w4.TILES, 0: gemm_w4.WIDE}
+    own = {"w4": packed, "w8": packed, "fp8": gemm_fp8.TILES, "block": gemm_fp8.TILES}
     for kind in kinds:
         cuts = [tile._replace(programs=0) for tile in own.get(kind, {}).values()]
         if check and kind in ("w4", "w8"):
