@@ -106,9 +106,9 @@ def attend(queries, k_cache, v_cache, table, head, lo, hi, peak, total, acc, sca
 
 
 @triton.jit
-def store_sums(peak, total, acc, out, partial, i, head, split, splits, H: tl.constexpr, K: tl.constexpr, D: tl.constexpr,
-               SPLIT: tl.constexpr):
-    """The softmax sums of row i's queries of a KV head: to `out` as they are, or a split's part to `partial`, for _combine_kernel.
+def store_sums(peak, total, acc, out, partial, i, head, split, splits, H: tl.constexpr, K: tl.constexpr,
+               D: tl.constexpr, SPLIT: tl.constexpr):
+    """The softmax sums of row i's queries of a KV head: divided to `out`, or a split's as they are to `partial`, for combine.
 
     partial: the sums [N, H, splits, D], then the peaks [N, H, splits], then the totals. Rows are the grid's third dimension.
     """
@@ -217,9 +217,10 @@ def combine(partial: Tensor, positions: Tensor, shared: Tensor | None, out: Tens
     """out [N, H, D] from what its rows' splits have left, if there are several; keys before shared [N] are not among theirs."""
     if splits > 1:
         n, heads, dim = out.shape
-        _combine_kernel[heads, n](partial, positions, positions if shared is None else shared, out, window, splits, H=heads, D=dim,
-                                  BLOCK_N=block_n, BLOCK_D=triton.next_power_of_2(dim), BLOCK_S=triton.next_power_of_2(splits),
-                                  WINDOW=window > 0, SHARED=shared is not None, num_warps=4, **launch_options(overlaps(out.device)))
+        _combine_kernel[heads, n](
+            partial, positions, positions if shared is None else shared, out, window, splits, H=heads, D=dim, BLOCK_N=block_n,
+            BLOCK_D=triton.next_power_of_2(dim), BLOCK_S=triton.next_power_of_2(splits), WINDOW=window > 0,
+            SHARED=shared is not None, num_warps=4, **launch_options(overlaps(out.device)))
     return out
 
 

@@ -1,7 +1,7 @@
 """Attention of a step with one query a row, from the fused projection on, in one launch (two where keys are split).
 
-It does what kv_cache.rope_and_cache and attention.decode_attention do one after the other, for steps of so few rows that a launch
-takes as long as its work. The new token's key and value are where the softmax sums begin, so no program reads what another writes.
+It does what kv_cache.rope_and_cache and attention.decode_attention do one after the other, for steps of so few rows that a
+launch takes as long as its work. The softmax sums begin with the new token, so that no program reads what another writes.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from kernels.attention import LOWEST, attend, combine, decode_tile, key_scaled, log2_scales, softcapped, split_keys, store_sums
 from kernels.kv_cache import rotated, rotation, scaled
-from kernels.overlap import after, launch_options, overlaps
+from kernels.overlap import after, launch_options, overlaps, prefetch
 
 
 @triton.jit(do_not_specialize=["splits"], do_not_specialize_on_alignment=["rows", "positions", "slots"])
@@ -23,7 +23,8 @@ def _decode_step_kernel(qkv, q_weight, k_weight, cos_sin, positions, slots, k_ca
                         BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, SPLIT: tl.constexpr,
                         WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, Q_NORM: tl.constexpr, K_NORM: tl.constexpr,
                         PLUS_ONE: tl.constexpr, FP8: tl.constexpr, PRECISION: tl.constexpr, OVERLAP: tl.constexpr):
-    after(OVERLAP)
+    # Before the wait: what the projection did not make. Positions, rows, slots and tables are complete when a model's first
+    # overlapping kernel starts, since the look-up of the embeddings before it does not overlap; so are the keys before this one.
     head, split, i = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     position = tl.load(positions + i)
     lo = tl.maximum(position + 1 - window, 0) if WINDOW else 0
@@ -37,15 +38,23 @@ def _decode_step_kernel(qkv, q_weight, k_weight, cos_sin, positions, slots, k_ca
     own = hi > position             # the new token is among this program's keys: the last of them, and not read from the cache
     hi = tl.minimum(hi, position)
     table = block_table + tl.load(rows + i).to(tl.int64) * table_stride
+    slot = tl.load(slots + i)
+    d = tl.arange(0, BLOCK_D)
+    partner, cos, sin = rotation(cos_sin, position, d, ROTARY)
+    if OVERLAP:
+        n = tl.minimum(lo + tl.arange(0, BLOCK_N), tl.maximum(hi - 1, lo))
+        near = ((tl.load(table + n // P).to(tl.int64) * K + head) * P + n % P) * D
+        for line in tl.static_range(0, D * k_cache.dtype.element_ty.primitive_bitwidth // 8, 128):
+            prefetch(k_cache + near + line * 8 // k_cache.dtype.element_ty.primitive_bitwidth)
+            prefetch(v_cache + near + line * 8 // k_cache.dtype.element_ty.primitive_bitwidth)
+    after(OVERLAP)
 
     G: tl.constexpr = H // K
     STORED: tl.constexpr = k_cache.dtype.element_ty
     m = tl.arange(0, BLOCK_M)
-    d = tl.arange(0, BLOCK_D)
     one = tl.arange(0, 1)
     inside = (d < D)[None, :]
     real = (m < G)[:, None] & inside
-    partner, cos, sin = rotation(cos_sin, position, d, ROTARY)
     x = qkv + i * qkv_stride
     kind: tl.constexpr = qkv.dtype.element_ty
     queries = rotated(x, head * G + m, real, d, partner, cos, sin, q_weight, eps, D, Q_NORM, PLUS_ONE).to(kind)
@@ -57,7 +66,6 @@ def _decode_step_kernel(qkv, q_weight, k_weight, cos_sin, positions, slots, k_ca
         value = scaled(value, kv_scales + K + head + one, one == 0)
         scale, inner = key_scaled(scale, inner, kv_scales, head, SOFTCAP)
     key, value = key.to(STORED), value.to(STORED)
-    slot = tl.load(slots + i)
     at = ((slot // P).to(tl.int64) * K + head) * P * D + slot % P * D + d[None, :]
     written = (d < tl.where(own, D, 0))[None, :]
     tl.store(k_cache + at, key, mask=written)
