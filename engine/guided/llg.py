@@ -19,7 +19,7 @@ from engine.guided.distinct import CallScanner, Scanner, Unique, either
 from engine.guided.front import parse_schema
 from engine.guided.grammar import SchemaError
 from engine.guided.hints import example, schema_hints
-from engine.guided.lower import Lowered, lower
+from engine.guided.lower import ExtraKeys, Lowered, lower
 from engine.guided.regular import choice_dfa, schema_dfa
 from engine.guided.regular_numbers import NotRegular
 from engine.guided.simple import choice_check, validator_of
@@ -164,13 +164,13 @@ class LLGuidanceBackend:
 
     vocab_size: columns of the logits, padding included; padded columns are never allowed.
     whitespace: "dumps" (`{"a": 1, "b": 2}`), "compact" or "flexible".
-    extra_keys: objects that list properties, and say nothing of others, may get others; see lower().
+    extra_keys: whether objects that list properties, and say nothing of others, may get others; see lower().
     """
 
     name = "llguidance"
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, vocab_size: int, eos_token_ids: Sequence[int],
-                 whitespace: str = "dumps", extra_keys: bool = False, limits: LLParserLimits | None = None,
+                 whitespace: str = "dumps", extra_keys: ExtraKeys = "auto", limits: LLParserLimits | None = None,
                  threads: int | None = None) -> None:
         if whitespace not in WHITESPACE:
             raise ValueError(f"guided whitespace must be one of {', '.join(WHITESPACE)}, not {whitespace!r}")
@@ -194,7 +194,7 @@ class LLGuidanceBackend:
 
     def compile_schema(self, schema: str | dict[str, Any] | bool) -> LLGrammar:
         original = parse_schema(schema) if isinstance(schema, str) else schema
-        lowered = lower(original, not self._extra_keys)
+        lowered = lower(original, self._extra_keys)
         validator = validator_of(original)
         source = LLMatcher.grammar_from_json_schema(json.dumps(lowered.schema), overrides=WHITESPACE[self.whitespace])
         scanner = None if lowered.distinct is None else partial(Scanner, lowered.distinct)
@@ -262,7 +262,7 @@ class LLGuidanceBackend:
         distinct: list[Unique] = []
         for tool in callable_tools:
             try:
-                lowered = lower(tool.parameters, not self._extra_keys)
+                lowered = lower(tool.parameters, self._extra_keys)
             except SchemaError as error:
                 raise SchemaError(error.pointer, f"the parameters of {tool.name}: {error.reason}") from None
             schema = json.dumps({**lowered.schema, "x-guidance": WHITESPACE[self.whitespace]})
