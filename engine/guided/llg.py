@@ -44,6 +44,7 @@ WHITESPACE: dict[str, JsonCompileOptions] = {
 # Grammars that are made an automaton, the first ones: that doubles the time to compile, takes megabytes, and pays where many rows
 # have the same grammar.
 MAX_AUTOMATA = 256
+MAX_AUTOMATA_BYTES = 512 << 20       # of the tables of all of them
 
 
 def default_limits() -> LLParserLimits:
@@ -184,7 +185,7 @@ class LLGuidanceBackend:
         self._lock = threading.Lock()
         self._end = [t for t in eos_token_ids if t < vocab_size]
         self._executor = LLExecutor(threads)
-        self._tries = iter(range(MAX_AUTOMATA))
+        self._automata_left, self._bytes_left = MAX_AUTOMATA, MAX_AUTOMATA_BYTES
         # The mask llguidance writes: as wide as the larger of its vocabulary and the logits.
         self._words = (self.vocabulary.size + 31) // 32
 
@@ -244,13 +245,19 @@ class LLGuidanceBackend:
 
     def _automaton(self, build: Callable[[], ByteDfa]) -> TokenAutomaton | None:
         """None where guides are to serve: the language is not regular, its tables are too large, or many have some already."""
+        if self._automata_left <= 0 or self._bytes_left <= 0:    # first: building is half of the time to compile
+            return None
         try:
             dfa = build()
-            if next(self._tries, None) is None:
-                return None
-            return token_automaton(dfa, self._texts, self.vocabulary.tokenize, self._end, self.vocab_size)
+            with self._lock:
+                self._automata_left -= 1
+            automaton = token_automaton(dfa, self._texts, self.vocabulary.tokenize, self._end, self.vocab_size)
         except (NotRegular, TooLarge):
             return None
+        if automaton is not None:
+            with self._lock:
+                self._bytes_left -= automaton.nbytes
+        return automaton
 
     def compile_tools(self, form: str, tools: Sequence[Tool], choice: str) -> LLGrammar:
         """Outputs that call tools (read_tools) as `choice` (read_choice, but "none") has it, in a format of tool_formats."""

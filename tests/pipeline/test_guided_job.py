@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import weakref
 from collections.abc import Callable
+from functools import partialmethod
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,10 @@ import pyarrow.parquet as pq
 import pytest
 from models import tiny_checkpoint
 
+from engine import automata
+from engine.guided import llg
+from engine.guided.llg import LLGrammar
+from engine.guided.pool import GrammarPool
 from pipeline.run import main
 
 TEMPLATES = {
@@ -60,9 +66,9 @@ Job = Callable[..., list[dict[str, Any]]]
 def job(model: Path, tmp_path: Path) -> Job:
     """`job(columns, "key=value", ...)`: the rows that a run writes."""
 
-    def run(columns: dict[str, Any], *words: str) -> list[dict[str, Any]]:
+    def run(columns: dict[str, Any], *words: str, row_group_size: int | None = None) -> list[dict[str, Any]]:
         data, out = tmp_path / "in.parquet", tmp_path / "out"
-        pq.write_table(pa.table(columns), data)
+        pq.write_table(pa.table(columns), data, row_group_size=row_group_size)
         code = main([f"data={data}", f"model={model}", f"output.dir={out}", "engine.max_model_len=2048", "engine.cpu_kv_gib=0.1",
                      "sampling.temperature=1", "limits.max_error_rate=1", *words])
         assert code == 0
@@ -83,6 +89,46 @@ def test_adversarial_schemas_beside_many_others(job: Job) -> None:
             dialect = jsonschema.validators.validator_for(schema, default=jsonschema.Draft202012Validator)
             assert dialect(schema).is_valid(json.loads(row["json"]))
             assert row["completion_tokens"] <= 100
+
+
+def test_every_row_brings_its_own_schema(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Grammars live as long as their rows are at hand, and the tables of automata stay within their bound."""
+    alive: weakref.WeakSet[LLGrammar] = weakref.WeakSet()
+    made, most, tables = 0, 0, []
+    grammar_init, automata_init = LLGrammar.__init__, automata.Automata.__init__
+
+    def count_grammar(self: LLGrammar, *args: Any, **kwargs: Any) -> None:
+        nonlocal made, most
+        grammar_init(self, *args, **kwargs)
+        alive.add(self)
+        made, most = made + 1, max(most, len(alive))
+
+    def see_automata(self: automata.Automata, *args: Any) -> None:
+        automata_init(self, *args)
+        tables.append(self)
+
+    monkeypatch.setattr(LLGrammar, "__init__", count_grammar)
+    monkeypatch.setattr(automata.Automata, "__init__", see_automata)
+    monkeypatch.setattr(automata, "MAX_BYTES", 1 << 19)
+    monkeypatch.setattr(llg, "MAX_AUTOMATA", 64)
+    monkeypatch.setattr("pipeline.input.schemas._KEPT", 16)
+    monkeypatch.setattr(GrammarPool, "__init__", partialmethod(GrammarPool.__init__, max_grammars=16))
+    rows = 240
+    schemas = [
+        {"type": "object", "required": [f"l{i}", "n"], "properties": {
+            f"l{i}": {"enum": [f"a{i}", f"b{i}", "other"]}, "n": {"type": "integer", "minimum": i, "maximum": 2 * i + 9}}}
+        for i in range(rows)
+    ]  # fmt: skip
+    out = job({"prompt": [f"p{i}" for i in range(rows)], "schema": [json.dumps(s) for s in schemas]}, "engine.window=16",
+              "sampling.max_tokens=60", row_group_size=20)  # fmt: skip
+    assert [row["status"] for row in out] == ["ok"] * rows
+    for row, schema in zip(out, schemas, strict=True):
+        assert jsonschema.Draft202012Validator(schema).is_valid(json.loads(row["json"]))
+    (table,) = tables
+    assert 0 < len(table._placed) < 64
+    assert sum(c.device.nbytes for c in vars(table).values() if isinstance(c, automata._Column)) <= 1 << 19
+    # Alive: the engine's window and those on their way to it, the rows that run, and what is kept for later rows.
+    assert made == rows and most < 3 / 4 * rows
 
 
 @pytest.mark.parametrize("form", TEMPLATES)
