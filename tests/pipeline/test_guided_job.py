@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 import weakref
 from collections.abc import Callable
 from functools import partialmethod
@@ -41,6 +42,8 @@ DEFS = {f"d{i}": {"anyOf": [{"$ref": f"#/$defs/d{i + 1}"}, {"$ref": f"#/$defs/d{
 ADVERSARIAL: dict[str, tuple[Any, str]] = {
     "explodes": ({"$defs": {**DEFS, "d40": {"type": "string"}}, "$ref": "#/$defs/d0"}, "schema_error"),
     "catastrophic regex": ({"type": "string", "pattern": "^(a+)+$", "maxLength": 40}, "ok"),
+    "catastrophic alternation": ({"type": "string", "pattern": "^(a|a|aa)*b?$", "minLength": 20, "maxLength": 40}, "ok"),
+    "too many states": ({"type": "string", "pattern": "^((a{1,100}){1,100}){1,100}$"}, "schema_error"),
     "emoji and CJK": ({"enum": ["😀👩‍👩‍👧", "非常好", "한국어", "a"]}, "ok"),
     "2,000 tokens at least": ({"type": "string", "minLength": 2000}, "schema_error"),
     "recursive": ({"$defs": {"n": NODE}, "$ref": "#/$defs/n"}, "ok"),
@@ -89,6 +92,25 @@ def test_adversarial_schemas_beside_many_others(job: Job) -> None:
             dialect = jsonschema.validators.validator_for(schema, default=jsonschema.Draft202012Validator)
             assert dialect(schema).is_valid(json.loads(row["json"]))
             assert row["completion_tokens"] <= 100
+
+
+def test_a_schema_that_takes_too_long_is_refused_and_the_job_goes_on(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    released, compile_schema = threading.Event(), llg.LLGuidanceBackend.compile_schema
+
+    def slowly(self: llg.LLGuidanceBackend, schema: Any) -> LLGrammar:
+        if "slow" in schema["title"]:
+            released.wait(120)
+        return compile_schema(self, schema)
+
+    monkeypatch.setattr(llg.LLGuidanceBackend, "compile_schema", slowly)
+    schemas = [{"title": "slow" if i == 1 else f"quick {i}", "enum": ["a", "b"]} for i in range(4)]
+    try:
+        rows = job({"prompt": ["x"] * 4, "schema": [json.dumps(s) for s in schemas]}, "guided.compile_seconds=3")
+        assert not released.is_set()
+    finally:
+        released.set()
+    assert [row["status"] for row in rows] == ["ok", "schema_error", "ok", "ok"]
+    assert "compiling took longer than 3 s" in rows[1]["error"]
 
 
 def test_every_row_brings_its_own_schema(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -150,10 +172,11 @@ def test_calls_are_valid_whatever_the_model_says(job: Job, form: str) -> None:
 
 
 def test_regexes_and_choices(job: Job) -> None:
-    rows = job({"prompt": ["x"] * 4, "guided_regex": ["[a-c]{3}-[0-9]+", None, None, "(["],
-                "guided_choice": [None, ["ja", "nein"], None, None],
-                "guided_json": [None, None, '{"type": "boolean"}', None]}, "sampling.max_tokens=20")  # fmt: skip
-    assert [row["status"] for row in rows] == ["ok", "ok", "ok", "schema_error"]
+    rows = job({"prompt": ["x"] * 6, "guided_regex": ["[a-c]{3}-[0-9]+", None, None, "([", "((a|aa)+)+!", "((x{1,99}){1,99}){99}"],
+                "guided_choice": [None, ["ja", "nein"], None, None, None, None],
+                "guided_json": [None, None, '{"type": "boolean"}', None, None, None]}, "sampling.max_tokens=20")  # fmt: skip
+    assert [row["status"] for row in rows] == ["ok", "ok", "ok", "schema_error", "ok", "schema_error"]
+    assert rows[4]["text"].strip("a") == "!"
     assert rows[0]["text"][:3].strip("abc") == "" and rows[0]["text"][3] == "-" and rows[0]["text"][4:].isdigit()
     assert rows[1]["text"] in ("ja", "nein")
     assert rows[2]["json"] in ("true", "false")
