@@ -16,7 +16,7 @@ from torch import Tensor
 from engine.guided.automaton import TokenAutomaton
 from kernels import ops, ref
 
-MAX_BYTES = 256 << 20    # of all tables on the device; grammars beyond are left to their guides
+MAX_BYTES = 256 << 20    # of all tables on the device, also while they grow; grammars beyond are left to their guides
 # So many forced tokens or more a row takes in one chunk, not one by one. On a GPU a chunk makes the whole step a mixed one, which
 # is launched without a graph; on a CPU it costs nothing.
 JUMP = {"cuda": 8, "cpu": 2}
@@ -29,13 +29,17 @@ class _Column:
     host: np.ndarray
     device: Tensor
 
+    def capacity(self, more: int) -> int:
+        """Places on the device once `more` values are appended: at least twice as many where they do not fit."""
+        fits = len(self.host) + more <= len(self.device)
+        return len(self.device) if fits else max(2 * len(self.device), len(self.host) + more)
+
     def append(self, values: np.ndarray) -> int:
         """Returns where they begin."""
-        at = len(self.host)
+        at, capacity = len(self.host), self.capacity(len(values))
         self.host = np.concatenate([self.host, values])
-        if len(self.host) > len(self.device):
-            grown = torch.zeros(max(2 * len(self.device), len(self.host)), *self.device.shape[1:], dtype=self.device.dtype,
-                                device=self.device.device)
+        if capacity > len(self.device):
+            grown = torch.zeros(capacity, *self.device.shape[1:], dtype=self.device.dtype, device=self.device.device)
             grown[: len(self.device)] = self.device
             self.device = grown
         self.device[at : len(self.host)] = torch.from_numpy(values).to(self.device.device)
@@ -57,20 +61,27 @@ class Automata:
         self._masks = column(np.int32, 1, -(-vocab_size // 32))
         self.final = self.finished = self.sound = np.zeros(1, dtype=bool)
         self.chain, self.chain_start, self.chain_size, self.chain_end = (np.zeros(n, dtype=np.int32) for n in (0, 1, 1, 1))
-        self._placed: dict[TokenAutomaton, int] = {}
-        self._bytes = 0
+        self._placed: dict[TokenAutomaton, int] = {}     # of those refused none is kept: they are as large
 
     def place(self, automaton: TokenAutomaton) -> int:
         """The state in which its rows begin; 0 if there is no room for it."""
         if automaton not in self._placed:
+            if not self._has_room(automaton):
+                return 0
             self._placed[automaton] = self._append(automaton)
         return self._placed[automaton]
 
+    def _has_room(self, automaton: TokenAutomaton) -> bool:
+        """Whether the tables stay within MAX_BYTES: one that grows is there twice for a moment."""
+        total = moved = 0
+        for column, more in ((self._table, len(automaton.final)), (self._next, automaton.next.size), (self._classes, 1),
+                             (self._masks, len(automaton.masks))):
+            now, capacity = len(column.device), column.capacity(more)
+            total += column.device.nbytes // now * capacity
+            moved = max(moved, column.device.nbytes if capacity > now else 0)
+        return total + moved <= MAX_BYTES
+
     def _append(self, automaton: TokenAutomaton) -> int:
-        self._bytes += automaton.nbytes
-        if self._bytes > MAX_BYTES:
-            self._bytes -= automaton.nbytes
-            return 0
         states, kinds = automaton.next.shape
         base = len(self.final)
         table = np.zeros((states, ref.STATE_COLUMNS), dtype=np.int32)

@@ -147,7 +147,9 @@ class GuidedKeys(Strict):
     whitespace: Literal["dumps", "compact", "flexible"] = "dumps"
     compile_seconds: float = Field(30.0, gt=0)  # most time for one schema
     threads: int = Field(0, ge=0)  # 0: as many as there are cores
-    extra_keys: bool = False  # objects that list properties, and say nothing of others, may get others
+    # Whether objects that list properties, and say nothing of others, may get others. auto: those that require nothing, in a
+    # schema that declares $schema.
+    extra_keys: Literal["auto", True, False] = "auto"
     on_unsupported: Literal["error", "best_effort"] = "error"  # for schemas that the backend refuses: sample and check
     retries: int = Field(3, ge=1)  # of best_effort, for an output that does not fit
     row_types: list[str] = []  # modules of Python types that a row's own schema may name, as module:Name

@@ -197,7 +197,7 @@ def fingerprint(config: RunConfig, spec: GuideSpec | None, identity: Mapping[str
         "seed": config.seed,
         "input": {key: value for key, value in sections["input"].items() if key != "threads"},
         "engine": {key: sections["engine"][key] for key in ("dtype", "quantization", "kv_dtype", "max_model_len")},
-        "guided": {key: sections["guided"][key] for key in ("backend", "whitespace", "extra_keys", "on_unsupported", "retries")},
+        "guided": {key: value for key, value in sections["guided"].items() if key not in ("threads", "compile_seconds")},
         "model": {"tool_format": sections["model"]["tool_format"]},
     }
     return {**identity, **{key: short(value) for key, value in flatten(parts) if value not in (None, {}, [])}}

@@ -49,8 +49,8 @@ class TokenAutomaton:
 
     @property
     def nbytes(self) -> int:
-        """On the device, where steps are int32."""
-        return self.classes.nbytes + 2 * self.next.nbytes + self.masks.nbytes
+        """Of its tables."""
+        return self.classes.nbytes + self.next.nbytes + self.masks.nbytes
 
     def step(self, state: int, token: int) -> int:
         return int(self.next[state, self.classes[token]])

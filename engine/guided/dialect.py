@@ -66,7 +66,10 @@ class Dialect:
 
 
 class Document:
-    """A schema with its references resolved on demand. Subschemas are told apart by identity: they are never copied."""
+    """A schema with its references resolved on demand. Subschemas are told apart by identity: they are never copied.
+
+    declared: the schema names its draft itself, with `$schema`.
+    """
 
     def __init__(self, schema: Node) -> None:
         try:
@@ -75,6 +78,7 @@ class Document:
             raise SchemaError("", f"the schema is not JSON: {error}") from None
         dialect = Dialect.of(own)
         self.draft, self.root = dialect.draft, dialect.schema
+        self.declared = isinstance(own, dict) and "$schema" in own
         self._pointers: dict[int, str] = {}
         self._bases: dict[int, str] = {}
         self._targets: dict[str, Node] = {"": self.root}

@@ -19,7 +19,7 @@ from engine.guided.distinct import CallScanner, Scanner, Unique, either
 from engine.guided.front import parse_schema
 from engine.guided.grammar import SchemaError
 from engine.guided.hints import example, schema_hints
-from engine.guided.lower import Lowered, lower
+from engine.guided.lower import ExtraKeys, Lowered, lower
 from engine.guided.regular import choice_dfa, schema_dfa
 from engine.guided.regular_numbers import NotRegular
 from engine.guided.simple import choice_check, validator_of
@@ -44,6 +44,7 @@ WHITESPACE: dict[str, JsonCompileOptions] = {
 # Grammars that are made an automaton, the first ones: that doubles the time to compile, takes megabytes, and pays where many rows
 # have the same grammar.
 MAX_AUTOMATA = 256
+MAX_AUTOMATA_BYTES = 512 << 20       # of the tables of all of them
 
 
 def default_limits() -> LLParserLimits:
@@ -164,13 +165,13 @@ class LLGuidanceBackend:
 
     vocab_size: columns of the logits, padding included; padded columns are never allowed.
     whitespace: "dumps" (`{"a": 1, "b": 2}`), "compact" or "flexible".
-    extra_keys: objects that list properties, and say nothing of others, may get others; see lower().
+    extra_keys: whether objects that list properties, and say nothing of others, may get others; see lower().
     """
 
     name = "llguidance"
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, vocab_size: int, eos_token_ids: Sequence[int],
-                 whitespace: str = "dumps", extra_keys: bool = False, limits: LLParserLimits | None = None,
+                 whitespace: str = "dumps", extra_keys: ExtraKeys = "auto", limits: LLParserLimits | None = None,
                  threads: int | None = None) -> None:
         if whitespace not in WHITESPACE:
             raise ValueError(f"guided whitespace must be one of {', '.join(WHITESPACE)}, not {whitespace!r}")
@@ -184,7 +185,7 @@ class LLGuidanceBackend:
         self._lock = threading.Lock()
         self._end = [t for t in eos_token_ids if t < vocab_size]
         self._executor = LLExecutor(threads)
-        self._tries = iter(range(MAX_AUTOMATA))
+        self._automata_left, self._bytes_left = MAX_AUTOMATA, MAX_AUTOMATA_BYTES
         # The mask llguidance writes: as wide as the larger of its vocabulary and the logits.
         self._words = (self.vocabulary.size + 31) // 32
 
@@ -194,7 +195,7 @@ class LLGuidanceBackend:
 
     def compile_schema(self, schema: str | dict[str, Any] | bool) -> LLGrammar:
         original = parse_schema(schema) if isinstance(schema, str) else schema
-        lowered = lower(original, not self._extra_keys)
+        lowered = lower(original, self._extra_keys)
         validator = validator_of(original)
         source = LLMatcher.grammar_from_json_schema(json.dumps(lowered.schema), overrides=WHITESPACE[self.whitespace])
         scanner = None if lowered.distinct is None else partial(Scanner, lowered.distinct)
@@ -244,13 +245,19 @@ class LLGuidanceBackend:
 
     def _automaton(self, build: Callable[[], ByteDfa]) -> TokenAutomaton | None:
         """None where guides are to serve: the language is not regular, its tables are too large, or many have some already."""
+        if self._automata_left <= 0 or self._bytes_left <= 0:    # first: building is half of the time to compile
+            return None
         try:
             dfa = build()
-            if next(self._tries, None) is None:
-                return None
-            return token_automaton(dfa, self._texts, self.vocabulary.tokenize, self._end, self.vocab_size)
+            with self._lock:
+                self._automata_left -= 1
+            automaton = token_automaton(dfa, self._texts, self.vocabulary.tokenize, self._end, self.vocab_size)
         except (NotRegular, TooLarge):
             return None
+        if automaton is not None:
+            with self._lock:
+                self._bytes_left -= automaton.nbytes
+        return automaton
 
     def compile_tools(self, form: str, tools: Sequence[Tool], choice: str) -> LLGrammar:
         """Outputs that call tools (read_tools) as `choice` (read_choice, but "none") has it, in a format of tool_formats."""
@@ -262,7 +269,7 @@ class LLGuidanceBackend:
         distinct: list[Unique] = []
         for tool in callable_tools:
             try:
-                lowered = lower(tool.parameters, not self._extra_keys)
+                lowered = lower(tool.parameters, self._extra_keys)
             except SchemaError as error:
                 raise SchemaError(error.pointer, f"the parameters of {tool.name}: {error.reason}") from None
             schema = json.dumps({**lowered.schema, "x-guidance": WHITESPACE[self.whitespace]})

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field
 from itertools import count
-from typing import Any
+from typing import Any, Literal
 
 from engine.guided.alternatives import Alternatives, Conjunction, unique
 from engine.guided.dialect import Document, Node
@@ -28,6 +28,8 @@ _SCALARS = ("null", "boolean", "number", "string")
 _EXACT = 2**53           # beyond, readers that take numbers for doubles may not see a multiple as one
 _INLINE = 200            # characters up to which a schema is written where it is used
 
+ExtraKeys = Literal["auto", True, False]
+
 
 @dataclass
 class Lowered:
@@ -42,15 +44,16 @@ class Lowered:
     notes: list[tuple[str, str]] = field(default_factory=list)
 
 
-def lower(schema: Node, close_objects: bool = True) -> Lowered:
+def lower(schema: Node, extra_keys: ExtraKeys = "auto") -> Lowered:
     """Raises SchemaError for what cannot be kept.
 
-    close_objects: an object that lists properties and says nothing of others gets no others. Valid outputs are lost that way, but
-    the model is not tempted to go on, and the end of the object is forced.
+    extra_keys: whether an object that lists properties, and says nothing of others, may get others. Where it may not, valid
+    outputs are lost, but the model is not tempted to go on, and the end of the object is forced. "auto": it may where it requires
+    nothing and the schema declares its draft with `$schema`.
     """
     document = Document(schema)
     document.check_work()
-    return Writer(document, close_objects).write()
+    return Writer(document, extra_keys).write()
 
 
 class _Unsatisfiable(Exception):
@@ -60,8 +63,8 @@ class _Unsatisfiable(Exception):
 class Writer:
     """Writes one document. `child`, `note` and the public attributes serve the writers of arrays and objects."""
 
-    def __init__(self, document: Document, close_objects: bool) -> None:
-        self._document, self.close_objects = document, close_objects
+    def __init__(self, document: Document, extra_keys: ExtraKeys) -> None:
+        self._document, self._extra_keys = document, extra_keys
         self.alternatives = Alternatives(document)
         self._hopeless: set[frozenset[int]] = set()
 
@@ -198,6 +201,14 @@ class Writer:
         if reason and not reason.startswith("Unsatisfiable"):
             raise SchemaError(place + ("/pattern" if facts.patterns else ""), reason)
         return None if reason else out
+
+    def may_extend(self, facts: Facts) -> bool:
+        """Whether an object that lists properties, and says nothing of others, may get others."""
+        if self._extra_keys == "auto":
+            # Who cites the standard means it: an object that requires nothing then describes what may be there. Without `$schema`
+            # a list of properties is the answer that is asked for, and so is what is required.
+            return self._document.declared and not facts.required
+        return self._extra_keys
 
     def note(self, place: str, text: str) -> None:
         self._notes[(place, text)] = None

@@ -39,7 +39,7 @@ def write_objects(writer: Writer, facts: Facts, place: str) -> list[dict[str, An
     listed = any(node is not False for part in facts.objects for node in [*part.properties.values(), *part.patterns.values()])
     unsaid = all(part.additional is None for part in facts.objects)
     least, most = facts.sizes
-    if writer.close_objects and listed and unsaid and least <= len(declared):
+    if listed and unsaid and not writer.may_extend(facts) and least <= len(declared):
         rest = (False,)
     free, additional = _settle_patterns(writer, patterns, rest, declared, properties, place)
     optional = [name for name in declared if name not in facts.required]

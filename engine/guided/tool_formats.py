@@ -98,6 +98,21 @@ def format_of(chat_template: str) -> str | None:
     return "llama3" if "<|start_header_id|>" in chat_template and '"parameters"' in chat_template else None
 
 
+# Small models write calls as they have seen them elsewhere, whatever their chat template says: bare, as Markdown, between the
+# tags that the template shows the tools in, or as another family does.
+_WRAPPINGS = [("```json", "```"), ("```", "```"), ("<tools>", "</tools>"),
+              *((form.begin.strip(), form.end.strip()) for form in (HERMES, MISTRAL))]
+
+
+def unwrapped(text: str) -> str:
+    """What is left of a whole text without one of these wrappings and white space."""
+    text = text.strip()
+    for begin, end in _WRAPPINGS:
+        if text.startswith(begin) and text.endswith(end) and len(text) >= len(begin) + len(end):
+            return text[len(begin) : -len(end)].strip()
+    return text
+
+
 def json_call(text: str, form: ToolFormat) -> tuple[Any, Any]:
     """(name, arguments) of a call that was parsed before. Raises NotCalls for other keys."""
     call = json.loads(text)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from engine.guided.grammar import SchemaError
-from engine.guided.tool_formats import FORMATS, json_call
+from engine.guided.tool_formats import FORMATS, json_call, unwrapped
 from engine.guided.validate import Validator, parse_strict
 
 CHOICES = ("none", "auto", "required")
@@ -97,13 +97,25 @@ class ToolCheck:
     def check(self, text: str) -> list[dict[str, Any]]:
         """The calls, `{"name", "arguments"}` each; none: the output is plain text. Raises ValueError with one line."""
         before, texts = self._format.split(text)
-        if not texts and not self._free:
+        if not texts:
+            if self._free:
+                return self._lone_call(text)
             raise ValueError("no tool is called")
         if before.strip() and not self._free:
             raise ValueError("text stands before the tool call")
         if len(texts) > 1 and self._one:
             raise ValueError("more than one tool is called")
         return [self._call(call) for call in texts]
+
+    def _lone_call(self, text: str) -> list[dict[str, Any]]:
+        """The call that all of a free text is, but for how the family writes calls; anything less than a valid call is text."""
+        call = unwrapped(text)
+        if not call.startswith("{"):
+            return []
+        try:
+            return [self._call(call)]
+        except ValueError:
+            return []
 
     def _call(self, text: str) -> dict[str, Any]:
         parse_strict(text)

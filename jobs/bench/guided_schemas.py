@@ -6,7 +6,7 @@ FILE: one JSON object a line with `id`, `schema`, and where known `instances`, `
 accepted schema is walked at random through masks, at 32, 96 and 512 tokens; what does not end, or ends and is not valid (numbers
 beyond a double), is trimmed and closed. Known valid instances are tried as they stand, then with their keys in the order of the
 grammar, in which outputs are written. Those left out fall in two classes: keys that the schema does not list (which
-guided.extra_keys=true lets through; --extra-keys measures all with it), and the rest.
+guided.extra_keys=true lets through; --extra-keys measures all with another value), and the rest.
 Prints one JSON line, details on stderr.
 """
 
@@ -29,11 +29,13 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from engine.guided.grammar import SchemaError
 from engine.guided.llg import LLGrammar, LLGuidanceBackend
+from engine.guided.lower import ExtraKeys
 from engine.guided.validate import parse_strict
 from pipeline.model_source import resolve_model
 from pipeline.tokenizer import load_tokenizer
 
 BUDGETS = (32, 96, 512)
+EXTRA_KEYS: dict[str, ExtraKeys] = {"auto": "auto", "true": True, "false": False}
 
 
 class Walker:
@@ -263,13 +265,13 @@ def main() -> None:
     parser.add_argument("--restored", action="store_true", help="use schema_restored where there is one")
     parser.add_argument("--walks", type=int, default=2, help="per schema and budget")
     parser.add_argument("--whitespace", default="dumps")
-    parser.add_argument("--extra-keys", action="store_true", help="as guided.extra_keys=true")
+    parser.add_argument("--extra-keys", choices=EXTRA_KEYS, default="auto", help="as guided.extra_keys")
     parser.add_argument("--limit", type=int, default=None)
     args = parser.parse_args()
     tokenizer = load_tokenizer(resolve_model(args.tokenizer))
     eos = tokenizer.eos_token_id
     backend, extra_backend = (LLGuidanceBackend(tokenizer, len(tokenizer), [eos], args.whitespace, extra_keys=extra)
-                              for extra in (args.extra_keys, True))
+                              for extra in (EXTRA_KEYS[args.extra_keys], True))
     rows = [json.loads(line) for line in args.file.read_text().splitlines()][: args.limit]
     if args.restored:
         rows = [{**row, "schema": row.get("schema_restored", row["schema"])} for row in rows]

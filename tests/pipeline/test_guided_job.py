@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import threading
+import weakref
 from collections.abc import Callable
+from functools import partialmethod
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +16,10 @@ import pyarrow.parquet as pq
 import pytest
 from models import tiny_checkpoint
 
+from engine import automata
+from engine.guided import llg
+from engine.guided.llg import LLGrammar
+from engine.guided.pool import GrammarPool
 from pipeline.run import main
 
 TEMPLATES = {
@@ -35,6 +42,8 @@ DEFS = {f"d{i}": {"anyOf": [{"$ref": f"#/$defs/d{i + 1}"}, {"$ref": f"#/$defs/d{
 ADVERSARIAL: dict[str, tuple[Any, str]] = {
     "explodes": ({"$defs": {**DEFS, "d40": {"type": "string"}}, "$ref": "#/$defs/d0"}, "schema_error"),
     "catastrophic regex": ({"type": "string", "pattern": "^(a+)+$", "maxLength": 40}, "ok"),
+    "catastrophic alternation": ({"type": "string", "pattern": "^(a|a|aa)*b?$", "minLength": 20, "maxLength": 40}, "ok"),
+    "too many states": ({"type": "string", "pattern": "^((a{1,100}){1,100}){1,100}$"}, "schema_error"),
     "emoji and CJK": ({"enum": ["😀👩‍👩‍👧", "非常好", "한국어", "a"]}, "ok"),
     "2,000 tokens at least": ({"type": "string", "minLength": 2000}, "schema_error"),
     "recursive": ({"$defs": {"n": NODE}, "$ref": "#/$defs/n"}, "ok"),
@@ -60,9 +69,9 @@ Job = Callable[..., list[dict[str, Any]]]
 def job(model: Path, tmp_path: Path) -> Job:
     """`job(columns, "key=value", ...)`: the rows that a run writes."""
 
-    def run(columns: dict[str, Any], *words: str) -> list[dict[str, Any]]:
+    def run(columns: dict[str, Any], *words: str, row_group_size: int | None = None) -> list[dict[str, Any]]:
         data, out = tmp_path / "in.parquet", tmp_path / "out"
-        pq.write_table(pa.table(columns), data)
+        pq.write_table(pa.table(columns), data, row_group_size=row_group_size)
         code = main([f"data={data}", f"model={model}", f"output.dir={out}", "engine.max_model_len=2048", "engine.cpu_kv_gib=0.1",
                      "sampling.temperature=1", "limits.max_error_rate=1", *words])
         assert code == 0
@@ -85,6 +94,65 @@ def test_adversarial_schemas_beside_many_others(job: Job) -> None:
             assert row["completion_tokens"] <= 100
 
 
+def test_a_schema_that_takes_too_long_is_refused_and_the_job_goes_on(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    released, compile_schema = threading.Event(), llg.LLGuidanceBackend.compile_schema
+
+    def slowly(self: llg.LLGuidanceBackend, schema: Any) -> LLGrammar:
+        if "slow" in schema["title"]:
+            released.wait(120)
+        return compile_schema(self, schema)
+
+    monkeypatch.setattr(llg.LLGuidanceBackend, "compile_schema", slowly)
+    schemas = [{"title": "slow" if i == 1 else f"quick {i}", "enum": ["a", "b"]} for i in range(4)]
+    try:
+        rows = job({"prompt": ["x"] * 4, "schema": [json.dumps(s) for s in schemas]}, "guided.compile_seconds=3")
+        assert not released.is_set()
+    finally:
+        released.set()
+    assert [row["status"] for row in rows] == ["ok", "schema_error", "ok", "ok"]
+    assert "compiling took longer than 3 s" in rows[1]["error"]
+
+
+def test_every_row_brings_its_own_schema(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Grammars live as long as their rows are at hand, and the tables of automata stay within their bound."""
+    alive: weakref.WeakSet[LLGrammar] = weakref.WeakSet()
+    made, most, tables = 0, 0, []
+    grammar_init, automata_init = LLGrammar.__init__, automata.Automata.__init__
+
+    def count_grammar(self: LLGrammar, *args: Any, **kwargs: Any) -> None:
+        nonlocal made, most
+        grammar_init(self, *args, **kwargs)
+        alive.add(self)
+        made, most = made + 1, max(most, len(alive))
+
+    def see_automata(self: automata.Automata, *args: Any) -> None:
+        automata_init(self, *args)
+        tables.append(self)
+
+    monkeypatch.setattr(LLGrammar, "__init__", count_grammar)
+    monkeypatch.setattr(automata.Automata, "__init__", see_automata)
+    monkeypatch.setattr(automata, "MAX_BYTES", 1 << 19)
+    monkeypatch.setattr(llg, "MAX_AUTOMATA", 64)
+    monkeypatch.setattr("pipeline.input.schemas._KEPT", 16)
+    monkeypatch.setattr(GrammarPool, "__init__", partialmethod(GrammarPool.__init__, max_grammars=16))
+    rows = 240
+    schemas = [
+        {"type": "object", "required": [f"l{i}", "n"], "properties": {
+            f"l{i}": {"enum": [f"a{i}", f"b{i}", "other"]}, "n": {"type": "integer", "minimum": i, "maximum": 2 * i + 9}}}
+        for i in range(rows)
+    ]  # fmt: skip
+    out = job({"prompt": [f"p{i}" for i in range(rows)], "schema": [json.dumps(s) for s in schemas]}, "engine.window=16",
+              "sampling.max_tokens=60", row_group_size=20)  # fmt: skip
+    assert [row["status"] for row in out] == ["ok"] * rows
+    for row, schema in zip(out, schemas, strict=True):
+        assert jsonschema.Draft202012Validator(schema).is_valid(json.loads(row["json"]))
+    (table,) = tables
+    assert 0 < len(table._placed) < 64
+    assert sum(c.device.nbytes for c in vars(table).values() if isinstance(c, automata._Column)) <= 1 << 19
+    # Alive: the engine's window and those on their way to it, the rows that run, and what is kept for later rows.
+    assert made == rows and most < 3 / 4 * rows
+
+
 @pytest.mark.parametrize("form", TEMPLATES)
 def test_calls_are_valid_whatever_the_model_says(job: Job, form: str) -> None:
     choices = ["required", "look_up", "write", "auto", "none"] * 2
@@ -104,10 +172,11 @@ def test_calls_are_valid_whatever_the_model_says(job: Job, form: str) -> None:
 
 
 def test_regexes_and_choices(job: Job) -> None:
-    rows = job({"prompt": ["x"] * 4, "guided_regex": ["[a-c]{3}-[0-9]+", None, None, "(["],
-                "guided_choice": [None, ["ja", "nein"], None, None],
-                "guided_json": [None, None, '{"type": "boolean"}', None]}, "sampling.max_tokens=20")  # fmt: skip
-    assert [row["status"] for row in rows] == ["ok", "ok", "ok", "schema_error"]
+    rows = job({"prompt": ["x"] * 6, "guided_regex": ["[a-c]{3}-[0-9]+", None, None, "([", "((a|aa)+)+!", "((x{1,99}){1,99}){99}"],
+                "guided_choice": [None, ["ja", "nein"], None, None, None, None],
+                "guided_json": [None, None, '{"type": "boolean"}', None, None, None]}, "sampling.max_tokens=20")  # fmt: skip
+    assert [row["status"] for row in rows] == ["ok", "ok", "ok", "schema_error", "ok", "schema_error"]
+    assert rows[4]["text"].strip("a") == "!"
     assert rows[0]["text"][:3].strip("abc") == "" and rows[0]["text"][3] == "-" and rows[0]["text"][4:].isdigit()
     assert rows[1]["text"] in ("ja", "nein")
     assert rows[2]["json"] in ("true", "false")

@@ -306,6 +306,8 @@ def test_an_answer_to_a_finished_folder_is_quick_and_loads_no_torch(run: Run, ta
     (["input.limit=1"], "input.limit"),
     (['task.schema={"type": "integer"}'], "task.schema"),
     (["engine.dtype=float16"], "engine.dtype (was auto, is float16)"),
+    (["guided.extra_keys=false"], "guided.extra_keys (was auto, is false)"),
+    (["guided.row_types=[my.types]"], 'guided.row_types (was not set, is ["my.types"])'),
 ])  # fmt: skip
 def test_another_configuration_on_the_same_folder_is_refused(run: Run, table: Any, words: list[str], key: str) -> None:
     data = table(prompt=["a", "b"])
@@ -316,7 +318,8 @@ def test_another_configuration_on_the_same_folder_is_refused(run: Run, table: An
     assert not ran.engines
 
 
-@pytest.mark.parametrize("words", [["engine.max_rows=3"], ["limits.max_seconds=100"], ["input.threads=1"], ["engine.depth=1"]])
+@pytest.mark.parametrize("words", [["engine.max_rows=3"], ["limits.max_seconds=100"], ["input.threads=1"], ["engine.depth=1"],
+                                   ["guided.threads=1"], ["guided.compile_seconds=5"]])
 def test_speed_and_limits_are_no_other_configuration(run: Run, table: Any, words: list[str]) -> None:
     data = table(prompt=["a", "b"])
     assert run(f"data={data}").code == 0

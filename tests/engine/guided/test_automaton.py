@@ -11,6 +11,7 @@ import pytest
 from guided_cases import PADDED, byte_level_tokenizer
 from llguidance import LLMatcher
 
+from engine.guided import llg
 from engine.guided.automaton import TokenAutomaton, token_automaton
 from engine.guided.byte_dfa import TooLarge
 from engine.guided.closing import byte_tokenizer
@@ -183,6 +184,18 @@ def test_what_is_not_regular_is_left_to_guides(backend: LLGuidanceBackend, schem
 def test_flexible_white_space_is_left_to_guides() -> None:
     backend = LLGuidanceBackend(byte_level_tokenizer(), PADDED, [0], whitespace="flexible")
     assert backend.compile_schema(record("a", a=INTEGER)).automaton is None
+
+
+@pytest.mark.parametrize("limit, value, made", [("MAX_AUTOMATA", 2, 2), ("MAX_AUTOMATA_BYTES", 1, 1)])
+def test_only_the_first_grammars_get_one(monkeypatch: pytest.MonkeyPatch, limit: str, value: int, made: int) -> None:
+    """The others are spared the work as well: in a job of many schemas it is half of the time to compile."""
+    monkeypatch.setattr(llg, limit, value)
+    built = []
+    monkeypatch.setattr(llg, "schema_dfa", lambda *args: built.append(args) or schema_dfa(*args))
+    backend = LLGuidanceBackend(byte_level_tokenizer(), PADDED, [0, 1])
+    grammars = [backend.compile_schema(schema) for schema in [*IRREGULAR[-1:], *REGULAR[:5]]]
+    assert [g.automaton is not None for g in grammars] == [False] + [True] * made + [False] * (5 - made)
+    assert len(built) == 1 + made
 
 
 def test_the_number_of_states_is_limited() -> None:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from engine.guided.grammar import SchemaError
 from engine.guided.llg import LLGuidanceBackend
-from engine.guided.lower import lower
+from engine.guided.lower import ExtraKeys, lower
 
 
 @pytest.mark.parametrize(
@@ -60,12 +60,28 @@ def test_objects_that_list_properties_are_closed() -> None:
     listed = {"type": "object", "properties": {"a": {"type": "object", "properties": {"b": {}}}}}
     assert lower(listed).schema["additionalProperties"] is False
     assert lower(listed).schema["properties"]["a"]["additionalProperties"] is False
-    assert "additionalProperties" not in lower(listed, close_objects=False).schema
+    assert "additionalProperties" not in lower(listed, extra_keys=True).schema
     assert "additionalProperties" not in lower({**listed, "additionalProperties": True}).schema
     assert lower({"type": "object"}).schema == {"type": "object"}
     # Closed after merging, not before: each branch has the other's properties.
     both = lower({"allOf": [{"type": "object", "properties": {"a": {}}}, {"type": "object", "properties": {"b": {}}}]}).schema
     assert list(both["properties"]) == ["a", "b"]
+
+
+def test_objects_that_require_nothing_stay_open_where_the_schema_declares_its_draft() -> None:
+    def closed(schema: dict[str, Any], extra_keys: ExtraKeys = "auto") -> bool:
+        return lower(schema, extra_keys).schema.get("additionalProperties") is False
+
+    listed: dict[str, Any] = {"type": "object", "properties": {"a": {}}}
+    cited = {"$schema": "https://json-schema.org/draft/2020-12/schema", **listed}
+    assert closed(listed) and not closed(cited) and closed({**cited, "required": ["a"]})
+    assert closed(cited, extra_keys=False) and not closed({**listed, "required": ["a"]}, extra_keys=True)
+    assert closed({**cited, "additionalProperties": False}, extra_keys=True)
+    inner = lower({**cited, "properties": {"a": listed, "b": {**listed, "required": ["a"]}}}).schema["properties"]
+    assert "additionalProperties" not in inner["a"] and inner["b"]["additionalProperties"] is False
+    # What an alternative requires counts as well.
+    either = lower({**cited, "anyOf": [{"required": ["a"]}, {"minProperties": 1}]}).schema
+    assert [part.get("additionalProperties") for part in either["anyOf"]] == [False, None]
 
 
 def test_properties_keep_their_order() -> None:

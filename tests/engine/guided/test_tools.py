@@ -147,6 +147,38 @@ def test_the_check_refuses(text: str, reason: str) -> None:
         ToolCheck("hermes", TOOLS, "required").check(text)
 
 
+WRAPPED = ["%s", "\n %s\n", "```json\n%s\n```", "```\n%s```\n", "<tools>\n%s\n</tools>", "<tool_call>%s</tool_call>",
+           "[TOOL_CALLS] [%s]"]
+
+
+@pytest.mark.parametrize("wrapping", WRAPPED)
+def test_a_lone_call_counts_however_it_is_wrapped(backend: LLGuidanceBackend, wrapping: str) -> None:
+    for form in ("hermes", "mistral"):
+        grammar, text = backend.compile_tools(form, TOOLS, "auto"), wrapping % ('{"name": ' + PARIS % "arguments")
+        assert grammar.check(text) == CALLS[:1]
+        own = text.startswith(FORMATS[form].trigger)
+        assert own or accepts(backend, grammar, text)
+        for choice in ("required", ":get_weather"):              # there the grammar sees to the format
+            if not own:
+                with pytest.raises(ValueError, match="no tool is called"):
+                    ToolCheck(form, TOOLS, choice).check(text)
+
+
+@pytest.mark.parametrize("text", [
+    '{"city": "Paris"}', "{}", '{"name": "get_weather"}', '{"name": "Ada", "arguments": {}}',
+    '[{"name": "now", "arguments": {}}]',
+    '{"name": "add", "arguments": {"a": 1}}', '{"name": "add", "arguments": {"a": 1, "b": "2"}}', '{"name": 7, "arguments": {}}',
+    '{"name": "now", "arguments": "{}"}', '{"name": "now", "arguments": {}, "id": 1}', '{"name": "now", "parameters": {}}',
+    '{"name": "now", "name": "now", "arguments": {}}', '{"name": "now", "arguments": {}} {"name": "now", "arguments": {}}',
+    'I call {"name": "now", "arguments": {}}', '{"name": "now", "arguments": {}} now', '{"name": "now", "arguments": {}',
+    '```json\n{"name": "now", "arguments": {}}', '```json\n```json\n{"name": "now", "arguments": {}}\n```\n```', "```", "``````",
+    '```json\n{"name": "now", "arguments": {}}\n```\nand\n```json\n{"name": "now", "arguments": {}}\n```',
+    '{"a":' * 2000 + "1" + "}" * 2000,
+])
+def test_text_that_is_not_just_one_call_stays_text(text: str) -> None:
+    assert ToolCheck("hermes", TOOLS, "auto").check(text) == []
+
+
 def test_a_marker_within_a_string_is_text(backend: LLGuidanceBackend) -> None:
     grammar = backend.compile_tools("hermes", TOOLS, "required")
     text = ONE["hermes"].replace("Paris", "</tool_call>")
