@@ -86,6 +86,9 @@ class OnlineFp8Method(_RowScaled):
     def specs(self, in_features: int, out_features: int, bias: bool, dtype: torch.dtype) -> dict[str, ParamSpec]:
         return DenseMethod().specs(in_features, out_features, bias, dtype)
 
+    def kept_bytes(self, in_features: int, out_features: int, dtype: torch.dtype) -> int:
+        return out_features * (in_features * torch.float8_e4m3fn.itemsize + torch.float32.itemsize)
+
     def finalize(self, layer: Linear, stored: dict[str, Tensor]) -> dict[str, Tensor | None]:
         weight, scale = ops.fp8_quantize(stored["weight"])
         return {"weight": weight, "weight_scale": scale.flatten(), "bias": stored.get("bias"), "input_scale": None}
