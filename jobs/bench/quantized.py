@@ -28,6 +28,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from jobs.bench.graph_timing import replay_seconds
 from kernels import gemm_fp8, gemm_w4, quantize
 from kernels.split_k import Tile
 
@@ -172,32 +173,11 @@ def verdict(good: object, what: str) -> None:
 # --- --time and --sweep ---------------------------------------------------------------------------------------------------------
 
 
-def seconds(calls: Sequence[Callable[[], object]], budget: float = 30.0) -> float:
-    """Median time of one call, of CUDA graphs that make all of them one after the other."""
-    for call in calls[:1]:
-        call()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        kept = [call() for call in calls]
-    times: list[float] = []
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    graph.replay()
-    while len(times) < 5 or (sum(times) < budget and len(times) < 100):
-        begin.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end))
-    del kept
-    return sorted(times)[len(times) // 2] / len(calls) / 1e3
-
-
 def read_rate() -> float:
     """Bytes a second of a large copy, read and written."""
     source = torch.empty(1 << 30, dtype=torch.uint8, device=DEVICE).random_()
     target = torch.empty_like(source)
-    return 2 * source.numel() / seconds([lambda: target.copy_(source)] * 3)
+    return 2 * source.numel() / replay_seconds([lambda: target.copy_(source)] * 3)
 
 
 def copies(size: int) -> int:
@@ -224,12 +204,13 @@ class Packed:
             for _ in range(copies(self.bytes))]
 
     def fused(self, x: Tensor, tile: Tile) -> float:
-        return seconds([functools.partial(gemm_w4._skinny, x, *part, self.group, None, self.bits, tile) for part in self.copies])
+        return replay_seconds([functools.partial(gemm_w4._skinny, x, *part, self.group, None, self.bits, tile)
+                               for part in self.copies])
 
     def apart(self, x: Tensor) -> float:
         def call(packed: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
             return F.linear(x, gemm_w4._dequantise(packed, scales, zeros, self.group, self.bits, x.shape[1]))
-        return seconds([functools.partial(call, *part) for part in self.copies])
+        return replay_seconds([functools.partial(call, *part) for part in self.copies])
 
 
 def attempt(measure: Callable[..., float], *args: object) -> float:
@@ -243,7 +224,7 @@ def attempt(measure: Callable[..., float], *args: object) -> float:
 def dense(shape: tuple[int, int], rows: int) -> float:
     weights = [torch.randn(shape, device=DEVICE).to(DTYPE) for _ in range(copies(2 * shape[0] * shape[1]))]
     x = torch.randn(rows, shape[1], device=DEVICE).to(DTYPE)
-    return seconds([functools.partial(F.linear, x, weight) for weight in weights])
+    return replay_seconds([functools.partial(F.linear, x, weight) for weight in weights])
 
 
 def time_integer(bits: int, rate: float) -> None:
@@ -273,18 +254,19 @@ class Fp8:
 
     def fused(self, x: Tensor, tile: Tile) -> float:
         x, scale = quantize.fp8_quantize(x)
-        return seconds([functools.partial(gemm_fp8._product, x, scale, *part, None, DTYPE, False, tile) for part in self.copies])
+        return replay_seconds([functools.partial(gemm_fp8._product, x, scale, *part, None, DTYPE, False, tile)
+                               for part in self.copies])
 
     def cublas(self, rows: int, fast: bool) -> float:
         x, scale = quantize.fp8_quantize(torch.randn(rows, self.shape[1], device=DEVICE).to(DTYPE))
         call = functools.partial(torch._scaled_mm, out_dtype=DTYPE, use_fast_accum=fast)
-        return seconds([functools.partial(call, x, weight.t(), scale, each[None]) for weight, each in self.copies])
+        return replay_seconds([functools.partial(call, x, weight.t(), scale, each[None]) for weight, each in self.copies])
 
     def blocks(self, rows: int) -> float:
         n, k = self.shape
         x = torch.randn(rows, k, device=DEVICE).to(DTYPE)
         scale = torch.rand(n // 128, k // 128, device=DEVICE)
-        return seconds([functools.partial(gemm_fp8.fp8_block_matmul, x, weight, scale, None) for weight, _ in self.copies])
+        return replay_seconds([functools.partial(gemm_fp8.fp8_block_matmul, x, weight, scale, None) for weight, _ in self.copies])
 
 
 def time_fp8(rate: float) -> None:
@@ -308,7 +290,7 @@ def time_quantisation() -> None:
         times = []
         for width in (4096, 14336):
             inputs = [torch.randn(rows, width, device=DEVICE).to(DTYPE) for _ in range(min(32, copies(2 * rows * width)))]
-            times.append(seconds([functools.partial(quantize.fp8_quantize, x) for x in inputs]) * 1e6)
+            times.append(replay_seconds([functools.partial(quantize.fp8_quantize, x) for x in inputs]) * 1e6)
         print(f"{rows:6}" + "".join(f"{us:9.1f}" for us in times), flush=True)
 
 
