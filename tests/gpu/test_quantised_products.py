@@ -14,15 +14,7 @@ from kernels import gemm_w4
 
 HALVES = [torch.empty(0, dtype=dtype, device="cuda") for dtype in (torch.bfloat16, torch.float16)]
 ROWS = [1, 4, 16, 17, 33, 64, 100, 192, 300]
-
-
-@pytest.fixture(autouse=True)
-def poisoned():
-    """torch.empty gives NaN: an output that no program wrote shows."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.manual_seed(0)
-    yield
-    torch.use_deterministic_algorithms(False)
+pytestmark = pytest.mark.usefixtures("poisoned")
 
 
 @pytest.mark.parametrize("like", HALVES, ids=str)

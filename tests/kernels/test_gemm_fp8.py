@@ -13,16 +13,12 @@ from quantised_products import check_fp8, check_fp8_blocks, check_fused_quantisa
 from kernels.split_k import Tile
 
 HALF = torch.empty(0, dtype=torch.float16)
+pytestmark = pytest.mark.usefixtures("poisoned")
 
 
 @pytest.fixture(autouse=True)
-def poisoned(monkeypatch):
-    """torch.empty gives NaN: an output that no program wrote shows."""
-    torch.use_deterministic_algorithms(True)
-    torch.manual_seed(0)
+def mended_casts(monkeypatch):
     mend_interpreted_casts(monkeypatch)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 @pytest.mark.parametrize("static", [False, True])

@@ -14,15 +14,7 @@ from kernels import gemm_w4
 from kernels.split_k import Tile
 
 HALF = torch.empty(0, dtype=torch.float16)
-
-
-@pytest.fixture(autouse=True)
-def poisoned():
-    """torch.empty gives NaN: an output that no program wrote shows."""
-    torch.use_deterministic_algorithms(True)
-    torch.manual_seed(0)
-    yield
-    torch.use_deterministic_algorithms(False)
+pytestmark = pytest.mark.usefixtures("poisoned")
 
 
 @pytest.mark.parametrize("bits", [4, 8])
