@@ -133,13 +133,13 @@ def check_fp8() -> None:
                 for rows in ROWS:
                     x = with_outliers(rows, k).to(DTYPE)
                     if block:
-                        quantised, scale = quantize.quantize_blocks(x, gemm_fp8.BLOCK)
+                        quantized, scale = quantize.quantize_blocks(x, gemm_fp8.BLOCK)
                         scale = scale.repeat_interleave(gemm_fp8.BLOCK, 1)
                     else:
-                        quantised, scale = quantize.fp8_quantize(x)
+                        quantized, scale = quantize.fp8_quantize(x)
                         want = (x.float() / (x.float().abs().amax(1, keepdim=True) / 448)).to(torch.float8_e4m3fn).float()
-                        verdict((quantised.float() - want).abs().le(0.126 * want.abs()).all(), f"quantised {name}")
-                    inputs = quantised.double() * scale.double()
+                        verdict((quantized.float() - want).abs().le(0.126 * want.abs()).all(), f"quantised {name}")
+                    inputs = quantized.double() * scale.double()
                     some = torch.randperm(rows, device=DEVICE)[:64]
                     error = off(call(x)[some], inputs[some] @ exact.t()) / LIMIT[DTYPE]
                     verdict(off(inputs, x.double()) < 0.03, f"quantised {name} x {rows}: {off(inputs, x.double()):.3f}")
@@ -284,7 +284,7 @@ def time_fp8(rate: float) -> None:
               f"{sum(fused):9.1f}{floor:8.1f}{floor / sum(fused):7.2f}{cublas:9.1f}{fast:9.1f}{blocks:9.1f}", flush=True)
 
 
-def time_quantisation() -> None:
+def time_quantization() -> None:
     print(f"\nquantising x token by token, us\n{'rows':>6}{'4096':>9}{'14336':>9}")
     for rows in (1, 16, 64, 512, 4096):
         times = []
@@ -407,7 +407,7 @@ def main() -> None:
             elif kind == "fp8":
                 time_fp8(rate)
             elif kind == "quant":
-                time_quantisation()
+                time_quantization()
     if args.sweep:
         for kind in args.only:
             if kind in ("w4", "w8", "fp8"):

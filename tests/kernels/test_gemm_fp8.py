@@ -8,7 +8,7 @@ os.environ["TRITON_INTERPRET"] = "1"
 
 import pytest
 import torch
-from quantised_products import check_fp8, check_fp8_blocks, check_fused_quantisation, mend_interpreted_casts
+from quantized_products import check_fp8, check_fp8_blocks, check_fused_quantization, mend_interpreted_casts
 
 from kernels.split_k import Tile
 
@@ -43,5 +43,5 @@ def test_blocks(rows, outputs, inputs):
 
 @pytest.mark.parametrize("static", [False, True])
 @pytest.mark.parametrize("rows, width", [(1, 64), (5, 200)])
-def test_fused_quantisation(static, rows, width):
-    check_fused_quantisation(HALF, rows, width, static)
+def test_fused_quantization(static, rows, width):
+    check_fused_quantization(HALF, rows, width, static)

@@ -8,7 +8,7 @@ os.environ["TRITON_INTERPRET"] = "1"
 
 import pytest
 import torch
-from quantised_products import check_integer
+from quantized_products import check_integer
 
 from kernels import gemm_w4
 from kernels.split_k import Tile
@@ -40,7 +40,7 @@ def test_float32_and_a_column_order():
     check_integer(torch.empty(0), 8, 2, 64, 256, 32, perm=True)
 
 
-def test_many_rows_go_to_the_dequantised_weights(monkeypatch):
+def test_many_rows_go_to_the_dequantized_weights(monkeypatch):
     monkeypatch.setattr(gemm_w4, "MOST_ROWS", 4)
     check_integer(HALF, 4, 5, 130, 256, 128, bias=True, perm=True)
 

@@ -9,7 +9,7 @@ os.environ["TRITON_INTERPRET"] = "1"
 import pytest
 import torch
 from kernel_cases import check_copy_pages, check_fp8_cache, check_rope_and_cache
-from quantised_products import mend_interpreted_casts
+from quantized_products import mend_interpreted_casts
 
 from kernels import kv_cache, ref
 

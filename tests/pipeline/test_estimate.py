@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from models import tiny_checkpoint
-from quantised_models import awq_pair, compressed_pair, gptq_pair
+from quantized_models import awq_pair, compressed_pair, gptq_pair
 
 from engine.config import EngineConfig
 from engine.engine import Engine
@@ -52,7 +52,7 @@ def test_the_estimate_is_near_what_was_measured(size: ModelSize, work: Workload,
     (AWQ, EngineConfig(), 3.89, 131_072, (9_884, 10_012, 383.9)),
     ({}, FP8, 6.99, 65_536, (16_207, 9_226, 279.0)),
 ])
-def test_quantised_weights_and_keys_count_as_they_are_kept(stored: dict[str, Any], config: EngineConfig, gib: float, token: int,
+def test_quantized_weights_and_keys_count_as_they_are_kept(stored: dict[str, Any], config: EngineConfig, gib: float, token: int,
                                                            measured: tuple[float, ...]) -> None:
     """W1, W2 and W5 on an H100, in tokens/s."""
     size = ModelSize.of(ModelSpec.from_hf(MISTRAL_CONFIG | stored), config, "cuda")
