@@ -9,8 +9,9 @@ from torch import Tensor
 
 from engine.layers.linear import DenseMethod, Joined, Linear, LinearMethod, ParamSpec, bias_spec
 from engine.layers.norm import RMSNorm
-from engine.models.quantization import FP8_BLOCK, Fp8
+from engine.models.quantization import Fp8
 from kernels import ops
+from kernels.formats import FP8_BLOCK
 
 
 class _RowScaled(LinearMethod):

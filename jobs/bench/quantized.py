@@ -30,6 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from jobs.bench.graph_timing import replay_seconds
 from kernels import gemm_fp8, gemm_w4, quantize
+from kernels.formats import FP8_BLOCK
 from kernels.split_k import Tile
 
 DEVICE, DTYPE = "cuda", torch.bfloat16
@@ -127,14 +128,14 @@ def check_fp8() -> None:
         for block in (False, True):
             worst, where = 0.0, ""
             for name, (n, k) in layers.items():
-                if block and (n % 128 or k % 128):
+                if block and (n % FP8_BLOCK or k % FP8_BLOCK):
                     continue
                 call, exact = fp8_layer(n, k, block)
                 for rows in ROWS:
                     x = with_outliers(rows, k).to(DTYPE)
                     if block:
-                        quantized, scale = quantize.quantize_blocks(x, gemm_fp8.BLOCK)
-                        scale = scale.repeat_interleave(gemm_fp8.BLOCK, 1)
+                        quantized, scale = quantize.quantize_blocks(x, FP8_BLOCK)
+                        scale = scale.repeat_interleave(FP8_BLOCK, 1)
                     else:
                         quantized, scale = quantize.fp8_quantize(x)
                         want = (x.float() / (x.float().abs().amax(1, keepdim=True) / 448)).to(torch.float8_e4m3fn).float()
@@ -152,8 +153,8 @@ def check_fp8() -> None:
 def fp8_layer(n: int, k: int, block: bool) -> tuple[Callable[[Tensor], Tensor], Tensor]:
     weight = with_outliers(n, k) * 0.02
     if block:
-        scale = weight.view(n // 128, 128, k // 128, 128).abs().amax((1, 3)) / 448
-        spread = scale.repeat_interleave(128, 0).repeat_interleave(128, 1)
+        scale = weight.view(n // FP8_BLOCK, FP8_BLOCK, k // FP8_BLOCK, FP8_BLOCK).abs().amax((1, 3)) / 448
+        spread = scale.repeat_interleave(FP8_BLOCK, 0).repeat_interleave(FP8_BLOCK, 1)
         codes = (weight / spread).to(torch.float8_e4m3fn)
         return (lambda x: gemm_fp8.fp8_block_matmul(x, codes, scale, None)), codes.double() * spread.double()
     scale = weight.abs().amax(1) / 448
@@ -265,7 +266,7 @@ class Fp8:
     def blocks(self, rows: int) -> float:
         n, k = self.shape
         x = torch.randn(rows, k, device=DEVICE).to(DTYPE)
-        scale = torch.rand(n // 128, k // 128, device=DEVICE)
+        scale = torch.rand(n // FP8_BLOCK, k // FP8_BLOCK, device=DEVICE)
         return replay_seconds([functools.partial(gemm_fp8.fp8_block_matmul, x, weight, scale, None) for weight, _ in self.copies])
 
 
@@ -354,7 +355,7 @@ def compile_one(job: tuple[str, tuple[int, ...], int, torch.dtype, bool, bool]) 
                 gemm_fp8._product(*quantize.fp8_quantize(x), codes, torch.zeros(512, device=DEVICE), b, dtype, False, tile)
             else:
                 codes = torch.zeros(512, k, device=DEVICE).to(torch.float8_e4m3fn)
-                inputs = quantize.quantize_blocks(x, gemm_fp8.BLOCK)
+                inputs = quantize.quantize_blocks(x, FP8_BLOCK)
                 gemm_fp8._product(*inputs, codes, torch.zeros(4, 4, device=DEVICE), b, dtype, True, tile)
         except triton.runtime.errors.OutOfResources:
             pass
