@@ -48,7 +48,7 @@ class Engine:
         self.device = _device(config.device)
         _check_fp8(config, spec, self.device)
         on_gpu = self.device.type == "cuda"
-        dtype = getattr(torch, config.dtype if config.dtype != "auto" else spec.gpu_dtype if on_gpu else "float32")
+        dtype = getattr(torch, spec.run_dtype(config.dtype, self.device.type))
         self.max_model_len = config.max_model_len or min(spec.max_positions, DEFAULT_CONTEXT)
         max_rows = config.max_rows or (GPU_ROWS if on_gpu else CPU_ROWS)
         max_step_tokens = max(config.max_step_tokens or (16384 if on_gpu else 1024), max_rows)

@@ -27,7 +27,7 @@ def _write_row(y, out, scales, static, row, columns, inside, WIDTH: tl.constexpr
 
 
 @triton.jit
-def _quantise_kernel(x, out, scales, static, x_stride, WIDTH: tl.constexpr, BLOCK: tl.constexpr, STATIC: tl.constexpr,
+def _quantize_kernel(x, out, scales, static, x_stride, WIDTH: tl.constexpr, BLOCK: tl.constexpr, STATIC: tl.constexpr,
                      OVERLAP: tl.constexpr):
     after(OVERLAP)
     row = tl.program_id(0).to(tl.int64)
@@ -87,7 +87,7 @@ def fp8_quantize(x: Tensor, scale: Tensor | None = None) -> tuple[Tensor, Tensor
     """See ref.fp8_quantize; rows of x may be strided. The scales are always [M, 1]."""
     rows, width = x.shape
     out, scales = _outputs(x, width)
-    _quantise_kernel[rows,](x, out, scales, scales if scale is None else scale, x.stride(0), **_options(x, width, scale))
+    _quantize_kernel[rows,](x, out, scales, scales if scale is None else scale, x.stride(0), **_options(x, width, scale))
     return out, scales
 
 

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels.formats import FP8_BLOCK
+
 NEG_INF = float("-inf")
 
 
@@ -134,7 +136,6 @@ def copy_pages(storage: Tensor, pages: Tensor) -> None:
 # Nibble j of a word is column NIBBLES[j] of its eight: neighbours lie 16 bits apart, which is where a pair of halves wants them.
 NIBBLES = (0, 2, 4, 6, 1, 3, 5, 7)
 E4M3_MAX = 448.0        # largest float8_e4m3fn
-FP8_BLOCK = 128
 
 
 def w4_pack(codes: Tensor) -> Tensor:

@@ -56,7 +56,8 @@ class Model(Protocol):
     def max_model_len(self) -> int:
         """Most tokens of a prompt and its output."""
 
-    def size(self) -> ModelSize: ...
+    def size(self, device: str) -> ModelSize:
+        """What it will take on a "cuda" or "cpu" device."""
 
     def load(self, progress: Callable[[str], None]) -> EngineLike: ...
 
@@ -92,8 +93,8 @@ class RealModel:
 
         return self._config.engine.max_model_len or min(self._checkpoint.spec.max_positions, DEFAULT_CONTEXT)
 
-    def size(self) -> ModelSize:
-        return ModelSize.of(self._checkpoint)
+    def size(self, device: str) -> ModelSize:
+        return _one_line(lambda: ModelSize.of(self._checkpoint.spec, self._config.engine_config(), device))
 
     def load(self, progress: Callable[[str], None]) -> EngineLike:
         from engine.engine import Engine

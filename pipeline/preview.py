@@ -98,11 +98,12 @@ def _lengths(lengths: list[int], sampled: int, rows: int) -> None:
 
 def _time(config: RunConfig, model: Model, prompts: list[np.ndarray], rows: float, need: int) -> None:
     """From the shortest outputs that are allowed to the longest."""
-    size, most = model.size(), config.effective_sampling.params().max_tokens
+    most = config.effective_sampling.params().max_tokens
     samples, n = config.effective_sampling.n or 1, len(prompts)
     fresh = fresh_tokens(prompts) if config.engine.prefix_sharing else sum(map(len, prompts))
-    here = this_device(config.engine.device, config.engine.max_rows)
-    for device in (here, H100) if here.itemsize > H100.itemsize and config.engine.device == "auto" else (here,):
+    here = this_device(config.engine_config())
+    for device in (here, H100) if here.kind == "cpu" and config.engine.device == "auto" else (here,):
+        size = model.size(device.kind)
         least, longest = (
             seconds(size, device, Workload(rows * samples, sum(map(len, prompts)) / n, fresh / n / samples, output))
             / config.cluster.workers for output in (need, most)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Iterator
 
+import pytest
 import torch
 
 # Triton decides at import whether it compiles or interprets, so one process cannot do both: with a GPU the kernels are tested
@@ -22,6 +24,16 @@ if importlib.util.find_spec("hypothesis"):    # GPU machines need not have it: n
     settings.register_profile("fixed", deadline=None, derandomize=True, database=None)
     settings.register_profile("soak", deadline=None, max_examples=int(soak or 1), print_blob=True)
     settings.load_profile("soak" if soak else "fixed")
+
+
+@pytest.fixture
+def poisoned() -> Iterator[None]:
+    """torch.empty gives NaN: an output that no program wrote shows. Warnings only, since cuBLAS's products, to compare with, are
+    not among the deterministic ones. Random inputs are the same each time."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.manual_seed(0)
+    yield
+    torch.use_deterministic_algorithms(False)
 
 
 def pytest_report_header() -> str:

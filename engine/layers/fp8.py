@@ -9,8 +9,9 @@ from torch import Tensor
 
 from engine.layers.linear import DenseMethod, Joined, Linear, LinearMethod, ParamSpec, bias_spec
 from engine.layers.norm import RMSNorm
-from engine.models.quantization import FP8_BLOCK, Fp8
+from engine.models.quantization import Fp8
 from kernels import ops
+from kernels.formats import FP8_BLOCK
 
 
 class _RowScaled(LinearMethod):
@@ -85,6 +86,9 @@ class OnlineFp8Method(_RowScaled):
 
     def specs(self, in_features: int, out_features: int, bias: bool, dtype: torch.dtype) -> dict[str, ParamSpec]:
         return DenseMethod().specs(in_features, out_features, bias, dtype)
+
+    def kept_bytes(self, in_features: int, out_features: int, dtype: torch.dtype) -> int:
+        return out_features * (in_features * torch.float8_e4m3fn.itemsize + torch.float32.itemsize)
 
     def finalize(self, layer: Linear, stored: dict[str, Tensor]) -> dict[str, Tensor | None]:
         weight, scale = ops.fp8_quantize(stored["weight"])

@@ -31,6 +31,12 @@ class GgufMethod(IntegerMethod):
         row = in_features // self.kind.weights * self.kind.bytes
         return {"blocks": ParamSpec((out_features, row), torch.uint8, out_dim=0), **bias_spec(out_features, bias, dtype)}
 
+    def kept_bytes(self, in_features: int, out_features: int, dtype: torch.dtype) -> int:
+        assert self.kind.integers is not None
+        codes, *tables = self.kind.integers(torch.zeros(1, self.kind.bytes, dtype=torch.uint8))
+        block = codes.numel() * self.bits // 8 + sum(table.numel() * dtype.itemsize for table in tables if table is not None)
+        return out_features * in_features // self.kind.weights * block
+
     def finalize(self, layer: Linear, stored: dict[str, Tensor]) -> dict[str, Tensor | None]:
         assert self.kind.integers is not None
         codes, scales, minimums = self.kind.integers(stored["blocks"].view(-1, self.kind.bytes))

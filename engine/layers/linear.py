@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -41,6 +42,11 @@ class LinearMethod(Protocol):
 
     def finalize(self, layer: Linear, stored: dict[str, Tensor]) -> dict[str, Tensor | None]:
         """Once, after loading: what is stored, repacked, by the names that `apply` finds it under in the layer."""
+
+    def kept_bytes(self, in_features: int, out_features: int, dtype: torch.dtype) -> int:
+        """About what a layer takes on the device, told without its weights: as much as it is stored in."""
+        specs = self.specs(in_features, out_features, False, dtype)
+        return sum(math.prod(spec.shape) * spec.dtype.itemsize for spec in specs.values())
 
     def apply(self, layer: Linear, x: Tensor) -> Tensor:
         """x [T, in_features] -> [T, out_features]."""

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from engine.models.errors import ModelError
+from kernels.formats import FP8_BLOCK
 
 GROUPS = (-1, 32, 64, 128)      # inputs that share a scale; -1: all of them
-FP8_BLOCK = 128                 # side of the blocks of weights that share one
 GGUF_KEPT = ("Q4_0", "Q4_K", "Q6_K", "Q8_0")
 
 

@@ -155,9 +155,13 @@ class ModelSpec:
             spec.quantization.check(spec.linears())
         return spec
 
-    @property
-    def gpu_dtype(self) -> str:
-        """What it runs in on a GPU unasked: bfloat16, but float16 for integer weights whose scales are that."""
+    def run_dtype(self, asked: str, device: str) -> str:
+        """What it runs in on a "cuda" or "cpu" device. "auto": float32 on the CPU, else bfloat16, but float16 for integer weights
+        whose scales are that."""
+        if asked != "auto":
+            return asked
+        if device == "cpu":
+            return "float32"
         return "float16" if self.quantization and self.quantization.integer and self.dtype == "float16" else "bfloat16"
 
     def linears(self) -> Iterator[tuple[str, int, int]]:

@@ -25,6 +25,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from jobs.bench.graph_timing import replay_seconds
 from kernels import attention, ref
 
 DEVICE, DTYPE = "cuda", torch.bfloat16
@@ -154,24 +155,6 @@ class Pool:
         return table
 
 
-def seconds(calls: list[Callable[[], Tensor]]) -> float:
-    """Median time of one call, of CUDA graphs that make all of them one after the other."""
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        kept = [call() for call in calls]
-    times = []
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    graph.replay()
-    while len(times) < 5 or (sum(times) < 40 and len(times) < 200):
-        begin.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end))
-    del kept
-    return sorted(times)[len(times) // 2] / len(calls) / 1e3
-
-
 def check(name: str, got: Tensor, want: Tensor) -> None:
     off = float((got.double() - want.double()).norm() / want.double().norm())
     if not off < 1e-2:
@@ -206,7 +189,7 @@ def decode(way: DecodeWay, model: Model, shape: DecodeShape, pool: Pool, timed: 
         want = ref.decode_attention(q[:few], pool.k, pool.v, tables[0], rows[:few], contexts[:few] - 1, scale, 0, 0.0,
                                     max(shape.contexts[:few]), kv_scales=pool.scales)
         check(f"{model.name} {shape.name} {way.name}", got[:few], want)
-        return size / seconds(calls) / 1e12
+        return size / replay_seconds(calls) / 1e12
 
 
 def prefill(tile: Tile, model: Model, shape: PrefillShape, pool: Pool, timed: bool) -> float:
@@ -228,7 +211,7 @@ def prefill(tile: Tile, model: Model, shape: PrefillShape, pool: Pool, timed: bo
         want = ref.prefill_attention(q[-shape.queries :], *inputs[1:4], *last, ints([0, shape.queries]), tiles, scale, 0, 0.0,
                                      kv_scales=pool.scales)
         check(f"{model.name} {shape.name} {tile.name}", got[-shape.queries :], want)
-        return flops / seconds([call] * 4) / 1e12
+        return flops / replay_seconds([call] * 4) / 1e12
 
 
 def torch_prefill(model: Model, shape: PrefillShape, backend: SDPBackend) -> float:
@@ -238,7 +221,7 @@ def torch_prefill(model: Model, shape: PrefillShape, backend: SDPBackend) -> flo
     with sdpa_kernel(backend):
         call = functools.partial(torch.nn.functional.scaled_dot_product_attention, q, k, v, is_causal=True, enable_gqa=True)
         call()
-        return 2 * shape.rows * model.heads * model.dim * shape.queries * (shape.queries + 1) / seconds([call] * 4) / 1e12
+        return 2 * shape.rows * model.heads * model.dim * shape.queries * (shape.queries + 1) / replay_seconds([call] * 4) / 1e12
 
 
 def attempt(measure: Callable[..., float], *args: object) -> float:

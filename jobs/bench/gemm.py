@@ -15,7 +15,6 @@ import itertools
 import json
 import math
 import multiprocessing
-import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -31,6 +30,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from jobs.bench.graph_timing import replay_seconds
 from kernels import gemm_skinny, pointwise
 from kernels import linear as dense
 from kernels.gemm_skinny import Tile, product, tile_of
@@ -121,23 +121,6 @@ def candidates(kind: Kind, m: int) -> Iterator[Tile]:
 # --- measuring ------------------------------------------------------------------------------------------------------------------
 
 
-def microseconds(launch: Callable[[], object]) -> float:
-    """Median of seven replays of a graph of `launch`."""
-    launch()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        launch()
-    times = []
-    for _ in range(8):
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        begin.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end) * 1e3)
-    return statistics.median(times[1:])
-
-
 @triton.jit
 def _read_kernel(x, out, n, BLOCK: tl.constexpr):
     total = tl.zeros([BLOCK], tl.int32)
@@ -151,8 +134,8 @@ def read_rate() -> float:
     n = 1 << 29
     x = torch.randint(-(2**31), 2**31 - 1, (n,), dtype=torch.int32, device=DEVICE)
     out = torch.empty(132 * 8, dtype=torch.int32, device=DEVICE)
-    times = [microseconds(lambda p=p: _read_kernel[p,](x, out, n, BLOCK=4096, num_warps=8)) for p in (132 * 4, 132 * 8)]
-    return 4 * n / min(times) * 1e6
+    times = [replay_seconds([lambda p=p: _read_kernel[p,](x, out, n, BLOCK=4096, num_warps=8)]) for p in (132 * 4, 132 * 8)]
+    return 4 * n / min(times)
 
 
 def randn(*shape: int) -> Tensor:
@@ -186,8 +169,8 @@ class Case:
         assert error < TOLERANCE, f"{self.kind.label} M={self.m} {tile.name}: off by {error}"
         assert torch.equal(*outs), f"{self.kind.label} M={self.m} {tile.name}: two runs differ"
 
-    def time(self, run: Callable[[Tensor], object]) -> float:
-        return microseconds(lambda: [run(w) for w in self.weights]) / len(self.weights)
+    def microseconds(self, run: Callable[[Tensor], object]) -> float:
+        return 1e6 * replay_seconds([functools.partial(run, weight) for weight in self.weights])
 
 
 # --- chains of layers -----------------------------------------------------------------------------------------------------------
@@ -279,7 +262,7 @@ def sweep(kind: Kind, rows: Sequence[int], swept: Swept, best: dict[tuple[Kind, 
     lines = {}
     for m in sorted(rows, key=lambda m: (kind, m) not in swept):
         case = Case(kind, m, weights)
-        row = times[f"{kind.label} M={m}"] = {"cuBLAS": case.time(case.separate)}
+        row = times[f"{kind.label} M={m}"] = {"cuBLAS": case.microseconds(case.separate)}
         at = above(kind, m, best)
         measured = []
         ruled = choose(m, kind.features, kind.depth, kind.gated, DTYPE, processors())
@@ -287,7 +270,7 @@ def sweep(kind: Kind, rows: Sequence[int], swept: Swept, best: dict[tuple[Kind, 
         for tile in tried if ruled is None or ruled in tried else [*tried, ruled]:
             try:
                 case.check(tile)
-                row[tile.name] = case.time(lambda w, case=case, tile=tile: case.fused(w, tile))
+                row[tile.name] = case.microseconds(lambda w, case=case, tile=tile: case.fused(w, tile))
                 measured.append(tile)
             except triton.runtime.errors.OutOfResources:
                 continue
@@ -324,7 +307,7 @@ def chains(model: Model, best: dict[tuple[Kind, int], Tile], times: Times, rate:
             wanted = got if wanted is None else wanted
             off = float((got - wanted).norm() / wanted.norm())
             assert off < 0.1, f"{model.name} M={m}: {way.name} is off by {off}"
-            rows[way.name].append(microseconds(run) / 1e3)
+            rows[way.name].append(1e3 * replay_seconds([run]))
     for name, values in rows.items():
         print(f"{name:22}" + "".join(f"{value:9.3f}" for value in values), flush=True)
         times[f"{model.name} chain {name}"] = dict(zip(map(str, CHAIN_ROWS), values, strict=True))

@@ -2,7 +2,8 @@
 
     python jobs/bench/pointwise.py
 
-Each is captured in a CUDA graph, so that launches cost what they cost in a decode step. Needs CUDA; under a minute on one H200.
+Each is captured in a CUDA graph, so that launches cost what they cost in a decode step; median of the replays. Needs CUDA; under
+a minute on one H200.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from jobs.bench.graph_timing import replay_seconds
 from kernels import ops, ref
 
 COPY_RATE = 4.27e12     # bytes read and written a second by a device copy on an H200
@@ -27,21 +29,11 @@ SAMPLERS = {"greedy": (0.0, 0, 1.0), "temperature": (1.0, 0, 1.0), "top-p 0.9": 
 
 
 def microseconds(launch: Callable[[], object]) -> float:
-    """Best of five replays of a graph of REPEATS launches."""
-    launch()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    def repeated() -> None:
         for _ in range(REPEATS):
             launch()
-    best = float("inf")
-    for _ in range(5):
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        begin.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        best = min(best, begin.elapsed_time(end) * 1e3 / REPEATS)
-    return best
+
+    return 1e6 * replay_seconds([repeated]) / REPEATS
 
 
 def cell(launch: Callable[[], object], moved: int) -> str:

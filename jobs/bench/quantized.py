@@ -28,7 +28,9 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from jobs.bench.graph_timing import replay_seconds
 from kernels import gemm_fp8, gemm_w4, quantize
+from kernels.formats import FP8_BLOCK
 from kernels.split_k import Tile
 
 DEVICE, DTYPE = "cuda", torch.bfloat16
@@ -126,19 +128,19 @@ def check_fp8() -> None:
         for block in (False, True):
             worst, where = 0.0, ""
             for name, (n, k) in layers.items():
-                if block and (n % 128 or k % 128):
+                if block and (n % FP8_BLOCK or k % FP8_BLOCK):
                     continue
                 call, exact = fp8_layer(n, k, block)
                 for rows in ROWS:
                     x = with_outliers(rows, k).to(DTYPE)
                     if block:
-                        quantised, scale = quantize.quantize_blocks(x, gemm_fp8.BLOCK)
-                        scale = scale.repeat_interleave(gemm_fp8.BLOCK, 1)
+                        quantized, scale = quantize.quantize_blocks(x, FP8_BLOCK)
+                        scale = scale.repeat_interleave(FP8_BLOCK, 1)
                     else:
-                        quantised, scale = quantize.fp8_quantize(x)
+                        quantized, scale = quantize.fp8_quantize(x)
                         want = (x.float() / (x.float().abs().amax(1, keepdim=True) / 448)).to(torch.float8_e4m3fn).float()
-                        verdict((quantised.float() - want).abs().le(0.126 * want.abs()).all(), f"quantised {name}")
-                    inputs = quantised.double() * scale.double()
+                        verdict((quantized.float() - want).abs().le(0.126 * want.abs()).all(), f"quantised {name}")
+                    inputs = quantized.double() * scale.double()
                     some = torch.randperm(rows, device=DEVICE)[:64]
                     error = off(call(x)[some], inputs[some] @ exact.t()) / LIMIT[DTYPE]
                     verdict(off(inputs, x.double()) < 0.03, f"quantised {name} x {rows}: {off(inputs, x.double()):.3f}")
@@ -151,8 +153,8 @@ def check_fp8() -> None:
 def fp8_layer(n: int, k: int, block: bool) -> tuple[Callable[[Tensor], Tensor], Tensor]:
     weight = with_outliers(n, k) * 0.02
     if block:
-        scale = weight.view(n // 128, 128, k // 128, 128).abs().amax((1, 3)) / 448
-        spread = scale.repeat_interleave(128, 0).repeat_interleave(128, 1)
+        scale = weight.view(n // FP8_BLOCK, FP8_BLOCK, k // FP8_BLOCK, FP8_BLOCK).abs().amax((1, 3)) / 448
+        spread = scale.repeat_interleave(FP8_BLOCK, 0).repeat_interleave(FP8_BLOCK, 1)
         codes = (weight / spread).to(torch.float8_e4m3fn)
         return (lambda x: gemm_fp8.fp8_block_matmul(x, codes, scale, None)), codes.double() * spread.double()
     scale = weight.abs().amax(1) / 448
@@ -172,32 +174,11 @@ def verdict(good: object, what: str) -> None:
 # --- --time and --sweep ---------------------------------------------------------------------------------------------------------
 
 
-def seconds(calls: Sequence[Callable[[], object]], budget: float = 30.0) -> float:
-    """Median time of one call, of CUDA graphs that make all of them one after the other."""
-    for call in calls[:1]:
-        call()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        kept = [call() for call in calls]
-    times: list[float] = []
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    graph.replay()
-    while len(times) < 5 or (sum(times) < budget and len(times) < 100):
-        begin.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end))
-    del kept
-    return sorted(times)[len(times) // 2] / len(calls) / 1e3
-
-
 def read_rate() -> float:
     """Bytes a second of a large copy, read and written."""
     source = torch.empty(1 << 30, dtype=torch.uint8, device=DEVICE).random_()
     target = torch.empty_like(source)
-    return 2 * source.numel() / seconds([lambda: target.copy_(source)] * 3)
+    return 2 * source.numel() / replay_seconds([lambda: target.copy_(source)] * 3)
 
 
 def copies(size: int) -> int:
@@ -224,12 +205,13 @@ class Packed:
             for _ in range(copies(self.bytes))]
 
     def fused(self, x: Tensor, tile: Tile) -> float:
-        return seconds([functools.partial(gemm_w4._skinny, x, *part, self.group, None, self.bits, tile) for part in self.copies])
+        return replay_seconds([functools.partial(gemm_w4._skinny, x, *part, self.group, None, self.bits, tile)
+                               for part in self.copies])
 
     def apart(self, x: Tensor) -> float:
         def call(packed: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
             return F.linear(x, gemm_w4._dequantise(packed, scales, zeros, self.group, self.bits, x.shape[1]))
-        return seconds([functools.partial(call, *part) for part in self.copies])
+        return replay_seconds([functools.partial(call, *part) for part in self.copies])
 
 
 def attempt(measure: Callable[..., float], *args: object) -> float:
@@ -243,7 +225,7 @@ def attempt(measure: Callable[..., float], *args: object) -> float:
 def dense(shape: tuple[int, int], rows: int) -> float:
     weights = [torch.randn(shape, device=DEVICE).to(DTYPE) for _ in range(copies(2 * shape[0] * shape[1]))]
     x = torch.randn(rows, shape[1], device=DEVICE).to(DTYPE)
-    return seconds([functools.partial(F.linear, x, weight) for weight in weights])
+    return replay_seconds([functools.partial(F.linear, x, weight) for weight in weights])
 
 
 def time_integer(bits: int, rate: float) -> None:
@@ -273,18 +255,19 @@ class Fp8:
 
     def fused(self, x: Tensor, tile: Tile) -> float:
         x, scale = quantize.fp8_quantize(x)
-        return seconds([functools.partial(gemm_fp8._product, x, scale, *part, None, DTYPE, False, tile) for part in self.copies])
+        return replay_seconds([functools.partial(gemm_fp8._product, x, scale, *part, None, DTYPE, False, tile)
+                               for part in self.copies])
 
     def cublas(self, rows: int, fast: bool) -> float:
         x, scale = quantize.fp8_quantize(torch.randn(rows, self.shape[1], device=DEVICE).to(DTYPE))
         call = functools.partial(torch._scaled_mm, out_dtype=DTYPE, use_fast_accum=fast)
-        return seconds([functools.partial(call, x, weight.t(), scale, each[None]) for weight, each in self.copies])
+        return replay_seconds([functools.partial(call, x, weight.t(), scale, each[None]) for weight, each in self.copies])
 
     def blocks(self, rows: int) -> float:
         n, k = self.shape
         x = torch.randn(rows, k, device=DEVICE).to(DTYPE)
-        scale = torch.rand(n // 128, k // 128, device=DEVICE)
-        return seconds([functools.partial(gemm_fp8.fp8_block_matmul, x, weight, scale, None) for weight, _ in self.copies])
+        scale = torch.rand(n // FP8_BLOCK, k // FP8_BLOCK, device=DEVICE)
+        return replay_seconds([functools.partial(gemm_fp8.fp8_block_matmul, x, weight, scale, None) for weight, _ in self.copies])
 
 
 def time_fp8(rate: float) -> None:
@@ -302,13 +285,13 @@ def time_fp8(rate: float) -> None:
               f"{sum(fused):9.1f}{floor:8.1f}{floor / sum(fused):7.2f}{cublas:9.1f}{fast:9.1f}{blocks:9.1f}", flush=True)
 
 
-def time_quantisation() -> None:
+def time_quantization() -> None:
     print(f"\nquantising x token by token, us\n{'rows':>6}{'4096':>9}{'14336':>9}")
     for rows in (1, 16, 64, 512, 4096):
         times = []
         for width in (4096, 14336):
             inputs = [torch.randn(rows, width, device=DEVICE).to(DTYPE) for _ in range(min(32, copies(2 * rows * width)))]
-            times.append(seconds([functools.partial(quantize.fp8_quantize, x) for x in inputs]) * 1e6)
+            times.append(replay_seconds([functools.partial(quantize.fp8_quantize, x) for x in inputs]) * 1e6)
         print(f"{rows:6}" + "".join(f"{us:9.1f}" for us in times), flush=True)
 
 
@@ -372,7 +355,7 @@ def compile_one(job: tuple[str, tuple[int, ...], int, torch.dtype, bool, bool]) 
                 gemm_fp8._product(*quantize.fp8_quantize(x), codes, torch.zeros(512, device=DEVICE), b, dtype, False, tile)
             else:
                 codes = torch.zeros(512, k, device=DEVICE).to(torch.float8_e4m3fn)
-                inputs = quantize.quantize_blocks(x, gemm_fp8.BLOCK)
+                inputs = quantize.quantize_blocks(x, FP8_BLOCK)
                 gemm_fp8._product(*inputs, codes, torch.zeros(4, 4, device=DEVICE), b, dtype, True, tile)
         except triton.runtime.errors.OutOfResources:
             pass
@@ -426,7 +409,7 @@ def main() -> None:
             elif kind == "fp8":
                 time_fp8(rate)
             elif kind == "quant":
-                time_quantisation()
+                time_quantization()
     if args.sweep:
         for kind in args.only:
             if kind in ("w4", "w8", "fp8"):

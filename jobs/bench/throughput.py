@@ -64,10 +64,16 @@ def main() -> None:
 
 def options(text: str | None) -> argparse.ArgumentParser:
     """What to run, and on what; `text` for --help."""
-    ap = argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
+    ap = engine_options(text)
     ap.add_argument("--workloads", type=Path, required=True)
-    ap.add_argument("--model", type=Path, required=True)
     ap.add_argument("--w", nargs="+", default=["W2", "W1"])
+    return ap
+
+
+def engine_options(text: str | None) -> argparse.ArgumentParser:
+    """On what to run."""
+    ap = argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
+    ap.add_argument("--model", type=Path, required=True)
     ap.add_argument("--engine", type=json.loads, default={})
     ap.add_argument("--dummy", action="store_true")
     ap.add_argument("--temperature", type=float, default=0.6)

@@ -91,7 +91,7 @@ class Metrics:
             "running": stats.running, "waiting": stats.waiting,
             "kv_use": stats.kv_pages_used / max(stats.kv_pages_total, 1), "preemptions": stats.preemptions,
             "steps": stats.steps, "graph_steps": stats.graph_steps,
-            "memory_gib": _peak_memory() / 2**30,
+            "memory_gib": peak_memory() / 2**30,
             **(self._gpus.sample() if self._gpus else {}),
         }  # fmt: skip
         past = last or {"seconds": 0.0, "rows": 0, "prompt_tokens": 0, "generated_tokens": 0}
@@ -133,7 +133,7 @@ def merge_metrics(store: Store) -> pa.Table:
     return table
 
 
-def _peak_memory() -> int:
+def peak_memory() -> int:
     """Most resident bytes of this process so far. Linux tells it of the program alone; getrusage also counts what started it."""
     status = Path("/proc/self/status")
     if status.exists():

@@ -43,7 +43,7 @@ def test_blocks_unpack_as_the_reference_does(name):
 
 
 @pytest.mark.parametrize("name", ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"])
-def test_quantised_values_stay_close(name):
+def test_quantized_values_stay_close(name):
     values = np.random.default_rng(1).normal(size=(4, 256)).astype(np.float32)
     packed = quantize(values, GGMLQuantizationType(NUMBERS[name]))
     got = dequantize(torch.from_numpy(packed.reshape(-1)), BLOCK_TYPES[NUMBERS[name]], (4, 256)).numpy()

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from quantised_models import awq_layer, gptq_layer
+from quantized_models import awq_layer, gptq_layer
 from safetensors import safe_open
 
 from engine.layers.linear import Linear

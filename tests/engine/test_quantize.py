@@ -348,7 +348,7 @@ def test_large_models_are_written_in_shards(tmp_path: Path, monkeypatch: pytest.
     assert all(torch.equal(read.tensor(key), value) for key, value in whole.items())
 
 
-def test_what_cannot_be_quantised_is_one_line(tmp_path: Path) -> None:
+def test_what_cannot_be_quantized_is_one_line(tmp_path: Path) -> None:
     path = tiny_checkpoint("llama", tmp_path)
     checkpoint = open_checkpoint(path)
     write(path, "rtn", tmp_path / "out")

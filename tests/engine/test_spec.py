@@ -126,7 +126,8 @@ def test_tie_and_quantization():
     got = spec(quantization_config=quantization, tie_word_embeddings=True, torch_dtype="float16", eos_token_id=[2, 5, 2])
     assert (got.quantization, got.tied_embeddings, got.dtype, got.eos_token_ids) == (
         Quantization.read(quantization), True, "float16", (2, 5))
-    assert (got.gpu_dtype, spec(torch_dtype="float16").gpu_dtype) == ("float16", "bfloat16")
+    assert [model.run_dtype("auto", "cuda") for model in (got, spec(torch_dtype="float16"))] == ["float16", "bfloat16"]
+    assert (got.run_dtype("auto", "cpu"), got.run_dtype("bfloat16", "cuda")) == ("float32", "bfloat16")
     assert not spec().tied_embeddings
 
 

@@ -14,14 +14,7 @@ from kernels import ops, ref
 LIMIT = {torch.bfloat16: 8e-3, torch.float16: 1e-3, torch.float32: 2e-6}
 DTYPES = list(LIMIT)
 MODELS = [(9, 3, 64), (8, 2, 80), (6, 2, 96), (32, 8, 128), (12, 2, 128), (8, 4, 256), (5, 5, 128), (20, 1, 64)]
-
-
-@pytest.fixture(autouse=True)
-def poisoned():
-    """torch.empty gives NaN: an output that no program wrote shows."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
+pytestmark = pytest.mark.usefixtures("poisoned")
 
 
 def ragged(count: int, low: int, high: int, seed: int) -> list[int]:

@@ -12,15 +12,7 @@ if not torch.cuda.is_available():
 from kernels import kv_cache
 
 SHAPES = [(9, 3, 64, 64), (32, 8, 128, 128), (4, 4, 80, 32), (3, 1, 96, 96), (4, 1, 256, 256), (40, 20, 128, 64)]
-
-
-@pytest.fixture(autouse=True)
-def poisoned():
-    """torch.empty gives NaN: an output that no program wrote shows."""
-    torch.use_deterministic_algorithms(True)
-    torch.manual_seed(0)
-    yield
-    torch.use_deterministic_algorithms(False)
+pytestmark = pytest.mark.usefixtures("poisoned")
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])

@@ -85,7 +85,7 @@ def compile_all() -> None:
                                          "ASM": True}),
         (gemm_fp8, "_product_kernel", {**codes, "BLOCKS": False, "BLOCK_M": 16, "BLOCK_N": 64}),
         (gemm_fp8, "_product_kernel", {**codes, "BLOCKS": True, "BLOCK_M": 128, "BLOCK_N": 128}),
-        (quantize, "_quantise_kernel", {**row, "STATIC": False}),
+        (quantize, "_quantize_kernel", {**row, "STATIC": False}),
         (quantize, "_add_rms_norm_kernel", {**row, "PLUS_ONE": False, "STATIC": True}),
         (quantize, "_gated_act_kernel", {**row, "GELU": False, "STATIC": False}),
         (attention, "_decode_kernel", {**paged, "BLOCK_M": 16, "SPLIT": True, "SHARED": False, "OVERLAP": True}),

@@ -8,21 +8,17 @@ os.environ["TRITON_INTERPRET"] = "1"
 
 import pytest
 import torch
-from quantised_products import check_fp8, check_fp8_blocks, check_fused_quantisation, mend_interpreted_casts
+from quantized_products import check_fp8, check_fp8_blocks, check_fused_quantization, mend_interpreted_casts
 
 from kernels.split_k import Tile
 
 HALF = torch.empty(0, dtype=torch.float16)
+pytestmark = pytest.mark.usefixtures("poisoned")
 
 
 @pytest.fixture(autouse=True)
-def poisoned(monkeypatch):
-    """torch.empty gives NaN: an output that no program wrote shows."""
-    torch.use_deterministic_algorithms(True)
-    torch.manual_seed(0)
+def mended_casts(monkeypatch):
     mend_interpreted_casts(monkeypatch)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 @pytest.mark.parametrize("static", [False, True])
@@ -47,5 +43,5 @@ def test_blocks(rows, outputs, inputs):
 
 @pytest.mark.parametrize("static", [False, True])
 @pytest.mark.parametrize("rows, width", [(1, 64), (5, 200)])
-def test_fused_quantisation(static, rows, width):
-    check_fused_quantisation(HALF, rows, width, static)
+def test_fused_quantization(static, rows, width):
+    check_fused_quantization(HALF, rows, width, static)

@@ -8,21 +8,13 @@ os.environ["TRITON_INTERPRET"] = "1"
 
 import pytest
 import torch
-from quantised_products import check_integer
+from quantized_products import check_integer
 
 from kernels import gemm_w4
 from kernels.split_k import Tile
 
 HALF = torch.empty(0, dtype=torch.float16)
-
-
-@pytest.fixture(autouse=True)
-def poisoned():
-    """torch.empty gives NaN: an output that no program wrote shows."""
-    torch.use_deterministic_algorithms(True)
-    torch.manual_seed(0)
-    yield
-    torch.use_deterministic_algorithms(False)
+pytestmark = pytest.mark.usefixtures("poisoned")
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -48,7 +40,7 @@ def test_float32_and_a_column_order():
     check_integer(torch.empty(0), 8, 2, 64, 256, 32, perm=True)
 
 
-def test_many_rows_go_to_the_dequantised_weights(monkeypatch):
+def test_many_rows_go_to_the_dequantized_weights(monkeypatch):
     monkeypatch.setattr(gemm_w4, "MOST_ROWS", 4)
     check_integer(HALF, 4, 5, 130, 256, 128, bias=True, perm=True)
 

@@ -9,20 +9,11 @@ os.environ["TRITON_INTERPRET"] = "1"
 import pytest
 import torch
 from kernel_cases import check_copy_pages, check_fp8_cache, check_rope_and_cache
-from quantised_products import mend_interpreted_casts
+from quantized_products import mend_interpreted_casts
 
 from kernels import kv_cache, ref
 
-pytestmark = pytest.mark.parametrize("kernels", [kv_cache, ref])
-
-
-@pytest.fixture(autouse=True)
-def poisoned():
-    """torch.empty gives NaN: an output that no program wrote shows."""
-    torch.use_deterministic_algorithms(True)
-    torch.manual_seed(0)
-    yield
-    torch.use_deterministic_algorithms(False)
+pytestmark = [pytest.mark.usefixtures("poisoned"), pytest.mark.parametrize("kernels", [kv_cache, ref])]
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])

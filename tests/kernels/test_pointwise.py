@@ -12,14 +12,7 @@ from kernel_cases import check_gated_act, check_norms
 
 from kernels import pointwise, ref
 
-
-@pytest.fixture(autouse=True)
-def poisoned():
-    """torch.empty gives NaN: an output that no program wrote shows."""
-    torch.use_deterministic_algorithms(True)
-    torch.manual_seed(0)
-    yield
-    torch.use_deterministic_algorithms(False)
+pytestmark = pytest.mark.usefixtures("poisoned")
 
 
 @pytest.mark.parametrize("kernels", [pointwise, ref])

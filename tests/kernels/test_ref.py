@@ -148,18 +148,18 @@ def test_fp8_products():
     bias = torch.randn(128, generator=gen)
     x[3] = 0
     x[4] *= 1e4                             # outliers of a token are its own
-    quantised, scale = ref.fp8_quantize(weight)
-    assert quantised.dtype == torch.float8_e4m3fn and quantised.float().abs().amax(-1).eq(448).all()
+    quantized, scale = ref.fp8_quantize(weight)
+    assert quantized.dtype == torch.float8_e4m3fn and quantized.float().abs().amax(-1).eq(448).all()
     for input_scale in (None, torch.tensor([0.01])):
         tokens, token_scale = ref.fp8_quantize(x, input_scale)
-        want = (tokens.double() * token_scale.double()) @ (quantised.double() * scale.double()).t() + bias.double()
-        got = ref.fp8_matmul(x, quantised, scale.flatten(), input_scale, bias)
+        want = (tokens.double() * token_scale.double()) @ (quantized.double() * scale.double()).t() + bias.double()
+        got = ref.fp8_matmul(x, quantized, scale.flatten(), input_scale, bias)
         torch.testing.assert_close(got.double(), want, rtol=1e-4, atol=1e-4)
     exact = x.double() @ weight.double().t()
-    apart = ref.fp8_matmul(x, quantised, scale.flatten()).double() - exact
+    apart = ref.fp8_matmul(x, quantized, scale.flatten()).double() - exact
     assert (apart.norm(dim=-1) <= 0.05 * exact.norm(dim=-1)).all()
     # What is beyond the range of a fixed scale is cut off, not infinite.
-    assert ref.fp8_matmul(x * 1e3, quantised, scale.flatten(), torch.tensor([0.01])).isfinite().all()
+    assert ref.fp8_matmul(x * 1e3, quantized, scale.flatten(), torch.tensor([0.01])).isfinite().all()
 
 
 def test_fp8_blocks():
@@ -169,8 +169,8 @@ def test_fp8_blocks():
     weight[128:256] *= 50
     blocks = weight.view(3, 128, 2, 128).abs().amax((1, 3)) / ref.E4M3_MAX
     spread = blocks.repeat_interleave(128, 0).repeat_interleave(128, 1)
-    quantised = (weight / spread).to(torch.float8_e4m3fn)
+    quantized = (weight / spread).to(torch.float8_e4m3fn)
     halves = [ref.fp8_quantize(half) for half in x.split(128, -1)]
     inputs = torch.cat([value.double() * scale.double() for value, scale in halves], -1)
-    want = inputs @ (quantised.double() * spread.double()).t()
-    torch.testing.assert_close(ref.fp8_block_matmul(x, quantised, blocks).double(), want, rtol=1e-4, atol=1e-2)
+    want = inputs @ (quantized.double() * spread.double()).t()
+    torch.testing.assert_close(ref.fp8_block_matmul(x, quantized, blocks).double(), want, rtol=1e-4, atol=1e-2)

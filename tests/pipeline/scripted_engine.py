@@ -233,8 +233,8 @@ class ScriptedModel:
     def grammars(self) -> ScriptedGrammars:
         return ScriptedGrammars()
 
-    def size(self) -> ModelSize:
-        return ModelSize(10**8, 2 * 10**8, 10**4)
+    def size(self, device: str) -> ModelSize:
+        return ModelSize(10**8, 2 * 10**8, 2 * 10**4)
 
     def max_model_len(self) -> int:
         return self.config.engine.max_model_len or 4096

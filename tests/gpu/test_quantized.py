@@ -9,7 +9,7 @@ import pytest
 import torch
 from engine_cases import finish, load_decoder, make_requests, random_prompts, running
 from models import tiny_checkpoint
-from quantised_models import SHAPE, awq_pair, gptq_pair
+from quantized_models import SHAPE, awq_pair, gptq_pair
 
 from engine.layers.gguf import GgufMethod
 from engine.layers.linear import Linear

@@ -8,21 +8,13 @@ import torch
 if not torch.cuda.is_available():
     pytest.skip("needs CUDA", allow_module_level=True)
 
-from quantised_products import check_fp8, check_fp8_blocks, check_fused_quantisation, check_integer
+from quantized_products import check_fp8, check_fp8_blocks, check_fused_quantization, check_integer
 
 from kernels import gemm_w4
 
 HALVES = [torch.empty(0, dtype=dtype, device="cuda") for dtype in (torch.bfloat16, torch.float16)]
 ROWS = [1, 4, 16, 17, 33, 64, 100, 192, 300]
-
-
-@pytest.fixture(autouse=True)
-def poisoned():
-    """torch.empty gives NaN: an output that no program wrote shows."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.manual_seed(0)
-    yield
-    torch.use_deterministic_algorithms(False)
+pytestmark = pytest.mark.usefixtures("poisoned")
 
 
 @pytest.mark.parametrize("like", HALVES, ids=str)
@@ -72,5 +64,5 @@ def test_fp8_blocks(rows):
 @pytest.mark.parametrize("like", HALVES, ids=str)
 @pytest.mark.parametrize("static", [False, True])
 @pytest.mark.parametrize("rows, width", [(1, 4096), (300, 14336), (17, 896)])
-def test_fused_quantisation(like, static, rows, width):
-    check_fused_quantisation(like, rows, width, static)
+def test_fused_quantization(like, static, rows, width):
+    check_fused_quantization(like, rows, width, static)

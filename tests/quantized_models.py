@@ -20,7 +20,7 @@ Converted = tuple[dict[str, Tensor], Tensor]        # the stored tensors of one 
 Convert = Callable[[str, Tensor], Converted]
 
 
-def quantised_pair(folder: Path, config: dict[str, Any], convert: Convert, family: str = "llama", skip: Sequence[str] = (),
+def quantized_pair(folder: Path, config: dict[str, Any], convert: Convert, family: str = "llama", skip: Sequence[str] = (),
                    **overrides: Any) -> tuple[Path, Path]:
     """Write a tiny model with its linear layers converted, but for those whose name holds one of `skip`, and the plain one."""
     plain = tiny_checkpoint(family, folder, **{**SHAPE, **overrides})
@@ -34,7 +34,7 @@ def quantised_pair(folder: Path, config: dict[str, Any], convert: Convert, famil
             dense[name] = tensor
         else:
             stored[name] = dense[name] = tensor
-    folder = plain.with_name(plain.name + "-quantised")
+    folder = plain.with_name(plain.name + "-quantized")
     folder.mkdir()
     for path in plain.iterdir():
         if path.name not in ("config.json", "model.safetensors"):
@@ -96,7 +96,7 @@ def awq_pair(folder: Path, group: int = 32, **more: Any) -> tuple[Path, Path]:
     skip = more.get("skip")
     config = {"quant_method": "awq", "bits": 4, "group_size": group, "zero_point": True, "version": "gemm",
               "modules_to_not_convert": skip}
-    return quantised_pair(folder, config, convert, **more)
+    return quantized_pair(folder, config, convert, **more)
 
 
 def gptq_pair(folder: Path, bits: int = 4, group: int = 32, symmetric: bool = True, ordered: bool = False, v2: bool = False,
@@ -111,7 +111,7 @@ def gptq_pair(folder: Path, bits: int = 4, group: int = 32, symmetric: bool = Tr
 
     config = {"quant_method": "gptq", "bits": bits, "group_size": group, "sym": symmetric, "desc_act": ordered,
               "checkpoint_format": "gptq_v2" if v2 else "gptq"}
-    return quantised_pair(folder, config, convert, **more)
+    return quantized_pair(folder, config, convert, **more)
 
 
 def compressed_pair(folder: Path, weights: dict[str, Any], inputs: dict[str, Any] | None = None, input_scale: float = 0.02,
@@ -147,4 +147,4 @@ def compressed_pair(folder: Path, weights: dict[str, Any], inputs: dict[str, Any
 
     config = QuantizationConfig(config_groups={"group_0": scheme}, ignore=["lm_head"], format=stored,
                                 quantization_status="compressed")
-    return quantised_pair(folder, json.loads(config.model_dump_json()), convert, **more)
+    return quantized_pair(folder, json.loads(config.model_dump_json()), convert, **more)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from engine_cases import finish, full_logits, load_decoder, make_requests, random_prompts, running
 from models import load_reference, tiny_checkpoint
-from quantised_models import SHAPE, awq_pair, compressed_pair, gptq_pair
+from quantized_models import SHAPE, awq_pair, compressed_pair, gptq_pair
 from safetensors.torch import load_file, save_file
 
 from engine.config import EngineConfig
@@ -44,8 +44,8 @@ def reference_logits(model: Path) -> torch.Tensor:
 @pytest.mark.parametrize("case", INTEGER)
 def test_logits_are_those_of_the_weights_stood_for(case: str, tmp_path: Path) -> None:
     """Prefill and decode in float32, against transformers on the plain twin."""
-    quantised, plain = INTEGER[case](tmp_path)
-    decoder, want = load_decoder(quantised, torch.float32), reference_logits(plain)
+    quantized, plain = INTEGER[case](tmp_path)
+    decoder, want = load_decoder(quantized, torch.float32), reference_logits(plain)
     for decode in (0, 20):
         assert (full_logits(decoder, PROMPT, decode) - want).abs().max() < 1e-4 * want.std()
 
@@ -53,9 +53,9 @@ def test_logits_are_those_of_the_weights_stood_for(case: str, tmp_path: Path) ->
 @pytest.mark.parametrize("case", ["awq-32", "gptq-ordered", "gptq-8"])
 def test_every_layer(case: str, tmp_path: Path) -> None:
     """Each linear layer's product against float64, parts merged as they are."""
-    quantised, plain = INTEGER[case](tmp_path)
+    quantized, plain = INTEGER[case](tmp_path)
     weights, layers = load_file(plain / "model.safetensors"), 0
-    for layer in load_decoder(quantised, torch.float32).modules():
+    for layer in load_decoder(quantized, torch.float32).modules():
         if isinstance(layer, Linear):
             weight = torch.cat([weights[f"{source}.weight"] for source, _ in layer.sources])
             x = torch.randn(7, layer.in_features, generator=torch.Generator().manual_seed(layers))
@@ -82,10 +82,10 @@ COMPRESSED: dict[str, tuple[dict[str, Any], dict[str, Any] | None]] = {
 @pytest.mark.parametrize("case", COMPRESSED)
 def test_compressed_tensors(case: str, tmp_path: Path) -> None:
     """Packed by compressed-tensors; the logits are transformers' on the same folder, which quantises the inputs as well."""
-    quantised, plain = compressed_pair(tmp_path, *COMPRESSED[case])
+    quantized, plain = compressed_pair(tmp_path, *COMPRESSED[case])
     # transformers 5.24 does not load packed zero points: the unpacked weights will do, since the inputs stay plain there.
-    want = reference_logits(plain if case == "int4-asymmetric" else quantised)
-    apart = ((full_logits(load_decoder(quantised, torch.float32), PROMPT) - want).abs().amax(-1) / want.std())
+    want = reference_logits(plain if case == "int4-asymmetric" else quantized)
+    apart = ((full_logits(load_decoder(quantized, torch.float32), PROMPT) - want).abs().amax(-1) / want.std())
     # A last bit of an input may be what it is rounded up or down by: few positions may differ, and those a little.
     assert (apart < 1e-4).float().mean() > (0.9 if case in ("fp8-token", "fp8-block") else 0.999)
     assert apart.max() < 0.3
@@ -106,19 +106,19 @@ def as_fp8(folder: Path, config: dict[str, Any], scale: str = "weight_scale") ->
     ("fp8-block", {"activation_scheme": "dynamic", "weight_block_size": [128, 128]}, "weight_scale_inv"),
 ])
 def test_fp8_checkpoints(case: str, config: dict[str, Any], scale: str, tmp_path: Path) -> None:
-    quantised, _ = compressed_pair(tmp_path, *COMPRESSED[case])
-    want = full_logits(load_decoder(quantised, torch.float32), PROMPT)
-    as_fp8(quantised, config, scale)
-    assert open_checkpoint(quantised).spec.quantization.method == "fp8"
-    assert torch.equal(full_logits(load_decoder(quantised, torch.float32), PROMPT), want)
+    quantized, _ = compressed_pair(tmp_path, *COMPRESSED[case])
+    want = full_logits(load_decoder(quantized, torch.float32), PROMPT)
+    as_fp8(quantized, config, scale)
+    assert open_checkpoint(quantized).spec.quantization.method == "fp8"
+    assert torch.equal(full_logits(load_decoder(quantized, torch.float32), PROMPT), want)
 
 
 def test_block_scales_are_those_of_transformers(tmp_path: Path) -> None:
     """transformers unpacks such checkpoints where there is no GPU."""
-    quantised, _ = compressed_pair(tmp_path, *COMPRESSED["fp8-block"])
-    as_fp8(quantised, {"activation_scheme": "dynamic", "weight_block_size": [128, 128]}, "weight_scale_inv")
-    want = load_reference(quantised).state_dict()
-    for layer in load_decoder(quantised, torch.float32).modules():
+    quantized, _ = compressed_pair(tmp_path, *COMPRESSED["fp8-block"])
+    as_fp8(quantized, {"activation_scheme": "dynamic", "weight_block_size": [128, 128]}, "weight_scale_inv")
+    want = load_reference(quantized).state_dict()
+    for layer in load_decoder(quantized, torch.float32).modules():
         if isinstance(layer, Linear):
             blocks = layer.weight_scale.repeat_interleave(128, 0).repeat_interleave(128, 1)
             weight = torch.cat([want[f"{source}.weight"].float() for source, _ in layer.sources])
@@ -127,8 +127,8 @@ def test_block_scales_are_those_of_transformers(tmp_path: Path) -> None:
 
 def test_fp8_made_at_load(tmp_path: Path) -> None:
     """From weights that lie on the grid of a checkpoint's FP8 come the same weights."""
-    quantised, plain = compressed_pair(tmp_path, *COMPRESSED["fp8-token"])
-    stored, made = load_decoder(quantised, torch.float32), load_decoder(plain, torch.float32, quantization="fp8")
+    quantized, plain = compressed_pair(tmp_path, *COMPRESSED["fp8-token"])
+    stored, made = load_decoder(quantized, torch.float32), load_decoder(plain, torch.float32, quantization="fp8")
     for a, b in zip(stored.modules(), made.modules(), strict=True):
         if isinstance(a, Linear):
             assert b.weight.dtype == torch.float8_e4m3fn
@@ -140,8 +140,8 @@ def test_fp8_made_at_load(tmp_path: Path) -> None:
 
 
 def test_parts_that_differ_stand_side_by_side(tmp_path: Path) -> None:
-    quantised, _ = awq_pair(tmp_path, skip=["v_proj", "model.layers.1"])
-    blocks = load_decoder(quantised, torch.float32).blocks
+    quantized, _ = awq_pair(tmp_path, skip=["v_proj", "model.layers.1"])
+    blocks = load_decoder(quantized, torch.float32).blocks
     assert isinstance(blocks[0].attention.qkv, Joined)
     assert [[source.rpartition(".")[2] for source, _ in part.sources] for part in blocks[0].attention.qkv.parts] == [
         ["q_proj", "k_proj"], ["v_proj"]]
@@ -150,19 +150,19 @@ def test_parts_that_differ_stand_side_by_side(tmp_path: Path) -> None:
 
 def test_the_engine_runs_them_and_says_what_they_take(tmp_path: Path) -> None:
     said: list[str] = []
-    quantised, plain = awq_pair(tmp_path, group=128)
+    quantized, plain = awq_pair(tmp_path, group=128)
     tokens, taken = {}, {}
-    for model in (quantised, plain):
+    for model in (quantized, plain):
         with running(model) as engine:
             done = finish(engine, make_requests([PROMPT], SamplingParams(max_tokens=8, ignore_eos=True)))
             tokens[model], taken[model] = done[0].tokens.tolist(), engine.weight_bytes
-    assert tokens[quantised] == tokens[plain]
+    assert tokens[quantized] == tokens[plain]
     spec = open_checkpoint(plain).spec
     weights = sum(inputs * outputs for _, inputs, outputs in spec.linears())
     kept = weights // 2 + weights // 128 * 5            # codes; float32 scales, zero points of a byte
-    assert taken[plain] - taken[quantised] == weights * 4 - kept
-    Engine(open_checkpoint(quantised), EngineConfig(device="cpu", max_model_len=64), progress=said.append).close()
-    assert f"weights {taken[quantised] / 2**30:.2f} GiB" in said
+    assert taken[plain] - taken[quantized] == weights * 4 - kept
+    Engine(open_checkpoint(quantized), EngineConfig(device="cpu", max_model_len=64), progress=said.append).close()
+    assert f"weights {taken[quantized] / 2**30:.2f} GiB" in said
 
 
 AWQ = {"quant_method": "awq", "bits": 4, "group_size": 32, "zero_point": True, "version": "gemm"}
@@ -220,18 +220,18 @@ def test_weights_that_do_not_fit_the_config_are_refused(tmp_path: Path) -> None:
         (plain / "config.json").write_text(json.dumps(settings | {"quantization_config": config}))
         with pytest.raises(ValueError, match=says):
             load_decoder(plain, torch.float32)
-    quantised, _ = compressed_pair(tmp_path / "fp8", *COMPRESSED["fp8-token"])
-    settings = json.loads((quantised / "config.json").read_text())
+    quantized, _ = compressed_pair(tmp_path / "fp8", *COMPRESSED["fp8-token"])
+    settings = json.loads((quantized / "config.json").read_text())
     del settings["quantization_config"]
-    (quantised / "config.json").write_text(json.dumps(settings))
+    (quantized / "config.json").write_text(json.dumps(settings))
     with pytest.raises(ValueError, match=r"q_proj\.weight is stored as torch\.float8_e4m3fn"):
-        load_decoder(quantised, torch.float32)
+        load_decoder(quantized, torch.float32)
 
 
-def test_fp8_is_not_made_from_other_quantised_weights(tmp_path: Path) -> None:
-    quantised, _ = awq_pair(tmp_path)
+def test_fp8_is_not_made_from_other_quantized_weights(tmp_path: Path) -> None:
+    quantized, _ = awq_pair(tmp_path)
     with pytest.raises(ModelError, match=r"engine\.quantization=fp8 needs plain weights, and the model's are awq"):
-        load_decoder(quantised, torch.float32, quantization="fp8")
+        load_decoder(quantized, torch.float32, quantization="fp8")
 
 
 def _change(folder: Path, change: Any) -> None:
@@ -254,22 +254,22 @@ def test_what_would_be_lost_is_refused(tmp_path: Path) -> None:
 
     for change, says in ((other_order, "their g_idx differ"), (uneven, "does not put 32 inputs into each of 4 groups"),
                          (bias, r"o_proj\.bias is not zero")):
-        quantised, _ = gptq_pair(tmp_path / change.__name__, ordered=True)
-        _change(quantised, change)
+        quantized, _ = gptq_pair(tmp_path / change.__name__, ordered=True)
+        _change(quantized, change)
         with pytest.raises(ModelError, match=says):
-            load_decoder(quantised, torch.float32)
+            load_decoder(quantized, torch.float32)
     # Zero biases, which older writers always add, are nothing to lose.
-    _change(quantised, lambda tensors: tensors[f"{layer}.o_proj.bias"].zero_())
-    load_decoder(quantised, torch.float32)
+    _change(quantized, lambda tensors: tensors[f"{layer}.o_proj.bias"].zero_())
+    load_decoder(quantized, torch.float32)
 
 
 def test_column_order_counts_even_where_the_config_denies_it(tmp_path: Path) -> None:
-    quantised, plain = gptq_pair(tmp_path, ordered=True)
-    settings = json.loads((quantised / "config.json").read_text())
+    quantized, plain = gptq_pair(tmp_path, ordered=True)
+    settings = json.loads((quantized / "config.json").read_text())
     settings["quantization_config"]["desc_act"] = False
-    (quantised / "config.json").write_text(json.dumps(settings))
+    (quantized / "config.json").write_text(json.dumps(settings))
     want = reference_logits(plain)
-    assert (full_logits(load_decoder(quantised, torch.float32), PROMPT) - want).abs().max() < 1e-4 * want.std()
+    assert (full_logits(load_decoder(quantized, torch.float32), PROMPT) - want).abs().max() < 1e-4 * want.std()
 
 
 def test_which_layers_a_config_means() -> None:

@@ -112,7 +112,7 @@ def check_fp8_blocks(like: Tensor, rows: int, outputs: int, inputs: int) -> None
     assert error(gemm_fp8.fp8_block_matmul(x, weight, scale, None), exact) < 2 * ROUNDING[like.dtype]
 
 
-def check_fused_quantisation(like: Tensor, rows: int, width: int, static: bool) -> None:
+def check_fused_quantization(like: Tensor, rows: int, width: int, static: bool) -> None:
     """The norm and the activation give the codes of their own kernels followed by that of the quantisation."""
     scale = torch.tensor([0.02], device=like.device) if static else None
     x, residual, weight = randn(rows, 2 * width, like=like)[:, :width], randn(rows, width, like=like), randn(width, like=like)
