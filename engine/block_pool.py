@@ -97,22 +97,27 @@ class BlockPool:
 
     # --- prefixes ---
 
-    def expect(self, tokens: np.ndarray, pages: int) -> list[Node]:
-        """The nodes of the first `pages` full pages of `tokens`, made where missing; each is pending once more."""
-        node, path = self._root, []
-        for i in range(pages):
+    def expect(self, tokens: np.ndarray, pages: int, start: Sequence[Node] = ()) -> list[Node]:
+        """The nodes of the first `pages` full pages of `tokens`, made where missing; each is pending once more.
+
+        `start`: the first of these nodes, where the caller has them; it need not have all, and may have more.
+        """
+        path = list(start[:pages])
+        node = path[-1] if path else self._root
+        for i in range(len(path), pages):
             key = tokens[i * self.page_size : (i + 1) * self.page_size].tobytes()
             child = node.children.get(key)
             if child is None:
                 child = node.children[key] = Node(node, key)
-            child.pending += 1
             path.append(child)
             node = child
+        for node in path:
+            node.pending += 1
         return path
 
-    def known(self, tokens: np.ndarray) -> int:
-        """How many full pages from the start of `tokens` the tree has nodes for."""
-        node, n = self._root, 0
+    def known(self, tokens: np.ndarray, start: Sequence[Node] = ()) -> int:
+        """How many full pages from the start of `tokens` the tree has nodes for; `start`: the first of these nodes."""
+        node, n = (start[-1] if start else self._root), len(start)
         while (child := node.children.get(tokens[n * self.page_size : (n + 1) * self.page_size].tobytes())) is not None:
             node, n = child, n + 1
         return n

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import islice, pairwise
 
 import numpy as np
 
@@ -54,7 +54,7 @@ class Window:
         """The first `most` in order, still in the window."""
         if self._arrived and (not self._ordered or len(self._arrived) * 2 >= self._size):
             self._order()
-        return [self._ordered[i] for i in range(min(most, len(self._ordered)))]
+        return list(islice(self._ordered, most))
 
     def take(self, n: int) -> list[Waiting]:
         return [self._ordered.popleft() for _ in range(n)]
@@ -86,8 +86,9 @@ class Window:
             before = shared[i - 1] if i else 0
             after = shared[i] if i < len(shared) else 0
             most = (waiting.tokens.size - 1) // page        # at least one token is computed, for its logits
-            pages = max(before, after, self._pool.known(waiting.tokens))
-            waiting.path = self._pool.expect(waiting.tokens, min(pages, most))
+            start = batch[i - 1].path[:before] if before else []
+            pages = max(before, after, self._pool.known(waiting.tokens, start))
+            waiting.path = self._pool.expect(waiting.tokens, min(pages, most), start)
             if before:
                 groups[-1].append(waiting)
             else:
@@ -98,5 +99,5 @@ class Window:
 def _common(a: np.ndarray, b: np.ndarray) -> int:
     """Length of the common prefix."""
     n = min(a.size, b.size)
-    differs = np.flatnonzero(a[:n] != b[:n])
-    return int(differs[0]) if differs.size else n
+    differs = (a[:n] != b[:n]).tobytes().find(1)
+    return n if differs < 0 else differs

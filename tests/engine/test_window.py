@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.block_pool import BlockPool
+from engine.block_pool import BlockPool, Node
 from engine.request import Request, SamplingParams
 from engine.window import Waiting, Window
 
@@ -145,6 +146,36 @@ def test_the_order_depends_on_the_requests_alone(seed: int, count: int) -> None:
         runs = [start for i, start in enumerate(starts) if i == 0 or starts[i - 1] != start]
         assert len(runs) == len(set(runs)), "rows that share a page were torn apart"
     assert [prompts[i] for i in names(orders[0])] == [prompts[i] for i in names(orders[1])]
+
+
+@given(seed=st.integers(0, 2**32 - 1), sizes=st.lists(st.integers(0, 15), min_size=1, max_size=4))
+def test_pages_are_awaited_by_the_requests_that_share_them(seed: int, sizes: list[int]) -> None:
+    """Batch after batch, a page is awaited as often as requests have it among those that they share with any other."""
+    rng = random.Random(seed)
+    pool = BlockPool(64, PAGE)
+    w = Window(pool, 100, sharing=True)
+    awaited: Counter[bytes] = Counter()
+    for size in sizes:
+        batch = [waiting(i, rng.choices((1, 2), [4, 1], k=rng.randint(1, 5 * PAGE))) for i in range(size)]
+        full = [[one.tokens[:end].tobytes() for end in range(PAGE, one.tokens.size + 1, PAGE)] for one in batch]
+        often = Counter(prefix for prefixes in full for prefix in prefixes)
+        paths = [[prefix for prefix in prefixes if often[prefix] > 1 or prefix in awaited][: (one.tokens.size - 1) // PAGE]
+                 for one, prefixes in zip(batch, full, strict=True)]
+        for one in batch:
+            w.add(one)
+        w.take(len(w.ready(size)))
+        assert [[prefix_of(node) for node in one.path] for one in batch] == paths
+        awaited.update(prefix for path in paths for prefix in path)
+    stack, pending = list(pool._root.children.values()), {}
+    while stack:
+        node = stack.pop()
+        pending[prefix_of(node)] = node.pending
+        stack.extend(node.children.values())
+    assert pending == awaited
+
+
+def prefix_of(node: Node | None) -> bytes:
+    return prefix_of(node.parent) + node.key if node is not None else b""
 
 
 @pytest.mark.parametrize("most", [0, 1, 3, 9])
