@@ -172,7 +172,7 @@ def test_calls_are_valid_whatever_the_model_says(job: Job, form: str) -> None:
 
 
 def test_regexes_and_choices(job: Job) -> None:
-    rows = job({"prompt": ["x"] * 6, "guided_regex": ["[a-c]{3}-[0-9]+", None, None, "([", "((a|aa)+)+!", "((x{1,99}){1,99}){99}"],
+    rows = job({"prompt": ["x"] * 6, "guided_regex": ["[a-c]{3}-[0-9]+", None, None, "([", "((a|aa)+)+!", "((x{1,99}){99}){99}"],
                 "guided_choice": [None, ["ja", "nein"], None, None, None, None],
                 "guided_json": [None, None, '{"type": "boolean"}', None, None, None]}, "sampling.max_tokens=20")  # fmt: skip
     assert [row["status"] for row in rows] == ["ok", "ok", "ok", "schema_error", "ok", "schema_error"]
