@@ -12,7 +12,7 @@ shared but copied, since its row goes on writing past those.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -73,6 +73,11 @@ class BlockPool:
     def shared(self) -> int:
         """Pages of the tree that rows hold."""
         return int(np.count_nonzero(self._in_tree & (self.refs > 1)))
+
+    def unheld(self, paths: Iterable[Sequence[Node]]) -> int:
+        """Nodes of these paths that no row holds a page of, each counted once: pages that are taken when rows with them run."""
+        nodes = {node for path in paths for node in path}
+        return sum(1 for node in nodes if not node.page or self.refs[node.page] == 1)
 
     def alloc(self, n: int) -> np.ndarray:
         """n pages, int32, held once each, evicting cached ones at need. Raises OutOfPages and changes nothing if it cannot."""

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 MAX_STOP_IDS = 16
 KV_SHARE = 0.99         # of the pool that the forecast may fill
+STEPS_AHEAD = 2         # full steps of prompt tokens that rows are let in for
 
 
 @dataclass(slots=True, eq=False)
@@ -96,23 +97,33 @@ class Scheduler:
         return max(0, self._window_size - len(self.window))
 
     def refill(self) -> None:
-        """Give rows to waiting requests, as many as the forecast of KV use lets in.
+        """Give rows to waiting requests, as many as the forecast of KV use lets in and the next steps can compute.
 
         A step with a prompt in it costs more than a plain decode step, so a few requests are let in together, not one by one.
+        Those that the next steps do not come to are left to later calls, which the device does not wait for.
         """
         free = self.row_limit - len(self.live)
         few = max(1, self.row_limit // 64)
         if not len(self.window) or free < (few if self.live else 1):
             return
-        ready = self.window.ready(free)
-        n = self._fitting(ready)
-        if n < min(few, len(ready)) and self.live:
+        ready = self._next(free, few)
+        least = min(few, len(ready)) if self.live else 1         # alone, a request is always let in
+        if not ready or (self.live and self._fitting(ready[:least]) < least):
             return
-        # Alone, a request is always let in. A row that a guide ends at once may be given out again.
-        rows = np.unique([self._admit(waiting) for waiting in self.window.take(max(n, 0 if self.live else 1))])
+        rows = self._admit(self.window.take(max(self._fitting(ready), least)))
         held = rows[self.active[rows] & (self.state[rows] > 0)]
         if held.size:
             self._append_forced(held, least=1)
+
+    def _next(self, most: int, few: int) -> list[Waiting]:
+        """The first waiting requests, as many as the next steps have room for, or `few`; none if the rows already fill these."""
+        rows, page = np.flatnonzero(self.active), self._table.page_size
+        due = self.known[rows] - np.maximum(self.computed[rows], self.shared_pages[rows] * page)
+        room, ready = STEPS_AHEAD * self.max_step_tokens - int(due.sum()), self.window.ready(most)
+        if room <= 0:
+            return []
+        needed = np.cumsum([waiting.tokens.size - len(waiting.path) * page for waiting in ready])
+        return ready[: max(int(np.searchsorted(needed, room)) + 1, few)]
 
     def _fitting(self, ready: list[Waiting]) -> int:
         """How many of `ready` the forecast lets in. Pages shared through the tree are counted once, a row's own by the row."""
@@ -124,31 +135,40 @@ class Scheduler:
                         for w in ready], dtype=np.int64)
         new_left = self._predictor.remaining(new[:, 0] - new[:, 1], new[:, 2] - new[:, 1], new[:, 4].astype(bool))
         new_held = _in_pages(new[:, 0], new_left, page) - new[:, 3] * page
-        coming = {id(node) for w in ready for node in w.path if not node.page}
-        capacity = int(self._pool.usable * KV_SHARE) - self._pool.shared - len(coming)
+        begun = rows[self.computed[rows] < self.shared_pages[rows] * page].tolist()
+        coming = (*ready, *(self.live[row].waiting for row in begun))
+        unheld = self._pool.unheld({w.path[-1]: w.path for w in coming if w.path}.values())
+        capacity = int(self._pool.usable * KV_SHARE) - self._pool.shared - unheld
         return admissible(held, left, new_held, new_left, capacity * page)
 
     def _limit(self, request: Request) -> int:
         return min(request.prompt.size + request.params.max_tokens, self._table.max_len)
 
-    def _admit(self, waiting: Waiting) -> int:
-        row, request, params = self._free_rows.popleft(), waiting.request, waiting.request.params
-        n = waiting.tokens.size
-        self.active[row], self.arrived[row], self.stale[row] = True, False, True
-        self.exact[row] = params.ignore_eos and not params.stop and not params.stop_token_ids and request.grammar is None
+    def _admit(self, batch: list[Waiting]) -> np.ndarray:
+        """Give a row to each; returns the rows, of which a guide may have ended some at once."""
+        rows = np.array([self._free_rows.popleft() for _ in batch])
+        numbers = np.array([(w.tokens.size, w.request.prompt.size, self._limit(w.request), w.request.params.min_tokens,
+                             len(w.path), w.forced_tokens) for w in batch])
+        known, prompt_len, self.limit[rows], least, self.shared_pages[rows], self.forced[rows] = numbers.T
+        self.known[rows] = self.seen[rows] = known
+        self.prompt_len[rows], self.least[rows] = prompt_len, prompt_len + least
+        self.computed[rows] = self.staged[rows] = self.num_pages[rows] = 0
+        self.active[rows], self.arrived[rows], self.stale[rows] = True, False, True
+        self.order[rows] = np.arange(self._admitted, self._admitted + rows.size)
+        self._admitted += rows.size
+        self.stop_ids[rows] = -1
+        for row, waiting in zip(rows.tolist(), batch, strict=True):
+            self._enter(row, waiting)
+        return rows
+
+    def _enter(self, row: int, waiting: Waiting) -> None:
+        """The part of a row's admission that depends on more than numbers."""
+        request, params, n = waiting.request, waiting.request.params, waiting.tokens.size
         self.tokens[row, :n] = waiting.tokens
-        self.known[row] = self.seen[row] = n
-        self.computed[row] = self.staged[row] = self.num_pages[row] = 0
-        self.prompt_len[row], self.limit[row] = request.prompt.size, self._limit(request)
-        self.least[row] = request.prompt.size + params.min_tokens
-        self.shared_pages[row] = len(waiting.path)
-        self.forced[row] = waiting.forced_tokens
-        self.order[row] = self._admitted
-        self._admitted += 1
+        self.exact[row] = params.ignore_eos and not params.stop and not params.stop_token_ids and request.grammar is None
         # Under a grammar an output ends where the grammar says so: anything else would cut it.
         ends = () if params.ignore_eos else self.end_ids
         ids = self.end_ids if request.grammar is not None else (*ends, *params.stop_token_ids)
-        self.stop_ids[row] = -1
         self.stop_ids[row, : len(ids)] = ids
         self.state[row], guide = self._start(waiting)
         self.guided[row] = guide is not None
@@ -165,7 +185,6 @@ class Scheduler:
         waiting.began = waiting.began or time.monotonic()
         if guide is not None:
             self._follow(row, guide)
-        return row
 
     def _start(self, waiting: Waiting) -> tuple[int, Guide | None]:
         """The state of the row's automaton, 0: none, and its guide where it has a grammar and no automaton."""

@@ -29,7 +29,7 @@ from engine.plan import StepPlan
 from engine.prefix_groups import PrefixGroups
 from engine.request import Completion, FinishReason, Request, SamplingParams, TokenLogprobs
 from engine.row_table import RowTable
-from engine.scheduler import Live, Scheduler
+from engine.scheduler import STEPS_AHEAD, Live, Scheduler
 from engine.window import Waiting
 from kernels import ref
 
@@ -508,7 +508,7 @@ def test_random_traces(setting: Setting, seed: int) -> None:
 @pytest.mark.parametrize("depth", [1, 2])
 def test_a_long_trace_preempts_shares_and_learns(depth: int) -> None:
     """The same on one long trace, which is known to reach the rare paths."""
-    trace = Trace(Setting(jobs=400, max_rows=8, max_len=40, spare_pages=8, depth=depth, aborts=0.01), seed=depth)
+    trace = Trace(Setting(jobs=400, max_rows=8, max_len=40, spare_pages=8, depth=depth, aborts=0.02), seed=depth)
     trace.run()
     stats = trace.scheduler.stats(trace.steps, 0)
     assert stats.preemptions > 30
@@ -519,6 +519,48 @@ def test_a_long_trace_preempts_shares_and_learns(depth: int) -> None:
     assert trace.steps_with_groups > 50
     assert trace.steps_with_copies > 20
     assert trace.by_automata > 50
+
+
+def test_no_more_rows_are_let_in_than_the_next_steps_can_compute() -> None:
+    """Steps are full as long as requests wait for nothing else, and all come out."""
+    table, pool, budget, own = RowTable(64, 64, PAGE, torch.device("cpu")), BlockPool(2000, PAGE), 64, 10
+    scheduler = Scheduler(EngineConfig(), table, pool, budget, (END,), Automata(END + 1, torch.device("cpu")))
+    stem, rng = np.full(5 * PAGE, LETTERS[0]), np.random.default_rng(0)
+    for i in range(200):
+        prompt = np.concatenate([stem, rng.choice(LETTERS, own)])
+        scheduler.submit(Waiting(Request(i, prompt, SamplingParams(max_tokens=4, ignore_eos=True)), prompt))
+    done: list[Completion] = []
+    while scheduler.pending:
+        scheduler.refill()
+        rows = np.array(sorted(scheduler.live))
+        begun = np.maximum(scheduler.computed[rows], scheduler.shared_pages[rows] * PAGE)
+        assert int((scheduler.known[rows] - begun).sum()) < STEPS_AHEAD * budget + own + PAGE
+        plan = scheduler.schedule()
+        table.flush_staged()
+        assert plan.num_tokens == budget or not len(scheduler.window) or len(scheduler.live) == table.max_rows
+        scheduler.retire(plan, np.full(plan.sampled.size, LETTERS[1]), {})
+        done += scheduler.finished()
+    assert sorted(c.id for c in done) == list(range(200))
+    assert {c.tokens.size for c in done} == {4}
+
+
+def test_the_forecast_counts_prefixes_that_are_still_to_be_computed() -> None:
+    """Four rows are in the middle of their prefixes when four more come, of whose prefixes only one fits beside these."""
+    table, pool = RowTable(8, 64, PAGE, torch.device("cpu")), BlockPool(41, PAGE)
+    scheduler = Scheduler(EngineConfig(), table, pool, 16, (END,), Automata(END + 1, torch.device("cpu")))
+    prompts = [np.repeat(LETTERS[[i // 2, 4]], [10 * PAGE, 1]) for i in range(8)]    # two to a prefix of 10 pages
+    coming = deque(Waiting(Request(i, p, SamplingParams(max_tokens=2, ignore_eos=True)), p) for i, p in enumerate(prompts))
+    while coming or scheduler.pending:
+        for _ in range(min(4, len(coming))):
+            scheduler.submit(coming.popleft())
+        scheduler.refill()
+        paths = {live.waiting.path[-1]: live.waiting.path for live in scheduler.live.values()}
+        assert 10 * len(paths) + len(scheduler.live) <= pool.usable
+        plan = scheduler.schedule()
+        table.flush_staged()
+        scheduler.retire(plan, np.full(plan.sampled.size, LETTERS[1]), {})
+        scheduler.finished()
+    assert scheduler.stats(0, 0).preemptions == 0
 
 
 @given(st.lists(st.integers(0, 400), max_size=40))
