@@ -13,11 +13,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.formats import FP8_BLOCK
 from kernels.overlap import after, launch_options, overlaps, prefetch
 from kernels.quantize import fp8_quantize, quantize_blocks
 from kernels.split_k import Tile, counters, finish
-
-BLOCK = 128     # of K: what one scale of a block covers, and what is summed on the tensor cores
 
 
 @triton.jit(do_not_specialize=["M", "splits"])
@@ -77,13 +76,13 @@ def _product(x: Tensor, x_scales: Tensor, weight: Tensor, weight_scale: Tensor, 
              blocks: bool, tile: Tile) -> Tensor:
     (rows, width), features = x.shape, weight.shape[0]
     out = torch.empty((rows, features), dtype=dtype, device=x.device)
-    grid = tile.grid(rows, features, triton.cdiv(width, BLOCK))
+    grid = tile.grid(rows, features, triton.cdiv(width, FP8_BLOCK))
     splits = grid[1]
     partial = torch.empty((splits, rows, features), dtype=torch.float32, device=x.device) if splits > 1 else out
     _product_kernel[grid](
         x, x_scales, weight, weight_scale, out if bias is None else bias, out, partial, counters(x.device), rows, features, width,
         splits, BLOCKS=blocks, BIAS=bias is not None, SPLIT=splits > 1, EVEN_N=features % tile.block_n == 0,
-        EVEN_K=width % BLOCK == 0, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=BLOCK,
+        EVEN_K=width % FP8_BLOCK == 0, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=FP8_BLOCK,
         num_warps=tile.warps, num_stages=tile.stages, **launch_options(overlaps(x.device)))
     return out
 
@@ -103,4 +102,4 @@ def fp8_matmul(x: Tensor, weight: Tensor, weight_scale: Tensor, input_scale: Ten
 
 def fp8_block_matmul(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:
     """See ref.fp8_block_matmul."""
-    return _product(*quantize_blocks(x, BLOCK), weight, weight_scale, bias, x.dtype, True, _tile(x.shape[0]))
+    return _product(*quantize_blocks(x, FP8_BLOCK), weight, weight_scale, bias, x.dtype, True, _tile(x.shape[0]))

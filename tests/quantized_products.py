@@ -12,6 +12,7 @@ from torch import Tensor
 from triton.runtime import interpreter
 
 from kernels import gemm_fp8, gemm_w4, pointwise, quantize, ref
+from kernels.formats import FP8_BLOCK
 
 ROUNDING = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}      # of the output, in the 2-norm
 FP8_STEP = 1 / 8        # neighbouring e4m3 numbers differ by so much at most; a quotient may be rounded to either
@@ -104,7 +105,7 @@ def check_fp8_blocks(like: Tensor, rows: int, outputs: int, inputs: int) -> None
     scale = weight.view(outputs // 128, 128, inputs // 128, 128).abs().amax((1, 3)) / ref.E4M3_MAX
     spread = scale.repeat_interleave(128, 0).repeat_interleave(128, 1)
     weight = (weight / spread).to(torch.float8_e4m3fn)
-    codes, scales = quantize.quantize_blocks(x, gemm_fp8.BLOCK)
+    codes, scales = quantize.quantize_blocks(x, FP8_BLOCK)
     want, want_scales = ref.fp8_quantize(x.reshape(-1, 128))
     torch.testing.assert_close(scales.view(-1, 1), want_scales)
     torch.testing.assert_close(codes.float().view(-1, 128), want.float(), rtol=FP8_STEP, atol=2**-9)

@@ -234,7 +234,8 @@ def time_integer(bits: int, rate: float) -> None:
     layers = {name: Packed(shape, bits) for name, shape in TIMED.items()}
     for rows in TIMED_ROWS:
         x = {name: torch.randn(rows, shape[1], device=DEVICE).to(DTYPE) for name, shape in TIMED.items()}
-        fused = [attempt(layer.fused, x[name], gemm_w4._tile(min(rows, gemm_w4.MOST_ROWS), layer.shape[0])) if rows <= 512 else NAN
+        most = min(rows, gemm_w4.MOST_ROWS)
+        fused = [attempt(layer.fused, x[name], gemm_w4._tile(most, layer.shape[0])) if rows <= 512 else NAN
                  for name, layer in layers.items()]
         apart = sum(attempt(layer.apart, x[name]) for name, layer in layers.items())
         plain = sum(attempt(dense, shape, rows) for shape in TIMED.values())

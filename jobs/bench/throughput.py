@@ -12,10 +12,13 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import os
 import sys
 import time
 from pathlib import Path
 from types import ModuleType
+
+os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")      # as jobs have it, and before torch reads it
 
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerFast

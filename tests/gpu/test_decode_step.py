@@ -14,12 +14,7 @@ from kernels import ops
 LIMIT = {torch.bfloat16: 8e-3, torch.float16: 1e-3, torch.float32: 2e-6}
 
 
-@pytest.fixture(autouse=True)
-def poisoned():
-    """torch.empty gives NaN: an output that no program wrote shows."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
+pytestmark = pytest.mark.usefixtures("poisoned")
 
 
 def ragged(count: int, low: int, high: int, seed: int) -> list[int]:

@@ -15,13 +15,13 @@ from kernels import attention, decode_step
 LIMIT = {torch.float16: 2e-3, torch.float32: 2e-6}
 
 
+pytestmark = pytest.mark.usefixtures("poisoned")
+
+
 @pytest.fixture(autouse=True)
-def poisoned(monkeypatch):
-    """torch.empty gives NaN: an output that no program wrote shows. Few programs: the interpreter runs them one by one."""
+def few_programs(monkeypatch):
+    """The interpreter runs them one by one."""
     monkeypatch.setattr(attention, "DECODE_PROGRAMS", 16)
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
