@@ -22,7 +22,6 @@ from kernels.overlap import after, launch_options, overlaps, prefetch
 from kernels.split_k import Tile, counters, finish
 
 ROWS = 128              # of W in one unit of the packed layout
-AHEAD = 1               # blocks of its weights that a program asks the L2 for before it waits for x
 WORDS = 32              # 16-bit words of one row in one unit: 128 codes of 4 bits, 64 of 8
 INTERPRET = triton.knobs.runtime.interpret      # by Triton's interpreter, which knows no assembly
 
@@ -229,7 +228,7 @@ def _load_zeros(table, n, block, stride_n, stride_g, N, K, GROUP: tl.constexpr, 
 def _skinny_kernel(x, packed, scales, zeros, bias, out, partial, counters, M, N, K, x_stride, stride_n, stride_g, units, splits,
                    GROUP: tl.constexpr, PIECE: tl.constexpr, BITS: tl.constexpr, ZERO: tl.constexpr, WHOLE: tl.constexpr,
                    BIAS: tl.constexpr, SPLIT: tl.constexpr, EVEN_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-                   AHEAD: tl.constexpr, ASM: tl.constexpr, OVERLAP: tl.constexpr):
+                   ASM: tl.constexpr, OVERLAP: tl.constexpr):
     DTYPE: tl.constexpr = x.dtype.element_ty
     BLOCK_K: tl.constexpr = 512 // BITS
     tile, split = tl.program_id(0), tl.program_id(1)
@@ -241,8 +240,7 @@ def _skinny_kernel(x, packed, scales, zeros, bias, out, partial, counters, M, N,
     scale = _load_groups(scales, n, lo, stride_n, stride_g, N, K, GROUP, BLOCK_K, PIECE, DTYPE)
     zero = _load_zeros(zeros, n, lo, stride_n, stride_g, N, K, GROUP, BLOCK_K, PIECE, DTYPE, ZERO)
     if OVERLAP:
-        for block in range(lo, tl.minimum(lo + AHEAD, hi)):
-            _prefetch_words(packed, block, units, tile * BLOCK_N, BLOCK_N)
+        _prefetch_words(packed, lo, units, tile * BLOCK_N, BLOCK_N)
     after(OVERLAP)
     acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     for block in range(lo, hi):
@@ -309,7 +307,7 @@ def _skinny(x: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor | None, gro
         x, packed, scales, scales if zeros is None else zeros, x if bias is None else bias, out, partial, counters(x.device),
         rows, features, width, x.stride(0), *scales.stride(), packed.shape[1], splits, BIAS=bias is not None, SPLIT=splits > 1,
         EVEN_K=width % (WORDS * 16 // bits) == 0, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
-        AHEAD=AHEAD, **_format(scales, zeros, group, bits, width), num_warps=tile.warps, num_stages=tile.stages,
+        **_format(scales, zeros, group, bits, width), num_warps=tile.warps, num_stages=tile.stages,
         **launch_options(overlaps(x.device)))
     return out
 

@@ -14,13 +14,7 @@ from attention_cases import Case, error, exact, make_case, shared_prefix_error, 
 from kernels import attention, ref
 
 LIMIT = {torch.float16: 2e-3, torch.float32: 2e-6}
-pytestmark = pytest.mark.usefixtures("poisoned")
-
-
-@pytest.fixture(autouse=True)
-def few_programs(monkeypatch):
-    """The interpreter runs them one by one."""
-    monkeypatch.setattr(attention, "DECODE_PROGRAMS", 16)
+pytestmark = pytest.mark.usefixtures("poisoned", "few_programs")
 
 
 def decode(case: Case, contexts: list[int], window: int, softcap: float, kernels) -> torch.Tensor:

@@ -15,13 +15,7 @@ from kernels import attention, decode_step
 LIMIT = {torch.float16: 2e-3, torch.float32: 2e-6}
 
 
-pytestmark = pytest.mark.usefixtures("poisoned")
-
-
-@pytest.fixture(autouse=True)
-def few_programs(monkeypatch):
-    """The interpreter runs them one by one."""
-    monkeypatch.setattr(attention, "DECODE_PROGRAMS", 16)
+pytestmark = pytest.mark.usefixtures("poisoned", "few_programs")
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
