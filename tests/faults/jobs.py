@@ -82,7 +82,8 @@ class Job:
         return self.start(*keys, **order).wait()
 
     def said(self) -> str:
-        return (self.folder / "log").read_text()
+        log = self.folder / "log"
+        return log.read_text() if log.exists() else ""
 
     def parts(self) -> list[Path]:
         return sorted(self.out.glob("part-*.parquet"))

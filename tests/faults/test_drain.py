@@ -77,10 +77,11 @@ def test_a_second_signal_ends_it_at_once(zygote: Zygote, tmp_path: Path, many: J
 
 def test_a_second_signal_ends_an_engine_that_hears_none(job: Job) -> None:
     """Its main thread is in a call that does not return, so that Python runs no handler."""
-    run = job.start("task.prompt=HANG {{ text }}", rows=str(job.folder / "rows"))
-    while not (job.folder / "rows").exists():
+    run = job.start("task.prompt=HANG {{ text }}")
+    deadline = time.monotonic() + 60
+    while "the scripted engine hangs" not in job.said():
+        assert time.monotonic() < deadline, job.said()
         time.sleep(0.01)
-    time.sleep(0.3)
     run.send(signal.SIGINT)
     time.sleep(0.3)
     assert Path(f"/proc/{run.pid}/exe").exists()

@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import random
+import sys
 import time
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
@@ -148,6 +149,7 @@ class ScriptedEngine:
             turns = 200 if b"SLOW" in _text(request) else self._turns
             self._began[request.id] = time.monotonic()
             if b"HANG" in _text(request):
+                print("the scripted engine hangs", file=sys.stderr, flush=True)
                 hashlib.pbkdf2_hmac("sha256", b"a call that does not return", b"", 10**9)
             if b"BREAK" in _text(request):
                 raise EngineError("the scripted engine is broken")
