@@ -94,9 +94,9 @@ class BlockPool:
         self.refs[pages] += 1
 
     def release(self, pages: np.ndarray) -> None:
-        """Give back one hold on each page (each at most once in `pages`)."""
-        self.refs[pages] -= 1
-        freed = pages[self.refs[pages] == 0]
+        """Give back one hold on each page, as often as it is in `pages`."""
+        np.subtract.at(self.refs, pages, 1)
+        freed = np.unique(pages[self.refs[pages] == 0])
         self._free[self._top : self._top + freed.size] = freed[::-1]
         self._top += freed.size
 

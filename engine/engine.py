@@ -137,10 +137,8 @@ class Engine:
             except Exception as error:
                 where = traceback.format_exc()
                 failure = error.with_traceback(None)             # whose frames would keep the step's tensors alive
-        else:
-            self._table.flush_staged()
-            if self._inflight:
-                self._retire()
+        elif self._inflight:
+            self._retire()
         if plan is not None and failure is not None:
             self._recover(plan, failure, where)
         done = self._scheduler.finished()

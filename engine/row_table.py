@@ -15,6 +15,8 @@ Writes are applied on the compute stream in launch order, which makes reuse of r
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -30,16 +32,16 @@ class RowTable:
         self.max_rows, self.max_len, self.page_size, self.device = max_rows, max_len, page_size, device
         self.dummy = max_rows
         self.pages_per_row = -(-max_len // page_size)
-        widths = {"tokens": (max_rows + 1, max_len + 1), "block_table": (max_rows + 1, self.pages_per_row),
+        shapes = {"tokens": (max_rows + 1, max_len + 1), "block_table": (max_rows + 1, self.pages_per_row),
                   "params": (max_rows + 1, ref.PARAM_COLUMNS), "rows": (max_rows,), "starts": (max_rows,),
                   "shared": (max_rows,), "prefix_tiles": (max(1, max_rows // 8), 2), "grammar": (max_rows + 1,)}
-        total = sum(int(np.prod(shape)) for shape in widths.values())
+        total = sum(int(np.prod(shape)) for shape in shapes.values())
         if total >= 2**31:
             raise ValueError(f"engine.max_rows={max_rows} x engine.max_model_len={max_len} overflows the row table: lower one")
         self.state = torch.zeros(total, dtype=torch.int32, device=device)
         self.offset: dict[str, int] = {}
         views, at = {}, 0
-        for name, shape in widths.items():
+        for name, shape in shapes.items():
             size = int(np.prod(shape))
             views[name], self.offset[name] = self.state[at : at + size].view(shape), at
             at += size
@@ -63,26 +65,30 @@ class RowTable:
         self._len.append(lengths)
         self._data.append(data)
 
-    def stage_tokens(self, rows: np.ndarray, starts: np.ndarray, ends: np.ndarray, tokens: np.ndarray) -> None:
-        """tokens[row, starts[i] : ends[i]] of each of `rows`, out of `tokens` int32 [R, length] of all rows."""
+    def _stage_runs(self, to: Tensor, rows: np.ndarray, starts: np.ndarray, ends: np.ndarray, values: np.ndarray) -> None:
+        """to[row, starts[i] : ends[i]] = values[row, starts[i] : ends[i]] of each of `rows`."""
         lengths = ends - starts
         before = np.repeat(np.cumsum(lengths) - lengths, lengths)
         column = np.arange(before.size) - before + np.repeat(starts, lengths)
-        at = self.offset["tokens"] + rows.astype(np.int64) * (self.max_len + 1) + starts
-        self._stage(at, lengths, tokens[np.repeat(rows, lengths), column])
+        at = rows.astype(np.int64) * to.shape[1] + starts + int(to.storage_offset())
+        self._stage(at, lengths, values[np.repeat(rows, lengths), column])
 
-    def stage_pages(self, rows: np.ndarray, index: np.ndarray, pages: np.ndarray) -> None:
-        """block_table[rows[i], index[i]] = pages[i]."""
-        at = self.offset["block_table"] + rows.astype(np.int64) * self.pages_per_row + index
-        self._stage(at, np.ones(at.size, dtype=np.int64), pages)
+    def stage_tokens(self, rows: np.ndarray, starts: np.ndarray, ends: np.ndarray, tokens: np.ndarray) -> None:
+        """tokens[row, starts[i] : ends[i]] of each of `rows`, out of `tokens` int32 [R, length] of all rows."""
+        self._stage_runs(self.tokens, rows, starts, ends, tokens)
 
-    def stage_params(self, row: int, params: SamplingParams) -> None:
-        values = np.zeros(ref.PARAM_COLUMNS, dtype=np.int32)
-        floats = values.view(np.float32)
-        floats[ref.TEMPERATURE], floats[ref.TOP_P], floats[ref.MIN_P] = params.temperature, params.top_p, params.min_p
-        values[ref.TOP_K] = params.top_k
-        values.view(np.uint32)[[ref.SEED_LOW, ref.SEED_HIGH]] = params.seed & 0xFFFFFFFF, (params.seed >> 32) & 0xFFFFFFFF
-        self._stage(np.array([self.offset["params"] + row * ref.PARAM_COLUMNS]), np.array([values.size]), values)
+    def stage_pages(self, rows: np.ndarray, starts: np.ndarray, ends: np.ndarray, pages: np.ndarray) -> None:
+        """block_table[row, starts[i] : ends[i]] of each of `rows`, out of `pages` int32 [R, pages] of all rows."""
+        self._stage_runs(self.block_table, rows, starts, ends, pages)
+
+    def stage_params(self, rows: np.ndarray, params: Sequence[SamplingParams]) -> None:
+        values = np.zeros((rows.size, ref.PARAM_COLUMNS), dtype=np.int32)
+        values.view(np.float32)[:, [ref.TEMPERATURE, ref.TOP_P, ref.MIN_P]] = [(p.temperature, p.top_p, p.min_p) for p in params]
+        values[:, ref.TOP_K] = [p.top_k for p in params]
+        seeds = np.array([p.seed & 0xFFFFFFFFFFFFFFFF for p in params], dtype=np.uint64)
+        values.view(np.uint32)[:, ref.SEED_LOW], values.view(np.uint32)[:, ref.SEED_HIGH] = seeds & 0xFFFFFFFF, seeds >> 32
+        at = self.offset["params"] + rows.astype(np.int64) * ref.PARAM_COLUMNS
+        self._stage(at, np.full(rows.size, ref.PARAM_COLUMNS), values.ravel())
 
     def stage_grammar(self, rows: np.ndarray, states: np.ndarray) -> None:
         self._stage(self.offset["grammar"] + rows, np.ones(rows.size, dtype=np.int64), states)
@@ -96,11 +102,6 @@ class RowTable:
         padded[: tiles.size] = tiles.ravel()
         at = np.array([self.offset["shared"], self.offset["prefix_tiles"]])
         self._stage(at, np.array([shared.size, padded.size]), np.concatenate([shared, padded]))
-
-    def flush_staged(self) -> None:
-        """Apply what was staged without a step, so that a row which left again is never staged twice in one launch."""
-        if self._dst:
-            self.flush(np.empty(0, dtype=np.int32))
 
     def discard_staged(self) -> None:
         """Forget what was staged: the rows it was for have left."""

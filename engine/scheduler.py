@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -65,13 +65,15 @@ class Scheduler:
         self.guided = np.zeros(rows, dtype=bool)                              # by a guide
         self.state = np.zeros(rows, dtype=np.int32)                           # of its automaton, after what is seen; 0: none
         self.stale = np.zeros(rows, dtype=bool)                               # the device has another state of the row
+        self.fresh = np.zeros(rows, dtype=bool)                               # the device has not its sampling parameters
         self.forced = np.zeros(rows, dtype=np.int32)                          # tokens that the grammar left no choice for
         self.arrived = np.zeros(rows, dtype=bool)                             # on the device: see _arrive
         self.exact = np.zeros(rows, dtype=bool)                               # ends at its limit and nowhere else
         self.generation = np.zeros(rows, dtype=np.int32)
         self.watched = np.zeros(rows, dtype=bool)       # a guide or stop strings: looked at after each token
         self.special = np.zeros(rows, dtype=bool)       # penalties, min_tokens or logprobs: more than the kernel does
-        self.known, self.seen, self.computed, self.staged = (np.zeros(rows, dtype=np.int32) for _ in range(4))
+        self.known, self.seen, self.computed = (np.zeros(rows, dtype=np.int32) for _ in range(3))
+        self.staged, self.staged_pages = (np.zeros(rows, dtype=np.int32) for _ in range(2))     # the device has so many
         self.prompt_len, self.limit, self.least = (np.zeros(rows, dtype=np.int32) for _ in range(3))
         self.order, self.shared_pages = (np.zeros(rows, dtype=np.int32) for _ in range(2))
         self.stop_ids = np.full((rows, MAX_STOP_IDS), -1, dtype=np.int32)
@@ -152,39 +154,42 @@ class Scheduler:
         known, prompt_len, self.limit[rows], least, self.shared_pages[rows], self.forced[rows] = numbers.T
         self.known[rows] = self.seen[rows] = known
         self.prompt_len[rows], self.least[rows] = prompt_len, prompt_len + least
-        self.computed[rows] = self.staged[rows] = self.num_pages[rows] = 0
-        self.active[rows], self.arrived[rows], self.stale[rows] = True, False, True
+        self.computed[rows] = self.staged[rows] = self.num_pages[rows] = self.staged_pages[rows] = 0
+        self.active[rows], self.arrived[rows], self.stale[rows], self.fresh[rows] = True, False, True, True
         self.order[rows] = np.arange(self._admitted, self._admitted + rows.size)
         self._admitted += rows.size
+        kinds = np.array([self._enter(row, waiting) for row, waiting in zip(rows.tolist(), batch, strict=True)])
+        self.exact[rows], endless, self.guided[rows], self.watched[rows], self.special[rows] = kinds[:, :5].T.astype(bool)
+        self.state[rows] = kinds[:, 5]
         self.stop_ids[rows] = -1
+        self.stop_ids[rows[~endless], : len(self.end_ids)] = self.end_ids
         for row, waiting in zip(rows.tolist(), batch, strict=True):
-            self._enter(row, waiting)
+            if (ids := waiting.request.params.stop_token_ids) and waiting.request.grammar is None:
+                self.stop_ids[row, -len(ids) :] = ids
+        for row in rows[self.guided[rows]].tolist():
+            if (guide := self.live[row].guide) is not None:
+                self._follow(row, guide)
         return rows
 
-    def _enter(self, row: int, waiting: Waiting) -> None:
-        """The part of a row's admission that depends on more than numbers."""
-        request, params, n = waiting.request, waiting.request.params, waiting.tokens.size
-        self.tokens[row, :n] = waiting.tokens
-        self.exact[row] = params.ignore_eos and not params.stop and not params.stop_token_ids and request.grammar is None
-        # Under a grammar an output ends where the grammar says so: anything else would cut it.
-        ends = () if params.ignore_eos else self.end_ids
-        ids = self.end_ids if request.grammar is not None else (*ends, *params.stop_token_ids)
-        self.stop_ids[row, : len(ids)] = ids
-        self.state[row], guide = self._start(waiting)
-        self.guided[row] = guide is not None
-        stop = None
-        if params.stop and request.grammar is None and self._tokenizer is not None:
+    def _enter(self, row: int, waiting: Waiting) -> tuple[bool, bool, bool, bool, bool, int]:
+        """What a row has beyond numbers. Returns whether it is exact, endless (end tokens do not end it), guided, watched and
+        special, and the state of its automaton. Under a grammar an output ends where the grammar says so: anything else would
+        cut it."""
+        request, params = waiting.request, waiting.request.params
+        self.tokens[row, : waiting.tokens.size] = waiting.tokens
+        free, stop = request.grammar is None, None
+        state, guide = (0, None) if free else self._start(waiting)
+        if params.stop and free and self._tokenizer is not None:
             stop = StopStrings(self._tokenizer, params.stop)
-        self.watched[row] = guide is not None or stop is not None
-        self.special[row] = params.has_penalties or params.min_tokens > 0 or params.logprobs is not None
-        if stop is not None:
-            for token in self.tokens[row, request.prompt.size : n].tolist():
+            for token in waiting.tokens[request.prompt.size :].tolist():
                 stop.find(token)
         logprobs = waiting.logprobs if waiting.logprobs is not None or params.logprobs is None else []
         self.live[row] = Live(waiting, guide, stop, logprobs)
         waiting.began = waiting.began or time.monotonic()
-        if guide is not None:
-            self._follow(row, guide)
+        endless = free and params.ignore_eos
+        special = params.has_penalties or params.min_tokens > 0 or params.logprobs is not None
+        return (endless and not params.stop and not params.stop_token_ids, endless, guide is not None,
+                guide is not None or stop is not None, special, state)
 
     def _start(self, waiting: Waiting) -> tuple[int, Guide | None]:
         """The state of the row's automaton, 0: none, and its guide where it has a grammar and no automaton."""
@@ -244,25 +249,28 @@ class Scheduler:
         """Before its first chunk a row takes the pages of its prefix that are computed by now, or will be in this step."""
         if self.arrived[row]:
             return
-        live = self.live[row]
-        shared = self._pool.arrive(live.waiting.path)
-        n, cached = shared.size, shared.size * self._table.page_size
-        self.arrived[row], live.published = True, n
-        self.pages[row, :n], self.num_pages[row] = shared, n
-        self._table.stage_params(row, live.waiting.request.params)
-        if n:
-            self._table.stage_pages(np.full(n, row), np.arange(n), shared)
-            if n == len(live.waiting.path):
-                cached += self._copy_tail(row, live.waiting.path[-1])
-        self.computed[row] = cached
-        if not live.waiting.request.params.has_penalties:                    # they read the whole history
-            self.staged[row] = cached
-        if live.waiting.cached_tokens is None:
-            live.waiting.cached_tokens = cached
-            self._prompt_tokens += live.waiting.request.prompt.size
+        waiting = self.live[row].waiting
+        self.arrived[row] = True
+        cached = self._take_prefix(row, waiting) if waiting.path else 0
+        if waiting.cached_tokens is None:
+            waiting.cached_tokens = cached
+            self._prompt_tokens += waiting.request.prompt.size
             self._cached_tokens += cached
+
+    def _take_prefix(self, row: int, waiting: Waiting) -> int:
+        """Returns how many tokens need not be computed."""
+        shared = self._pool.arrive(waiting.path)
+        n, cached = shared.size, shared.size * self._table.page_size
+        self.live[row].published = n
+        self.pages[row, :n], self.num_pages[row] = shared, n
+        if n == len(waiting.path):
+            cached += self._copy_tail(row, waiting.path[-1])
+        self.computed[row] = cached
+        if not waiting.request.params.has_penalties:                         # they read the whole history
+            self.staged[row] = cached
         if self._groups is not None:
-            self._groups.join(live.waiting.path)
+            self._groups.join(waiting.path)
+        return cached
 
     def _copy_tail(self, row: int, node: Node) -> int:
         """Take over the tokens after the last full page that a row before has computed too; returns how many.
@@ -282,7 +290,6 @@ class Scheduler:
             self._pool.release(source)
             return 0
         self.pages[row, n], self.num_pages[row] = copy[0], n + 1
-        self._table.stage_pages(np.array([row]), np.array([n]), copy)
         self._copies[row] = page, int(copy[0])
         return same
 
@@ -299,6 +306,14 @@ class Scheduler:
             self._table.stage_tokens(rows[behind], self.staged[rows[behind]], ends[behind], self.tokens)
             self.staged[rows[behind]] = ends[behind]
         self.computed[rows] = ends
+        paged = rows[self.staged_pages[rows] < self.num_pages[rows]]
+        if paged.size:
+            self._table.stage_pages(paged, self.staged_pages[paged], self.num_pages[paged], self.pages)
+            self.staged_pages[paged] = self.num_pages[paged]
+        fresh = rows[self.fresh[rows]]
+        if fresh.size:
+            self._table.stage_params(fresh, [self.live[row].waiting.request.params for row in fresh.tolist()])
+            self.fresh[fresh] = False
         sampled = np.flatnonzero(ends == self.known[rows]).astype(np.int32)
         to_sample = rows[sampled]
         stale = rows[self.stale[rows]]
@@ -333,8 +348,6 @@ class Scheduler:
                 self._preempt(self._victim(()))
                 continue
             self.pages[short, self.num_pages[short]] = pages
-            if short.size:
-                self._table.stage_pages(short, self.num_pages[short], pages)
             self.num_pages[short] += 1
             return rows
 
@@ -354,7 +367,6 @@ class Scheduler:
                     return False
                 self._preempt(victim)
         self.pages[row, have : have + need] = pages
-        self._table.stage_pages(np.full(need, row), np.arange(have, have + need), pages)
         self.num_pages[row] += need
         return True
 
@@ -384,7 +396,7 @@ class Scheduler:
         live.waiting.tokens = self.tokens[row, :n].copy()
         live.waiting.guide, live.waiting.logprobs = live.guide, live.logprobs
         live.waiting.state, live.waiting.forced_tokens = int(self.state[row]), int(self.forced[row])
-        self._leave(row)
+        self._leave([row])
         live.waiting.path = []
         self._preemptions += 1
         return live.waiting
@@ -400,24 +412,27 @@ class Scheduler:
 
     def fail(self, row: int, error: str) -> None:
         """End a running row as ERROR."""
-        self._finish(row, FinishReason.ERROR, error=error)
+        self._finish([row], FinishReason.ERROR, error=error)
 
-    def _leave(self, row: int) -> None:
-        path, arrived = self.live[row].waiting.path, bool(self.arrived[row])
-        self._depart(path, arrived)
-        if arrived and self._groups is not None:
-            self._groups.leave(row, path)
-        if row in self._copies:
-            self._pool.release(np.array([self._copies.pop(row)[0]], dtype=np.int32))
-        self._pool.release(self.pages[row, : self.num_pages[row]])
-        self.active[row] = False
-        self.generation[row] += 1
-        self._free_rows.append(row)
-        del self.live[row]
+    def _leave(self, rows: Sequence[int]) -> None:
+        held = []
+        for row in rows:
+            path, arrived = self.live.pop(row).waiting.path, bool(self.arrived[row])
+            self._depart(path, arrived)
+            if path and arrived and self._groups is not None:
+                self._groups.leave(row, path)
+            if row in self._copies:
+                held.append(np.array([self._copies.pop(row)[0]], dtype=np.int32))
+            held.append(self.pages[row, : self.num_pages[row]])
+        self._pool.release(np.concatenate(held))
+        self._free_rows.extend(rows)
+        gone = np.array(rows)
+        self.active[gone] = False
+        self.generation[gone] += 1
 
     def _depart(self, path: list[Node], arrived: bool) -> None:
         """A request ends its interest in the prefixes of its path."""
-        if not arrived:
+        if path and not arrived:
             self._pool.release(self._pool.arrive(path))
         self._pool.forget(path)
 
@@ -440,33 +455,32 @@ class Scheduler:
         by_automata = ~ended & (self.state[rows] > 0)
         if by_automata.any():
             self._step(rows[by_automata], tokens[by_automata])
-        for row in rows[ended].tolist():
-            self._end(row)
+        self._take_back(rows[ended])
+        self._end(rows[ended], FinishReason.STOP)        # of a grammar's: it ended there, or gave up on the row
         full = rows[~ended]
-        for row in full[self.seen[full] >= self.limit[full]].tolist():
-            if self.active[row]:
-                self._run_out(row)
+        full = full[self.active[full]]
+        self._end(full[self.seen[full] >= self.limit[full]], FinishReason.LENGTH)
 
-    def _end(self, row: int) -> None:
-        """An end token was sampled. Where the output may not end, the grammar engine gave up on the row and left nothing else."""
-        self._take_back(row)
-        if self.live[row].waiting.request.grammar is None:
-            self._finish(row, FinishReason.STOP)
-        else:
+    def _end(self, rows: np.ndarray, reason: FinishReason) -> None:
+        """No more tokens come of these; those under a grammar end as it says."""
+        bound = self.guided[rows] | (self.state[rows] > 0)
+        self._finish(rows[~bound].tolist(), reason)
+        for row in rows[bound].tolist():
             self._settle(row)
 
-    def _take_back(self, row: int) -> None:
-        """The token sampled last is not part of the output."""
-        self.seen[row] -= 1
-        if kept := self.live[row].logprobs:
-            kept.pop()
+    def _take_back(self, rows: np.ndarray) -> None:
+        """The token that each sampled last is not part of its output."""
+        self.seen[rows] -= 1
+        for row in rows[self.special[rows]].tolist():
+            if kept := self.live[row].logprobs:
+                kept.pop()
 
     def _step(self, rows: np.ndarray, tokens: np.ndarray) -> None:
         """Take the rows' automata on by what the device has sampled, as it has done itself."""
         before = self.state[rows]
         after = self._automata.step(before, tokens)
-        for row in rows[after < 0].tolist():             # no number was left above -inf: the model's logits are broken
-            self._take_back(row)
+        self._take_back(rows[after < 0])                 # no number was left above -inf: the model's logits are broken
+        for row in rows[after < 0].tolist():
             self._settle(row)
         rows, before, after = rows[after >= 0], before[after >= 0], after[after >= 0]
         without_choice = self._automata.chain_size[before] > 0
@@ -499,7 +513,10 @@ class Scheduler:
             self._forced += int(count.sum())
             self._generated += int(count.sum())
         complete = automata.finished[self.state[rows]]
-        for row in rows[complete | (self.seen[rows] >= self.limit[rows])].tolist():
+        done = rows[complete | (self.seen[rows] >= self.limit[rows])]
+        valid = automata.final[self.state[done]] & automata.sound[self.state[done]]
+        self._finish(done[valid].tolist(), FinishReason.STOP)
+        for row in done[~valid].tolist():
             self._settle(row)
 
     def _watch(self, row: int) -> None:
@@ -510,10 +527,10 @@ class Scheduler:
             if live.guide.accept([token]):
                 self._follow(row, live.guide)
             else:
-                self._take_back(row)
-                self._run_out(row)
+                self._take_back(np.array([row]))
+                self._settle(row)
         elif live.stop is not None and (text := live.stop.find(token)) is not None and self.seen[row] >= self.least[row]:
-            self._finish(row, FinishReason.STOP, text=text)
+            self._finish([row], FinishReason.STOP, text=text)
 
     def _follow(self, row: int, guide: Guide) -> None:
         """Append the tokens that the grammar forces, with no forward pass of their own; finish where nothing may follow."""
@@ -530,13 +547,6 @@ class Scheduler:
         if guide.error is not None or guide.finished or self.seen[row] >= self.limit[row]:
             self._settle(row)
 
-    def _run_out(self, row: int) -> None:
-        """No budget left, or nothing that may follow."""
-        if self.live[row].waiting.request.grammar is None:
-            self._finish(row, FinishReason.LENGTH)
-        else:
-            self._settle(row)
-
     def _settle(self, row: int) -> None:
         """End a row under a grammar: as it stands if that is valid, else trimmed and closed.
 
@@ -546,29 +556,32 @@ class Scheduler:
         assert grammar is not None
         may_end = bool(self._automata.final[state]) if guide is None else guide.error is None and guide.accepting
         if state and may_end and self._automata.sound[state]:
-            self._finish(row, FinishReason.STOP)
+            self._finish([row], FinishReason.STOP)
             return
         produced = self.tokens[row, self.prompt_len[row] : self.seen[row]]
         budget = int(self.limit[row] - self.prompt_len[row])
         if grammar.min_tokens > budget:
             if may_end:
-                self._finish(row, FinishReason.STOP)
+                self._finish([row], FinishReason.STOP)
             else:
-                self._finish(row, FinishReason.ERROR, error=f"the schema needs {grammar.min_tokens} tokens and there is room for "
-                             f"{budget}: raise max_tokens, or shorten the prompt")
+                self._finish([row], FinishReason.ERROR, error=f"the schema needs {grammar.min_tokens} tokens and there is room "
+                             f"for {budget}: raise max_tokens, or shorten the prompt")
             return
         closed = grammar.close(produced.tolist(), budget)
         reason = FinishReason.STOP if np.array_equal(closed, produced) else FinishReason.LENGTH_CLOSED
         self.tokens[row, self.prompt_len[row] : self.prompt_len[row] + closed.size] = closed
         self.seen[row] = self.prompt_len[row] + closed.size
-        self._finish(row, reason)
+        self._finish([row], reason)
 
-    def _finish(self, row: int, reason: FinishReason, text: str | None = None, error: str | None = None) -> None:
-        live, output = self.live[row], self.tokens[row, self.prompt_len[row] : self.seen[row]].copy()
-        self._predictor.observe(output.size)
-        live.waiting.forced_tokens = int(self.forced[row])
-        self._emit(live.waiting, output, reason, text, error, live.logprobs)
-        self._leave(row)
+    def _finish(self, rows: Sequence[int], reason: FinishReason, text: str | None = None, error: str | None = None) -> None:
+        if not rows:
+            return
+        for row in rows:
+            live, output = self.live[row], self.tokens[row, self.prompt_len[row] : self.seen[row]].copy()
+            self._predictor.observe(output.size)
+            live.waiting.forced_tokens = int(self.forced[row])
+            self._emit(live.waiting, output, reason, text, error, live.logprobs)
+        self._leave(rows)
 
     def _emit(self, waiting: Waiting, output: np.ndarray, reason: FinishReason, text: str | None = None, error: str | None = None,
               logprobs: list[TokenLogprobs] | None = None) -> None:
@@ -589,7 +602,7 @@ class Scheduler:
         """End requests as ABORTED, with what they have produced; None: all."""
         wanted = None if ids is None else set(ids)
         for row in [r for r, live in self.live.items() if wanted is None or live.waiting.request.id in wanted]:
-            self._finish(row, FinishReason.ABORTED)
+            self._finish([row], FinishReason.ABORTED)
         for waiting in self.window.remove(wanted):
             self._depart(waiting.path, arrived=False)
             self._emit(waiting, waiting.tokens[waiting.request.prompt.size :], FinishReason.ABORTED, logprobs=waiting.logprobs)

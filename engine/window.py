@@ -26,6 +26,7 @@ class Waiting:
     forced_tokens: int = 0
     logprobs: list[TokenLogprobs] | None = None
     began: float = 0.0                                   # time.monotonic() when it was first let in
+    key: bytes = b""                                     # orders the window: its tokens, the highest byte of each first
 
 
 class Window:
@@ -40,6 +41,7 @@ class Window:
         return len(self._arrived) + len(self._ordered)
 
     def add(self, waiting: Waiting) -> None:
+        waiting.key = waiting.tokens.astype(">i4").tobytes()         # here, since ordering holds up a step and arrivals do not
         self._arrived.append(waiting)
 
     def put_back(self, waiting: Waiting) -> None:
@@ -48,6 +50,8 @@ class Window:
 
     def put_back_all(self, batch: list[Waiting]) -> None:
         """The same for many, which may share prefixes again."""
+        for waiting in batch:
+            waiting.key = waiting.tokens.astype(">i4").tobytes()
         self._ordered.extendleft(waiting for group in reversed(self._grouped(batch)) for waiting in reversed(group))
 
     def ready(self, most: int) -> list[Waiting]:
@@ -79,8 +83,8 @@ class Window:
     def _groups(self, batch: list[Waiting]) -> list[list[Waiting]]:
         """Runs of rows, in the order of their tokens, where neighbours share a page or more; notes what each will share."""
         page = self._pool.page_size
-        batch.sort(key=lambda w: w.tokens.astype(">i4").tobytes())
-        shared = [_common(a.tokens, b.tokens) // page for a, b in pairwise(batch)]
+        batch.sort(key=lambda w: w.key)
+        shared = [_common(a.key, b.key, 4 * page) for a, b in pairwise(batch)]
         groups: list[list[Waiting]] = []
         for i, waiting in enumerate(batch):
             before = shared[i - 1] if i else 0
@@ -96,8 +100,10 @@ class Window:
         return groups
 
 
-def _common(a: np.ndarray, b: np.ndarray) -> int:
-    """Length of the common prefix."""
-    n = min(a.size, b.size)
-    differs = (a[:n] != b[:n]).tobytes().find(1)
-    return n if differs < 0 else differs
+def _common(a: bytes, b: bytes, size: int) -> int:
+    """How many pieces of `size` bytes two strings have in common from their start."""
+    if a[:size] != b[:size]:             # most often
+        return 0
+    n = min(len(a), len(b))
+    differs = (np.frombuffer(a, np.uint8, n) != np.frombuffer(b, np.uint8, n)).tobytes().find(1)
+    return (n if differs < 0 else differs) // size

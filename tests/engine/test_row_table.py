@@ -41,17 +41,19 @@ def test_random_staged_writes(seed: int, flushes: int, max_rows: int, max_len: i
         ends = begins + rng.integers(0, max_len + 2 - begins)
         for row, begin, end in zip(chosen.tolist(), begins.tolist(), ends.tolist(), strict=True):
             arrays["tokens"][row, begin:end] = rng.integers(0, 1000, size=end - begin, dtype=np.int32)
-        if chosen.size:
-            table.stage_tokens(chosen, begins, ends, arrays["tokens"])
+        sampling = []
         for row in chosen.tolist():
             params = SamplingParams(temperature=rng.random(), top_k=int(rng.integers(0, 99)), seed=int(rng.integers(0, 2**63)))
-            table.stage_params(row, params)
             arrays["params"][row] = bits(params)
-            pages = int(rng.integers(1, table.pages_per_row + 1))
-            index = rng.permutation(table.pages_per_row)[:pages].astype(np.int32)
-            values = rng.integers(1, 99, size=pages, dtype=np.int32)
-            table.stage_pages(np.full(pages, row, dtype=np.int32), index, values)
-            arrays["block_table"][row, index] = values
+            sampling.append(params)
+        if chosen.size:
+            table.stage_tokens(chosen, begins, ends, arrays["tokens"])
+            table.stage_params(chosen, sampling)
+        firsts = rng.integers(0, table.pages_per_row, size=chosen.size)
+        lasts = firsts + rng.integers(0, table.pages_per_row + 1 - firsts)
+        for row, first, last in zip(chosen.tolist(), firsts.tolist(), lasts.tolist(), strict=True):
+            arrays["block_table"][row, first:last] = rng.integers(1, 99, size=last - first, dtype=np.int32)
+        table.stage_pages(chosen, firsts, lasts, arrays["block_table"])
         arrays["grammar"][chosen] = rng.integers(0, 99, size=chosen.size, dtype=np.int32)
         table.stage_grammar(chosen, arrays["grammar"][chosen])
         n = int(rng.integers(1, max_rows + 1))
@@ -66,8 +68,6 @@ def test_random_staged_writes(seed: int, flushes: int, max_rows: int, max_len: i
         extra = rng.integers(-5, 5, size=int(rng.integers(0, 9)), dtype=np.int32)
         np.testing.assert_array_equal(table.flush(extra).numpy(), extra)
         mirror.check()
-    table.flush_staged()                     # nothing is staged: nothing changes
-    mirror.check()
 
 
 def bits(params: SamplingParams) -> np.ndarray:
@@ -84,8 +84,8 @@ def bits(params: SamplingParams) -> np.ndarray:
 def test_seeds_keep_all_64_bits(seed: int) -> None:
     table = RowTable(2, 16, 16, CPU)
     params = SamplingParams(seed=seed, temperature=0.7, top_p=0.9, min_p=0.05, top_k=40)
-    table.stage_params(1, params)
-    table.flush_staged()
+    table.stage_params(np.array([1]), [params])
+    table.flush(np.empty(0, dtype=np.int32))
     np.testing.assert_array_equal(table.params[1].numpy(), bits(params))
 
 
@@ -95,7 +95,7 @@ def test_what_is_staged_waits_for_the_flush() -> None:
     tokens[0, 3:5] = 7, 8
     table.stage_tokens(np.array([0]), np.array([3]), np.array([5]), tokens)
     assert table.tokens.count_nonzero() == 0
-    table.flush_staged()
+    table.flush(np.empty(0, dtype=np.int32))
     assert table.tokens[0, 3:5].tolist() == [7, 8]
 
 

@@ -371,10 +371,8 @@ class Trace:
             self.steps += 1
             self.steps_with_groups += plan.shared is not None
             self.steps_with_copies += plan.copies.size > 0
-        else:
-            self.table.flush_staged()
-            if self.inflight:
-                self.scheduler.retire(*self.inflight.popleft())
+        elif self.inflight:
+            self.scheduler.retire(*self.inflight.popleft())
         self.check()
         for completion in self.scheduler.finished():
             assert completion.id not in self.done, "a request came back twice"
@@ -536,7 +534,7 @@ def test_no_more_rows_are_let_in_than_the_next_steps_can_compute() -> None:
         begun = np.maximum(scheduler.computed[rows], scheduler.shared_pages[rows] * PAGE)
         assert int((scheduler.known[rows] - begun).sum()) < STEPS_AHEAD * budget + own + PAGE
         plan = scheduler.schedule()
-        table.flush_staged()
+        table.discard_staged()
         assert plan.num_tokens == budget or not len(scheduler.window) or len(scheduler.live) == table.max_rows
         scheduler.retire(plan, np.full(plan.sampled.size, LETTERS[1]), {})
         done += scheduler.finished()
@@ -557,7 +555,7 @@ def test_the_forecast_counts_prefixes_that_are_still_to_be_computed() -> None:
         paths = {live.waiting.path[-1]: live.waiting.path for live in scheduler.live.values()}
         assert 10 * len(paths) + len(scheduler.live) <= pool.usable
         plan = scheduler.schedule()
-        table.flush_staged()
+        table.discard_staged()
         scheduler.retire(plan, np.full(plan.sampled.size, LETTERS[1]), {})
         scheduler.finished()
     assert scheduler.stats(0, 0).preemptions == 0
