@@ -22,8 +22,9 @@ from engine.prefix_groups import PrefixGroups
 from engine.recovery import Recovery
 from engine.request import Completion, EngineError, EngineStats, Request
 from engine.row_table import RowTable
+from engine.rows import MAX_STOP_IDS
 from engine.runner import Runner, Step
-from engine.scheduler import MAX_STOP_IDS, Scheduler
+from engine.scheduler import Scheduler
 from engine.weights import Checkpoint
 from engine.window import Waiting
 
@@ -90,8 +91,8 @@ class Engine:
             raise ValueError(f"the prompt has {n} tokens, which leaves no room in engine.max_model_len={self.max_model_len}")
         if int(request.prompt.min()) < 0 or int(request.prompt.max()) >= self.vocab_size:
             raise ValueError(f"the prompt has a token outside the model's vocabulary of {self.vocab_size}")
-        if len(params.stop_token_ids) + len(self._scheduler.end_ids) > MAX_STOP_IDS:
-            raise ValueError(f"at most {MAX_STOP_IDS - len(self._scheduler.end_ids)} stop_token_ids")
+        if len(params.stop_token_ids) + len(self._scheduler.rows.end_ids) > MAX_STOP_IDS:
+            raise ValueError(f"at most {MAX_STOP_IDS - len(self._scheduler.rows.end_ids)} stop_token_ids")
         if params.stop and self._tokenizer is None:
             raise ValueError("stop strings need a tokenizer")
         if request.grammar is not None and self._guided is None:

@@ -33,7 +33,7 @@ class Recovery:
     def failed(self, plan: StepPlan, error: Exception, where: str) -> None:
         """`plan` did not run, no step is in flight. `where`: the traceback. Raises EngineError if fewer rows would not help."""
         scheduler = self._scheduler
-        rows = [row for row in plan.rows.tolist() if scheduler.active[row]]
+        rows = [row for row in plan.rows.tolist() if scheduler.rows.active[row]]
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
         out_of_memory = _is_out_of_memory(error)
         if not out_of_memory and where not in self._logged:      # once for each place: a step is tried again many times

@@ -15,7 +15,7 @@ from models import TURN_END, VOCAB, tiny_checkpoint, tiny_tokenizer
 from engine.guided.grammar import Grammar
 from engine.guided.llg import LLGuidanceBackend
 from engine.request import Completion, FinishReason, Request, SamplingParams
-from engine.scheduler import MAX_STOP_IDS
+from engine.rows import MAX_STOP_IDS
 
 SCHEMA = {"type": "object", "properties": {"label": {"enum": ["billing", "delivery", "praise"]}, "urgent": {"type": "boolean"},
                                            "note": {"type": "string"}},

@@ -29,7 +29,8 @@ from engine.plan import StepPlan
 from engine.prefix_groups import PrefixGroups
 from engine.request import Completion, FinishReason, Request, SamplingParams, TokenLogprobs
 from engine.row_table import RowTable
-from engine.scheduler import STEPS_AHEAD, Live, Scheduler
+from engine.rows import Live
+from engine.scheduler import STEPS_AHEAD, Scheduler
 from engine.window import Waiting
 from kernels import ref
 
@@ -383,7 +384,7 @@ class Trace:
         """The step does not run: garbage is where it would have written."""
         for row, start, count in zip(plan.rows.tolist(), plan.starts.tolist(), plan.counts.tolist(), strict=True):
             at = np.arange(start, start + count)
-            self.device.kv[self.scheduler.pages[row, at // PAGE] * PAGE + at % PAGE] = 0
+            self.device.kv[self.scheduler.rows.pages[row, at // PAGE] * PAGE + at % PAGE] = 0
         while self.inflight:
             self.scheduler.retire(*self.inflight.popleft())
         self.scheduler.evacuate()
@@ -396,7 +397,7 @@ class Trace:
         for guide in plan.guides:
             guide.broken = guide.at == guide.script.fill_error
         self.by_automata += int(plan.by_automata)
-        pages = [self.scheduler.pages[row, : self.scheduler.num_pages[row]] for row in plan.rows.tolist()]
+        pages = [self.scheduler.rows.pages[row, : self.scheduler.rows.num_pages[row]] for row in plan.rows.tolist()]
         tokens = self.device.launch(plan, [self.job(live[row]) for row in plan.rows.tolist()], pages, guides)
         logprobs = {s.index: TokenLogprobs(int(tokens[s.index]), 0.0, ()) for s in plan.special if s.params.logprobs is not None}
         return tokens, logprobs
@@ -437,8 +438,8 @@ class Trace:
         scheduler = self.scheduler
         scheduler.check_integrity()
         for row, live in scheduler.live.items():
-            if scheduler.arrived[row]:
-                self.device.check_prefix(row, self.job(live), int(scheduler.computed[row]))
+            if scheduler.rows.arrived[row]:
+                self.device.check_prefix(row, self.job(live), int(scheduler.rows.computed[row]))
         stack: list[tuple[Node, bytes]] = [(node, b"") for node in self.pool._root.children.values()]
         while stack:
             node, before = stack.pop()
@@ -531,8 +532,8 @@ def test_no_more_rows_are_let_in_than_the_next_steps_can_compute() -> None:
     while scheduler.pending:
         scheduler.refill()
         rows = np.array(sorted(scheduler.live))
-        begun = np.maximum(scheduler.computed[rows], scheduler.shared_pages[rows] * PAGE)
-        assert int((scheduler.known[rows] - begun).sum()) < STEPS_AHEAD * budget + own + PAGE
+        begun = np.maximum(scheduler.rows.computed[rows], scheduler.rows.shared_pages[rows] * PAGE)
+        assert int((scheduler.rows.known[rows] - begun).sum()) < STEPS_AHEAD * budget + own + PAGE
         plan = scheduler.schedule()
         table.discard_staged()
         assert plan.num_tokens == budget or not len(scheduler.window) or len(scheduler.live) == table.max_rows

@@ -1,0 +1,230 @@
+"""What a step's tokens mean: where outputs end, what grammars force, and the completions that come of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from engine.admission import LengthPredictor
+from engine.automata import Automata
+from engine.guided.grammar import Guide
+from engine.plan import StepPlan
+from engine.request import Completion, FinishReason, TokenLogprobs
+from engine.row_pages import RowPages
+from engine.rows import Live, Rows
+from engine.stop_strings import StopStrings
+from engine.window import Waiting
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+
+class Outputs:
+    """predictor: to be told how long outputs come to be."""
+
+    def __init__(self, rows: Rows, pages: RowPages, automata: Automata, predictor: LengthPredictor,
+                 tokenizer: PreTrainedTokenizerFast | None) -> None:
+        self._rows, self._pages, self._automata = rows, pages, automata
+        self._predictor, self._tokenizer = predictor, tokenizer
+        self._finished: list[Completion] = []
+        self.generated = self.forced = self.done = 0
+
+    @property
+    def pending(self) -> int:
+        """Completions that nobody has fetched yet."""
+        return len(self._finished)
+
+    def finished(self) -> list[Completion]:
+        done, self._finished = self._finished, []
+        return done
+
+    # --- rows in ---
+
+    def open(self, waiting: Waiting) -> tuple[Live, int]:
+        """What follows the row's output, and the state of its automaton, 0: none."""
+        request, params, stop = waiting.request, waiting.request.params, None
+        state, guide = waiting.state, waiting.guide
+        if request.grammar is not None and not state and guide is None:
+            state = self._automata.place(request.grammar.automaton) if request.grammar.automaton is not None else 0
+            guide = None if state else request.grammar.start()
+        if params.stop and request.grammar is None and self._tokenizer is not None:
+            stop = StopStrings(self._tokenizer, params.stop)
+            for token in waiting.tokens[request.prompt.size :].tolist():
+                stop.find(token)
+        logprobs = waiting.logprobs if waiting.logprobs is not None or params.logprobs is None else []
+        return Live(waiting, guide, stop, logprobs), state
+
+    def begin(self, rows: np.ndarray) -> None:
+        """Append what grammars force before anything is sampled; that may be all."""
+        r = self._rows
+        for row in rows[r.guided[rows]].tolist():
+            if (guide := r.live[row].guide) is not None:
+                self._follow(row, guide)
+        held = rows[r.active[rows] & (r.state[rows] > 0)]
+        if held.size:
+            self._append_forced(held, least=1)
+
+    # --- results ---
+
+    def retire(self, plan: StepPlan, tokens: np.ndarray, logprobs: dict[int, TokenLogprobs]) -> None:
+        """Take in a step's sampled tokens, int32 [S]; `logprobs` by index into them. Results of rows that left are dropped."""
+        r = self._rows
+        rows = plan.rows[plan.sampled]
+        current = r.active[rows] & (r.generation[rows] == plan.generations)
+        rows, tokens = rows[current], tokens[current]
+        r.tokens[rows, r.seen[rows]] = tokens
+        r.seen[rows] += 1
+        self.generated += rows.size
+        ended = (tokens[:, None] == r.stop_ids[rows]).any(1)
+        for i, entry in logprobs.items():
+            if current[i] and (kept := r.live[int(plan.rows[plan.sampled[i]])].logprobs) is not None:
+                kept.append(entry)
+        for row in rows[r.watched[rows] & ~ended].tolist():
+            self._watch(row)
+        by_automata = ~ended & (r.state[rows] > 0)
+        if by_automata.any():
+            self._step(rows[by_automata], tokens[by_automata])
+        self._take_back(rows[ended])
+        self._end(rows[ended], FinishReason.STOP)        # of a grammar's: it ended there, or gave up on the row
+        full = rows[~ended]
+        full = full[r.active[full]]
+        self._end(full[r.seen[full] >= r.limit[full]], FinishReason.LENGTH)
+
+    def _end(self, rows: np.ndarray, reason: FinishReason) -> None:
+        """No more tokens come of these; those under a grammar end as it says."""
+        r = self._rows
+        bound = r.guided[rows] | (r.state[rows] > 0)
+        self.finish(rows[~bound].tolist(), reason)
+        for row in rows[bound].tolist():
+            self._settle(row)
+
+    def _take_back(self, rows: np.ndarray) -> None:
+        """The token that each sampled last is not part of its output."""
+        r = self._rows
+        r.seen[rows] -= 1
+        for row in rows[r.special[rows]].tolist():
+            if kept := r.live[row].logprobs:
+                kept.pop()
+
+    def _step(self, rows: np.ndarray, tokens: np.ndarray) -> None:
+        """Take the rows' automata on by what the device has sampled, as it has done itself."""
+        r = self._rows
+        before = r.state[rows]
+        after = self._automata.step(before, tokens)
+        self._take_back(rows[after < 0])                 # no number was left above -inf: the model's logits are broken
+        for row in rows[after < 0].tolist():
+            self._settle(row)
+        rows, before, after = rows[after >= 0], before[after >= 0], after[after >= 0]
+        without_choice = self._automata.chain_size[before] > 0
+        r.forced[rows] += without_choice
+        self.forced += int(without_choice.sum())
+        r.state[rows] = after
+        self._append_forced(rows, self._automata.jump)
+
+    def _append_forced(self, rows: np.ndarray, least: int) -> None:
+        """Append what their automata force, where that is `least` tokens or more, or the end; finish rows that are complete.
+
+        The device may have sampled the first of these tokens already, in the step in flight: it allows no other. So that step's
+        result says nothing new, and is dropped like one of a row that left.
+        """
+        r = self._rows
+        automata, state = self._automata, r.state[rows]
+        size, end = automata.chain_size[state], automata.chain_end[state]
+        jump = np.flatnonzero((size >= least) | (size > 0) & automata.finished[end])
+        if jump.size:
+            to, state, end = rows[jump], state[jump], end[jump]
+            count = np.minimum(size[jump], r.limit[to] - r.seen[to])
+            i = np.arange(int(count.sum())) - np.repeat(np.cumsum(count) - count, count)
+            r.tokens[np.repeat(to, count), np.repeat(r.seen[to], count) + i] = automata.chain[
+                np.repeat(automata.chain_start[state], count) + i]
+            r.generation[to] += r.known[to] > r.seen[to]
+            r.seen[to] += count
+            r.known[to] = r.seen[to]
+            r.state[to] = np.where(count == size[jump], end, state)
+            r.stale[to] = True
+            r.forced[to] += count
+            self.forced += int(count.sum())
+            self.generated += int(count.sum())
+        complete = automata.finished[r.state[rows]]
+        done = rows[complete | (r.seen[rows] >= r.limit[rows])]
+        valid = automata.final[r.state[done]] & automata.sound[r.state[done]]
+        self.finish(done[valid].tolist(), FinishReason.STOP)
+        for row in done[~valid].tolist():
+            self._settle(row)
+
+    def _watch(self, row: int) -> None:
+        """A row that the host must look at after each token: it has a guide or stop strings."""
+        r = self._rows
+        live = r.live[row]
+        token = int(r.tokens[row, r.seen[row] - 1])
+        if live.guide is not None:
+            if live.guide.accept([token]):
+                self._follow(row, live.guide)
+            else:
+                self._take_back(np.array([row]))
+                self._settle(row)
+        elif live.stop is not None and (text := live.stop.find(token)) is not None and r.seen[row] >= r.least[row]:
+            self.finish([row], FinishReason.STOP, text=text)
+
+    def _follow(self, row: int, guide: Guide) -> None:
+        """Append the tokens that the grammar forces, with no forward pass of their own; finish where nothing may follow."""
+        r = self._rows
+        if guide.error is None and not guide.finished:
+            n = int(r.known[row])
+            forced = np.array(guide.forced(), dtype=np.int32)[: int(r.limit[row]) - n]
+            if forced.size:
+                guide.accept(forced.tolist())
+                r.tokens[row, n : n + forced.size] = forced
+                r.known[row] = r.seen[row] = n + forced.size
+                r.forced[row] += forced.size
+                self.forced += forced.size
+                self.generated += forced.size
+        if guide.error is not None or guide.finished or r.seen[row] >= r.limit[row]:
+            self._settle(row)
+
+    def _settle(self, row: int) -> None:
+        """End a row under a grammar: as it stands if that is valid, else trimmed and closed.
+
+        What the grammar lets through may not pass the final check yet (numbers beyond a double); of most automata it is known to.
+        """
+        r = self._rows
+        state, grammar, guide = int(r.state[row]), r.live[row].waiting.request.grammar, r.live[row].guide
+        assert grammar is not None
+        may_end = bool(self._automata.final[state]) if guide is None else guide.error is None and guide.accepting
+        if state and may_end and self._automata.sound[state]:
+            self.finish([row], FinishReason.STOP)
+            return
+        produced = r.tokens[row, r.prompt_len[row] : r.seen[row]]
+        budget = int(r.limit[row] - r.prompt_len[row])
+        if grammar.min_tokens > budget:
+            if may_end:
+                self.finish([row], FinishReason.STOP)
+            else:
+                self.finish([row], FinishReason.ERROR, error=f"the schema needs {grammar.min_tokens} tokens and there is room "
+                             f"for {budget}: raise max_tokens, or shorten the prompt")
+            return
+        closed = grammar.close(produced.tolist(), budget)
+        reason = FinishReason.STOP if np.array_equal(closed, produced) else FinishReason.LENGTH_CLOSED
+        r.tokens[row, r.prompt_len[row] : r.prompt_len[row] + closed.size] = closed
+        r.seen[row] = r.prompt_len[row] + closed.size
+        self.finish([row], reason)
+
+    def finish(self, rows: Sequence[int], reason: FinishReason, text: str | None = None, error: str | None = None) -> None:
+        """End running rows."""
+        if not rows:
+            return
+        r = self._rows
+        for row in rows:
+            live, output = r.live[row], r.tokens[row, r.prompt_len[row] : r.seen[row]].copy()
+            self._predictor.observe(output.size)
+            live.waiting.forced_tokens = int(r.forced[row])
+            self.emit(live.waiting, output, reason, text, error, live.logprobs)
+        self._pages.leave(rows)
+
+    def emit(self, waiting: Waiting, output: np.ndarray, reason: FinishReason, text: str | None = None, error: str | None = None,
+             logprobs: list[TokenLogprobs] | None = None) -> None:
+        self._finished.append(Completion(waiting.request.id, output, reason, waiting.request.prompt.size,
+                                         waiting.cached_tokens or 0, waiting.forced_tokens, text, error, logprobs))
+        self.done += 1
