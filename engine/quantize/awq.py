@@ -14,6 +14,7 @@ from torch import Tensor
 from engine.quantize.integers import IntegerGrid
 from engine.quantize.stats import InputStats, output_error
 
+_ROWS = 512              # of a weight, evenly drawn, on which scales are compared: they are alike, and share the scale
 _SHRINKS = tuple(1 - step / 20 for step in range(10))      # of a group's largest weight; the released code tries the same
 
 
@@ -21,22 +22,27 @@ def search_scale(weight: Tensor, stats: InputStats, grid: IntegerGrid, steps: in
                  shared: Callable[[Tensor], Tensor] = lambda scale: scale) -> Tensor:
     """The scale of each input channel, float32 [K], of weight float32 [N, K]: W * s is rounded, and x / s multiplied with it.
 
-    Candidates are mean|x|^a (the paper's) and mean|x|^a / mean|w|^(1 - a) (the released code's), a = 0, 1/steps ...; the first is
-    1, so the result is never worse than rounding as it is. `shared`: makes a candidate equal for channels that need one scale.
+    Candidates are mean|x|^a (the paper's) and mean|x|^a / mean|w|^(1 - a) (the released code's), a = 0, 1/steps ... The result is
+    never worse than rounding as it is. `shared`: makes a candidate equal for channels that need one scale.
     """
     width = grid.width(weight.shape[1])
     x = stats.mean_abs.clamp(min=1e-4)
     groups = weight.abs().unflatten(1, (-1, width))
     w = (groups / groups.amax(-1, keepdim=True).clamp(min=1e-12)).flatten(1).mean(0).clamp(min=1e-4)
     ratios = [step / steps for step in range(steps)]
-    best, least = torch.ones_like(x), float("inf")
+    sample = weight[:: max(weight.shape[0] // _ROWS, 1)]
+
+    def error(weight: Tensor, scale: Tensor) -> float:
+        return output_error(grid.rounded(weight * scale) / scale - weight, stats.hessian)
+
+    one = torch.ones_like(x)
+    best, least = one, error(sample, one)
     for candidate in [x**a for a in ratios] + [x**a / w ** (1 - a) for a in ratios]:
         scale = shared(candidate)
         scale = scale / (scale.max() * scale.min()).sqrt()
-        error = output_error(grid.rounded(weight * scale) / scale - weight, stats.hessian)
-        if error < least:
-            best, least = scale, error
-    return best
+        if (found := error(sample, scale)) < least:
+            best, least = scale, found
+    return best if error(weight, best) < error(weight, one) else one
 
 
 def search_clip(weight: Tensor, hessian: Tensor, grid: IntegerGrid) -> Tensor:
