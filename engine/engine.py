@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
 from engine.automata import Automata
@@ -89,7 +90,7 @@ class Engine:
             raise ValueError("the prompt has no tokens")
         if n >= self.max_model_len:
             raise ValueError(f"the prompt has {n} tokens, which leaves no room in engine.max_model_len={self.max_model_len}")
-        if int(request.prompt.min()) < 0 or int(request.prompt.max()) >= self.vocab_size:
+        if int(request.prompt.view(np.uint32).max()) >= self.vocab_size:      # negative ones are large then
             raise ValueError(f"the prompt has a token outside the model's vocabulary of {self.vocab_size}")
         if len(params.stop_token_ids) + len(self._scheduler.rows.end_ids) > MAX_STOP_IDS:
             raise ValueError(f"at most {MAX_STOP_IDS - len(self._scheduler.rows.end_ids)} stop_token_ids")

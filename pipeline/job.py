@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import sys
@@ -41,6 +42,7 @@ from pipeline.signals import Interrupted, Stop
 def run_job(config: RunConfig, factory: EngineFactory = RealModel) -> int:
     """Do what `config` asks for and return the exit code. Raises JobError with one line."""
     sys.setswitchinterval(0.0002)    # threads that make prompts must not keep the engine's waiting for the lock 5 ms at a time
+    gc.set_threshold(100_000, 20, 20)    # rows are kept until their shard is out: walking them again and again finds little
     progress = Progress()
     with Stop(config.limits) as stop, progress.shown_logs("pipeline"), progress.shown_logs("engine"):
         return _run(config, factory(config), stop, progress)

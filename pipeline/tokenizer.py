@@ -47,16 +47,16 @@ class RowTokenizer:
         self.special_tokens = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
         self._backend = tokenizer.backend_tokenizer
 
-    def render_chat(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] | None = None) -> str:
-        """The conversation as text, with the header of the answer, by transformers' sandboxed Jinja.
+    def render_chats(self, conversations: Sequence[Sequence[Mapping[str, Any]]], tools: Sequence[Any] | None = None) -> list[str]:
+        """Each conversation as text, with the header of the answer, by transformers' sandboxed Jinja.
 
-        Encode it without special tokens: the template has written them. Raises what the template raises, mostly
+        Encode them without special tokens: the template has written these. Raises what the template raises of any, mostly
         jinja2.TemplateError.
         """
-        conversation: Any = list(messages)
-        text = self.tokenizer.apply_chat_template(
-            conversation, tools=list(tools) if tools else None, tokenize=False, add_generation_prompt=True)
-        return str(text)
+        batch: Any = [list(messages) for messages in conversations]
+        texts = self.tokenizer.apply_chat_template(
+            batch, tools=list(tools) if tools else None, tokenize=False, add_generation_prompt=True)
+        return list(map(str, texts))
 
     def encode_batch(self, texts: Sequence[str], add_special_tokens: bool) -> list[np.ndarray]:
         """int32 [tokens] for each text. `add_special_tokens`: whatever the model starts or ends a text with."""

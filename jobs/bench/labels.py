@@ -70,7 +70,7 @@ def main() -> None:
     guided = LLGuidanceBackend(tokenizer.tokenizer, checkpoint.spec.vocab_size, checkpoint.spec.eos_token_ids)
     grammar = guided.compile_schema(schema)
     system = {"role": "system", "content": SYSTEM + ", ".join(labels)}
-    texts = [tokenizer.render_chat([system, {"role": "user", "content": row[args.text]}]) for row in rows]
+    texts = tokenizer.render_chats([[system, {"role": "user", "content": row[args.text]}] for row in rows])
     prompts = tokenizer.encode_batch(texts, False)
     engine = Engine(checkpoint, EngineConfig(**{"max_model_len": 4096, **args.engine}), tokenizer.tokenizer, guided)
     params = SamplingParams(max_tokens=args.max_tokens)

@@ -76,7 +76,7 @@ def memory(engine: Engine) -> dict:
 def render(tokenizer: RowTokenizer, texts: list[str]) -> list[np.ndarray]:
     if not tokenizer.chat_template:
         return tokenizer.encode_batch([text + "\n" for text in texts], True)
-    return tokenizer.encode_batch([tokenizer.render_chat([{"role": "user", "content": text}]) for text in texts], False)
+    return tokenizer.encode_batch(tokenizer.render_chats([[{"role": "user", "content": text}] for text in texts]), False)
 
 
 @torch.inference_mode()

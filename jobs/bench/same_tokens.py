@@ -82,7 +82,7 @@ def main() -> None:
 
 def tokenise(model: Path) -> list[np.ndarray]:
     tokenizer = RowTokenizer(load_tokenizer(model))
-    return tokenizer.encode_batch([tokenizer.render_chat([{"role": "user", "content": prompt}]) for prompt in PROMPTS], False)
+    return tokenizer.encode_batch(tokenizer.render_chats([[{"role": "user", "content": prompt}] for prompt in PROMPTS]), False)
 
 
 def ours(model: Path, settings: dict[str, Any], prompts: list[np.ndarray]) -> list[Answer]:

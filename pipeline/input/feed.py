@@ -64,7 +64,7 @@ class Work:
 
     def request(self, number: int) -> Request:
         grammar = self.ask.guide.grammar if self.ask.guide else None
-        params = replace(self.ask.params, seed=self.seed)
+        params = self.ask.params if self.ask.params.seed == self.seed else replace(self.ask.params, seed=self.seed)
         if self.resampled:
             params = replace(params, seed=row_seed(self.seed, "resampled", self.resampled),
                              temperature=max(params.temperature, RESAMPLING_TEMPERATURE))

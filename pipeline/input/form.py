@@ -98,6 +98,7 @@ class Form:
         try:
             names = jinja2.meta.find_undeclared_variables(_JINJA.parse(text)) - (set(_JINJA.globals) - set(self._column))
             template = _JINJA.from_string(text)
+            template.globals = dict(template.globals)        # a ChainMap, which each rendering would walk
             constant = template.render() if not names else None
         except jinja2.TemplateSyntaxError as error:
             raise ConfigError(f"{key}: line {error.lineno}: {first_line(error)}") from None

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -40,8 +40,8 @@ class Tokenizer(Protocol):
     @property
     def special_tokens(self) -> Sequence[str]: ...
 
-    def render_chat(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] | None = None) -> str:
-        """The conversation as text, with the header of the answer. Raises what the template raises where it refuses."""
+    def render_chats(self, conversations: Sequence[Sequence[Mapping[str, Any]]], tools: Sequence[Any] | None = None) -> list[str]:
+        """Each conversation as text, with the header of the answer. Raises what the template raises where it refuses one."""
 
     def encode_batch(self, texts: Sequence[str], add_special_tokens: bool) -> Sequence[Tokens]: ...
 
@@ -78,6 +78,18 @@ class Prompt:
     note: str | None = None
 
 
+@dataclass(slots=True)
+class _Talk:
+    """On its way to a prompt: the text to encode, made of the messages where there is a chat template. `hidden`: the special
+    tokens that stand in it as marks."""
+
+    prompt: Prompt
+    text: str
+    messages: list[dict[str, Any]] = field(default_factory=list)
+    tools: list[dict[str, Any]] | None = None
+    hidden: list[str] = field(default_factory=list)
+
+
 class PromptBuilder:
     """Makes prompts of chunks of rows, in any thread. `guide`: of the task's schema or tools. `default`: what rows get unasked.
     """
@@ -96,8 +108,10 @@ class PromptBuilder:
             raise ConfigError("the input has a column messages, but no chat template applies; set model.chat_template=FILE")
         self._chat = chat
         self._folds_system = chat and not _takes_system(tokenizer)
-        special = [re.escape(token) for token in sorted(tokenizer.special_tokens, key=len, reverse=True)]
-        self._special = re.compile("|".join([*special, f"[{chr(_MARK)}-{chr(_MARK + _MARKS)}]"]))
+        special, marks = sorted(tokenizer.special_tokens, key=len, reverse=True), f"{chr(_MARK)}-{chr(_MARK + _MARKS)}"
+        self._special = re.compile("|".join([*map(re.escape, special), f"[{marks}]"]))
+        # Few texts have a character that a special token starts with, and looking for one is fast.
+        self._suspect = re.compile(f"[{re.escape(''.join({token[0] for token in special if token}))}{marks}]")
 
     @property
     def columns(self) -> list[str]:
@@ -107,23 +121,23 @@ class PromptBuilder:
     def build(self, chunk: Chunk, first_row: int) -> list[Prompt]:
         """The prompts of the chunk's rows, numbered from `first_row`. Special tokens in the rows' own text become plain text."""
         prompts: list[Prompt] = []
-        texts: list[str] = []
-        waiting: list[tuple[Prompt, list[str]]] = []
+        talks: list[_Talk] = []
         for index, row in enumerate(self._form.rows(chunk.table)):
             prompt = Prompt(first_row + index)
             if index in chunk.repaired:
                 prompt.note = "text of this row was not Unicode: replaced by U+FFFD"
             try:
                 prompt.ask, tools = self._ask(row) if self._form.overrides else (self.default, self._tools.task.shown)
-                text, hidden = self._text(row, tools)
+                talks.append(self._talk(prompt, row, tools))
             except Refused as refused:
                 prompt.status, prompt.error = refused.status, refused.error
-            else:
-                texts.append(text)
-                waiting.append((prompt, hidden))
             prompts.append(prompt)
-        for (prompt, hidden), text, ids in zip(waiting, texts, self._tokenizer.encode_batch(texts, not self._chat), strict=True):
-            prompt.tokens = np.asarray(self._encode_hidden(text, hidden) if hidden else ids, dtype=np.int32)
+        if self._chat:
+            self._render(talks)
+        talks = [talk for talk in talks if talk.prompt.status is Status.OK]
+        texts = [talk.text for talk in talks]
+        for talk, ids in zip(talks, self._tokenizer.encode_batch(texts, not self._chat), strict=True):
+            talk.prompt.tokens = np.asarray(self._encode_hidden(talk.text, talk.hidden) if talk.hidden else ids, dtype=np.int32)
         return prompts
 
     @property
@@ -140,22 +154,38 @@ class PromptBuilder:
                 except Refused as refused:
                     yield first_row + index, refused
 
-    def _text(self, row: dict[str, Any], tools: list[dict[str, Any]] | None) -> tuple[str, list[str]]:
-        """The text to encode, and the special tokens that stand in it as marks."""
+    def _talk(self, prompt: Prompt, row: dict[str, Any], tools: list[dict[str, Any]] | None) -> _Talk:
         content = self._form.content(row)
         if not self._chat:
-            return content if isinstance(content, str) else "\n\n".join(message["content"] for message in content), []
-        messages = [{"role": "user", "content": content}] if isinstance(content, str) else content
-        hidden: list[str] = []
-        if any(map(self._special.search, _strings([messages, tools]))):
-            messages, tools = self._hide(messages, hidden), self._hide(tools, hidden)
+            return _Talk(prompt, content if isinstance(content, str) else "\n\n".join(message["content"] for message in content))
+        talk = _Talk(prompt, "", [{"role": "user", "content": content}] if isinstance(content, str) else content, tools)
+        if any(self._suspect.search(text) and self._special.search(text) for text in _strings([talk.messages, tools])):
+            talk.messages, talk.tools = self._hide(talk.messages, talk.hidden), self._hide(tools, talk.hidden)
         if self._folds_system:
-            messages = _fold_system(messages)
+            talk.messages = _fold_system(talk.messages)
+        return talk
+
+    def _render(self, talks: list[_Talk]) -> None:
+        """Fill in the texts, of rows with the same tools at once; rows that the template refuses get a status."""
+        together: dict[int, list[_Talk]] = {}
+        for talk in talks:
+            together.setdefault(id(talk.tools), []).append(talk)
+        for batch in together.values():
+            try:
+                texts = self._tokenizer.render_chats([talk.messages for talk in batch], batch[0].tools)
+            except Exception:                            # of some row; which ones, each will tell
+                for talk in batch:
+                    self._render_alone(talk)
+                continue
+            for talk, text in zip(batch, texts, strict=True):
+                talk.text = text
+
+    def _render_alone(self, talk: _Talk) -> None:
         try:
-            return self._tokenizer.render_chat(messages, tools), hidden
+            talk.text = self._tokenizer.render_chats([talk.messages], talk.tools)[0]
         except Exception as error:
             # Chat templates are code of the model's makers: what one raises on a conversation is an error of this row.
-            raise Refused(Status.TEMPLATE_ERROR, f"the chat template refuses: {first_line(error)}") from None
+            talk.prompt.status, talk.prompt.error = Status.TEMPLATE_ERROR, f"the chat template refuses: {first_line(error)}"
 
     def _hide(self, value: Any, hidden: list[str]) -> Any:
         """`value` with each special token replaced by a mark that the chat template leaves alone."""
@@ -247,9 +277,8 @@ def _strings(value: Any) -> Iterator[str]:
 def _takes_system(tokenizer: Tokenizer) -> bool:
     """Some templates raise on a system message, and some drop it."""
     try:
-        return "gristmill-probe" in tokenizer.render_chat(
-            [{"role": "system", "content": "gristmill-probe"}, {"role": "user", "content": "x"}]
-        )
+        probe = [{"role": "system", "content": "gristmill-probe"}, {"role": "user", "content": "x"}]
+        return "gristmill-probe" in tokenizer.render_chats([probe])[0]
     except Exception:
         # Each template raises what it likes; the rows' own conversations will tell if it cannot be used at all.
         return False

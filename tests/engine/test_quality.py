@@ -19,7 +19,7 @@ def test_perplexity_is_that_of_transformers(tmp_path: Path) -> None:
     rows = [{"question": "How many " + "so " * i + "many?", "answer": "x" * (i + 1) + " #### 7", "final": "7"} for i in range(5)]
     loss, count = 0.0, 0
     for row in rows:
-        prompt = tokenizer.encode_batch([tokenizer.render_chat([{"role": "user", "content": row["question"]}])], False)[0]
+        prompt = tokenizer.encode_batch(tokenizer.render_chats([[{"role": "user", "content": row["question"]}]]), False)[0]
         answer = tokenizer.encode_batch([row["answer"]], False)[0]
         with torch.inference_mode():
             logits = load_reference(path)(torch.tensor([[*prompt, *answer]])).logits[0, prompt.size - 1:-1]

@@ -45,8 +45,8 @@ class ScriptedTokenizer:
             else None
         )
 
-    def render_chat(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] | None = None) -> str:
-        return self._compiled.render(messages=messages, tools=tools)
+    def render_chats(self, conversations: Sequence[Sequence[Mapping[str, Any]]], tools: Sequence[Any] | None = None) -> list[str]:
+        return [self._compiled.render(messages=messages, tools=tools) for messages in conversations]
 
     def encode_batch(self, texts: Sequence[str], add_special_tokens: bool) -> list[list[int]]:
         return [self._encode(text) for text in texts]

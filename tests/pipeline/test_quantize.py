@@ -126,7 +126,7 @@ def test_another_chat_template_is_written(command: Command, model: Path, tmp_pat
     chat.write_text("{% for m in messages %}[{{ m['content'] }}]{% endfor %}")
     assert command(f"model={model}", f"out={tmp_path / 'out'}", "method=rtn", f"model.chat_template={chat}")[0] == 0
     tokenizer = RowTokenizer(load_tokenizer(tmp_path / "out"))
-    assert tokenizer.render_chat([{"role": "user", "content": "a"}]) == "[a]"
+    assert tokenizer.render_chats([[{"role": "user", "content": "a"}]])[0] == "[a]"
     assert tokenizer.encode_batch(["<|endoftext|>"], False)[0].tolist() == [END_OF_TEXT]
 
 

@@ -45,23 +45,23 @@ def test_special_tokens_as_plain_text(folder):
 
 def test_chat(folder):
     tokenizer = RowTokenizer(load_tokenizer(folder))
-    assert tokenizer.render_chat(CHAT) == RENDERED
+    assert tokenizer.render_chats([CHAT])[0] == RENDERED
     own = RowTokenizer(load_tokenizer(folder, "{{ messages[1].content }} {{ tools[0].name if tools else 'none' }}"))
-    assert own.render_chat(CHAT) == "What is 2+2? none"
-    assert own.render_chat(CHAT, [{"name": "add"}]) == "What is 2+2? add"
+    assert own.render_chats([CHAT])[0] == "What is 2+2? none"
+    assert own.render_chats([CHAT], [{"name": "add"}])[0] == "What is 2+2? add"
 
 
 def test_templates_are_sandboxed(folder):
     tokenizer = RowTokenizer(load_tokenizer(folder, "{{ ''.__class__.__mro__ }}{{ messages.append(1) }}"))
     with pytest.raises(Exception, match="unsafe"):
-        tokenizer.render_chat(CHAT)
+        tokenizer.render_chats([CHAT])[0]
 
 
 def test_several_templates_take_the_default(folder):
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = {"default": "plain", "tool_use": "tools"}
     tokenizer.save_pretrained(folder)
-    assert RowTokenizer(load_tokenizer(folder)).render_chat(CHAT) == "plain"
+    assert RowTokenizer(load_tokenizer(folder)).render_chats([CHAT])[0] == "plain"
 
 
 def test_prompts_are_never_cut(folder):
@@ -78,7 +78,7 @@ def test_threads_share_one(folder):
 
     def work(text: str) -> None:
         for _ in range(50):
-            ok = tokenizer.encode_plain(text).tolist() == list(text.encode()) and tokenizer.render_chat(CHAT) == RENDERED
+            ok = tokenizer.encode_plain(text).tolist() == list(text.encode()) and tokenizer.render_chats([CHAT])[0] == RENDERED
             if not ok or tokenizer.decode_batch(tokenizer.encode_batch([text], False)) != [text]:
                 wrong.append(text)
 
@@ -176,7 +176,7 @@ def test_missing_metadata_is_named(tmp_path):
 
 def test_smollm2():
     tokenizer = RowTokenizer(load_tokenizer(real_model("smollm2")))
-    assert tokenizer.render_chat(CHAT) == RENDERED
+    assert tokenizer.render_chats([CHAT])[0] == RENDERED
     ids = tokenizer.encode_batch([RENDERED], False)[0].tolist()
     assert ids[0] == 1
     assert ids.count(2) == 2
