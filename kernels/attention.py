@@ -14,6 +14,7 @@ from torch import Tensor
 
 from kernels.overlap import after, launch_options, overlaps
 from kernels.ref import PREFIX_TILE, QUERY_TILE
+from kernels.shapes import cdiv, next_power_of_2
 
 LOG2E = 1.4426950408889634
 MASKED = tl.constexpr(-1.0e30)      # the score of a key that a query does not see
@@ -207,8 +208,8 @@ def decode_tile(cache: Tensor) -> tuple[int, dict[str, int]]:
 def split_keys(out: Tensor, kv_heads: int, max_context: int, window: int, block_n: int) -> tuple[int, Tensor]:
     """How many programs share the keys of a row of `out` [N, H, D], and where their sums go: see store_sums."""
     n, heads, dim = out.shape
-    tiles = triton.cdiv(min(max_context, window) if window else max_context, block_n)
-    splits = min(triton.next_power_of_2(triton.cdiv(DECODE_PROGRAMS * 128 // dim, n * kv_heads)), MAX_SPLITS, tiles)
+    tiles = cdiv(min(max_context, window) if window else max_context, block_n)
+    splits = min(next_power_of_2(cdiv(DECODE_PROGRAMS * 128 // dim, n * kv_heads)), MAX_SPLITS, tiles)
     return splits, torch.empty(n * heads * splits * (dim + 2), dtype=torch.float32, device=out.device) if splits > 1 else out
 
 
@@ -219,7 +220,7 @@ def combine(partial: Tensor, positions: Tensor, shared: Tensor | None, out: Tens
         n, heads, dim = out.shape
         _combine_kernel[heads, n](
             partial, positions, positions if shared is None else shared, out, window, splits, H=heads, D=dim, BLOCK_N=block_n,
-            BLOCK_D=triton.next_power_of_2(dim), BLOCK_S=triton.next_power_of_2(splits), WINDOW=window > 0,
+            BLOCK_D=next_power_of_2(dim), BLOCK_S=next_power_of_2(splits), WINDOW=window > 0,
             SHARED=shared is not None, num_warps=4, **launch_options(overlaps(out.device)))
     return out
 
@@ -230,8 +231,8 @@ def decode_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: T
     """See ref.decode_attention. Safe in a CUDA graph: the grid follows from N and max_context, lengths are read on the device."""
     n, heads, dim = q.shape
     kv_heads, page = k_cache.shape[1], k_cache.shape[2]
-    block_m = max(16, triton.next_power_of_2(heads // kv_heads))
-    block_d = triton.next_power_of_2(dim)
+    block_m = max(16, next_power_of_2(heads // kv_heads))
+    block_d = next_power_of_2(dim)
     block_n, tuned = decode_tile(k_cache)
     out = torch.empty((n, heads, dim), dtype=q.dtype, device=q.device) if out is None else out
     splits, partial = split_keys(out, kv_heads, max_context, window, block_n)
@@ -372,9 +373,9 @@ def prefill_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: 
     if not tiles.shape[0]:
         return out
     block_m, block_n, options = _prefill_tile(k_cache)
-    block_d = triton.next_power_of_2(dim)
+    block_d = next_power_of_2(dim)
     factor, inner = log2_scales(scale, softcap)
-    grid = tiles.shape[0] * triton.cdiv(QUERY_TILE * (heads // kv_heads), block_m) * kv_heads
+    grid = tiles.shape[0] * cdiv(QUERY_TILE * (heads // kv_heads), block_m) * kv_heads
     _prefill_kernel[grid,](
         q, k_cache, v_cache, out if kv_scales is None else kv_scales, block_table, rows, starts, cu_q, tiles, out, factor, inner,
         window, block_table.stride(0), q.stride(0), H=heads, K=kv_heads, P=page, D=dim, TILE=QUERY_TILE, BLOCK_M=block_m,
@@ -437,9 +438,9 @@ def _prefix_sums(q: Tensor, k_cache: Tensor, v_cache: Tensor, kv_scales: Tensor,
     kv_heads, page = k_cache.shape[1], k_cache.shape[2]
     block_m, block_n, options = _prefill_tile(k_cache)
     prefix = torch.empty(n * heads * (dim + 2), dtype=torch.float32, device=q.device)
-    grid = kv_heads, tiles.shape[0] * triton.cdiv(PREFIX_TILE * (heads // kv_heads), block_m)
+    grid = kv_heads, tiles.shape[0] * cdiv(PREFIX_TILE * (heads // kv_heads), block_m)
     _prefix_kernel[grid](
         q, k_cache, v_cache, kv_scales, block_table, rows, shared, tiles, prefix, factor, inner, n, block_table.stride(0),
         q.stride(0), H=heads, K=kv_heads, P=page, D=dim, TILE=PREFIX_TILE, BLOCK_M=block_m, BLOCK_N=block_n,
-        BLOCK_D=triton.next_power_of_2(dim), SOFTCAP=softcap, FP8=_fp8(k_cache), PRECISION=_precision(k_cache), **options)
+        BLOCK_D=next_power_of_2(dim), SOFTCAP=softcap, FP8=_fp8(k_cache), PRECISION=_precision(k_cache), **options)
     return prefix

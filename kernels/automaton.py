@@ -7,6 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels import ref
+from kernels.shapes import cdiv
 
 NEG_INF = tl.constexpr(float("-inf"))
 COLUMNS = tl.constexpr(ref.STATE_COLUMNS)
@@ -48,11 +49,11 @@ def _advance_kernel(states, rows, sampled, table, next, classes, V, n, BLOCK: tl
 def mask_by_state(logits: Tensor, states: Tensor, rows: Tensor, table: Tensor, masks: Tensor) -> None:
     """See ref.mask_by_state."""
     n, width = logits.shape
-    grid = n, triton.cdiv(width, 8 * MASK_BYTES)
+    grid = n, cdiv(width, 8 * MASK_BYTES)
     _mask_kernel[grid](logits, states, rows, table, masks, logits.stride(0), width, masks.shape[1], BYTES=MASK_BYTES, num_warps=4)
 
 
 def advance(states: Tensor, rows: Tensor, sampled: Tensor, table: Tensor, next: Tensor, classes: Tensor) -> None:
     """See ref.advance."""
     n, width = rows.shape[0], classes.shape[1]
-    _advance_kernel[triton.cdiv(n, 128),](states, rows, sampled, table, next, classes, width, n, BLOCK=128, num_warps=4)
+    _advance_kernel[cdiv(n, 128),](states, rows, sampled, table, next, classes, width, n, BLOCK=128, num_warps=4)

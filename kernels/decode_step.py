@@ -14,6 +14,7 @@ from torch import Tensor
 from kernels.attention import LOWEST, attend, combine, decode_tile, key_scaled, log2_scales, softcapped, split_keys, store_sums
 from kernels.kv_cache import rotated, rotation, scaled
 from kernels.overlap import after, launch_options, overlaps, prefetch
+from kernels.shapes import next_power_of_2
 
 
 @triton.jit(do_not_specialize=["splits"], do_not_specialize_on_alignment=["rows", "positions", "slots"])
@@ -99,7 +100,7 @@ def rope_and_decode(qkv: Tensor, q_weight: Tensor | None, k_weight: Tensor | Non
         qkv, qkv if q_weight is None else q_weight, qkv if k_weight is None else k_weight, cos_sin, positions, slots,
         k_cache, v_cache, out if kv_scales is None else kv_scales, block_table, rows, out, partial, factor, inner, eps, window,
         block_table.stride(0), qkv.stride(0), splits, H=num_heads, K=kv_heads, P=page, D=dim, ROTARY=cos_sin.shape[1],
-        BLOCK_M=max(16, triton.next_power_of_2(num_heads // kv_heads)), BLOCK_N=block_n, BLOCK_D=triton.next_power_of_2(dim),
+        BLOCK_M=max(16, next_power_of_2(num_heads // kv_heads)), BLOCK_N=block_n, BLOCK_D=next_power_of_2(dim),
         SPLIT=splits > 1, WINDOW=window > 0, SOFTCAP=softcap > 0, Q_NORM=q_weight is not None, K_NORM=k_weight is not None,
         PLUS_ONE=plus_one, FP8=k_cache.dtype == torch.float8_e4m3fn,
         PRECISION="ieee" if k_cache.dtype == torch.float32 else "tf32", **tuned, **launch_options(overlaps(qkv.device)))

@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.shapes import cdiv, next_power_of_2
+
 
 @triton.jit
 def _dequantize_kernel(codes, scales, out, row_stride, group_stride, WIDTH: tl.constexpr, GROUP: tl.constexpr,
@@ -23,7 +25,7 @@ def dequantize_symmetric(codes: Tensor, scales: Tensor, group: int) -> Tensor:
     """See ref.dequantize_symmetric. codes contiguous."""
     rows, width = codes.shape
     out = torch.empty((rows, width), dtype=scales.dtype, device=codes.device)
-    block = min(2048, triton.next_power_of_2(width))
-    _dequantize_kernel[rows, triton.cdiv(width, block)](
+    block = min(2048, next_power_of_2(width))
+    _dequantize_kernel[rows, cdiv(width, block)](
         codes, scales, out, *scales.stride(), WIDTH=width, GROUP=group, MIDDLE=128, BLOCK=block, num_warps=4)
     return out

@@ -16,6 +16,7 @@ from torch import Tensor
 from kernels.formats import FP8_BLOCK
 from kernels.overlap import after, launch_options, overlaps, prefetch
 from kernels.quantize import fp8_quantize, quantize_blocks
+from kernels.shapes import cdiv
 from kernels.split_k import Tile, counters, finish
 
 
@@ -76,7 +77,7 @@ def _product(x: Tensor, x_scales: Tensor, weight: Tensor, weight_scale: Tensor, 
              blocks: bool, tile: Tile) -> Tensor:
     (rows, width), features = x.shape, weight.shape[0]
     out = torch.empty((rows, features), dtype=dtype, device=x.device)
-    grid = tile.grid(rows, features, triton.cdiv(width, FP8_BLOCK))
+    grid = tile.grid(rows, features, cdiv(width, FP8_BLOCK))
     splits = grid[1]
     partial = torch.empty((splits, rows, features), dtype=torch.float32, device=x.device) if splits > 1 else out
     _product_kernel[grid](

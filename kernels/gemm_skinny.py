@@ -20,6 +20,7 @@ from torch import Tensor
 
 from kernels.overlap import after, launch_options, overlaps, prefetch
 from kernels.pointwise import gate
+from kernels.shapes import cdiv, next_power_of_2
 from kernels.split_k import TILES, counters
 
 AHEAD_BYTES = 2 << 20     # of the weight, asked of the L2 before the wait
@@ -42,7 +43,7 @@ class Tile:
 
     def block(self, m: int) -> int:
         """Rows of x that a program holds for m of them."""
-        return 1 if self.vector else max(16, triton.next_power_of_2(m))
+        return 1 if self.vector else max(16, next_power_of_2(m))
 
 
 @triton.jit
@@ -121,7 +122,7 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None, tile: Tile, activati
     (rows, depth), features = x.shape, weight.shape[0]
     block = tile.block(rows)
     width = features // 2 if activation else features
-    tiles = triton.cdiv(width, tile.rows // 2 if activation else tile.rows)
+    tiles = cdiv(width, tile.rows // 2 if activation else tile.rows)
     if out is None:
         out = torch.empty((rows, width), dtype=x.dtype, device=x.device)
     partial, arrived = out, out         # not used without splits
@@ -152,9 +153,9 @@ def tile_of(m: int, features: int, depth: int, gated: bool, shape: tuple[int, in
         return None
     if most_stages < 3:
         return Tile(rows, step, splits, warps, most_stages, vector)
-    programs = (triton.cdiv(features // 2, rows // 2) if gated else triton.cdiv(features, rows)) * splits
-    block = 1 if vector else max(16, triton.next_power_of_2(m))
-    for share in range(min(triton.cdiv(programs, processors), 4), 0, -1):       # the wide heads run in several waves
+    programs = (cdiv(features // 2, rows // 2) if gated else cdiv(features, rows)) * splits
+    block = 1 if vector else max(16, next_power_of_2(m))
+    for share in range(min(cdiv(programs, processors), 4), 0, -1):       # the wide heads run in several waves
         stages = min((SHARED_BYTES // share - 1024) // ((rows + block) * step * 2), most_stages, depth // (splits * step) + 1)
         if stages >= 3:
             return Tile(rows, step, splits, warps, stages if stages < 5 or share == 1 else stages // 2 * 2, vector)

@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.overlap import after, launch_options, overlaps, prefetch
+from kernels.shapes import cdiv
 from kernels.split_k import Tile, counters, finish
 
 ROWS = 128              # of W in one unit of the packed layout
@@ -335,7 +336,7 @@ def _dequantise(packed: Tensor, scales: Tensor, zeros: Tensor | None, group: int
     """-> the weights [N, K] in the scales' dtype: scratch memory, whose block the allocator gives the next product too."""
     features = scales.shape[0]
     out = torch.empty((features, width), dtype=scales.dtype, device=scales.device)
-    _dequantise_kernel[packed.shape[0], triton.cdiv(features, ROWS)](
+    _dequantise_kernel[packed.shape[0], cdiv(features, ROWS)](
         packed, scales, scales if zeros is None else zeros, out, features, width, *scales.stride(), packed.shape[1],
         BLOCK_N=ROWS, **_format(scales, zeros, group, bits, width), num_warps=4)
     return out

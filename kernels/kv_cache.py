@@ -9,6 +9,7 @@ from torch import Tensor
 
 from kernels import ref
 from kernels.overlap import after, launch_options, overlaps
+from kernels.shapes import cdiv, next_power_of_2
 
 E4M3_MAX = tl.constexpr(ref.E4M3_MAX)
 TILE = 2048     # elements of q that one program handles: 16 a lane
@@ -98,10 +99,10 @@ def rope_and_cache(qkv: Tensor, q_weight: Tensor | None, k_weight: Tensor | None
     tokens = qkv.shape[0]
     _, kv_heads, page, dim = k_cache.shape
     q = torch.empty((tokens, num_heads, dim), dtype=qkv.dtype, device=qkv.device)
-    block_d = triton.next_power_of_2(dim)
-    heads_q = min(triton.next_power_of_2(num_heads), max(TILE // block_d, 1))
-    heads_k = min(triton.next_power_of_2(kv_heads), max(TILE // 2 // block_d, 1))
-    grid = tokens, triton.cdiv(num_heads, heads_q) + triton.cdiv(kv_heads, heads_k)
+    block_d = next_power_of_2(dim)
+    heads_q = min(next_power_of_2(num_heads), max(TILE // block_d, 1))
+    heads_k = min(next_power_of_2(kv_heads), max(TILE // 2 // block_d, 1))
+    grid = tokens, cdiv(num_heads, heads_q) + cdiv(kv_heads, heads_k)
     _rope_and_cache_kernel[grid](
         qkv, qkv if q_weight is None else q_weight, qkv if k_weight is None else k_weight, cos_sin, positions, slots,
         q, k_cache, v_cache, q if kv_scales is None else kv_scales, qkv.stride(0), eps,
@@ -125,5 +126,5 @@ def copy_pages(storage: Tensor, pages: Tensor) -> None:
     """See ref.copy_pages; storage is contiguous, a page a multiple of four bytes."""
     words = storage.view(torch.int32)
     parts, size = words.shape[0], words[0, 0].numel()
-    block = min(4096, triton.next_power_of_2(size))
+    block = min(4096, next_power_of_2(size))
     _copy_pages_kernel[pages.shape[0], parts](words, pages, words.stride(0), SIZE=size, BLOCK=block, num_warps=4)

@@ -5,11 +5,11 @@ from __future__ import annotations
 from functools import cache
 
 import torch
-import triton
 from torch import Tensor
 
 from kernels import pointwise, ref
 from kernels.gemm_skinny import SHARED_BYTES, Tile, product, tile_of
+from kernels.shapes import cdiv
 
 MOST_ROWS = 64              # cuBLAS is as fast from here on
 SMALL_BYTES = 8 << 20       # weights up to this take as long as a program does, whatever the memory's speed
@@ -45,7 +45,7 @@ def _small(m: int, features: int, depth: int, processors: int) -> Shapes:
 
 
 def _large(m: int, features: int, depth: int, processors: int) -> Shapes:
-    splits = 1 if triton.cdiv(features, 64) > 0.7 * processors else 2
+    splits = 1 if cdiv(features, 64) > 0.7 * processors else 2
     return [(64, 128, splits, 8), (64, 64, splits, 8), (64, 64, 1, 8)]
 
 

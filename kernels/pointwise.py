@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.overlap import after, launch_options, overlaps
+from kernels.shapes import cdiv, next_power_of_2
 
 SQRT_8_OVER_PI = tl.constexpr(1.5957691216057308)
 GATE_BLOCK = 1024
@@ -79,7 +80,7 @@ def _gated_act_kernel(x, out, x_stride, WIDTH: tl.constexpr, BLOCK: tl.constexpr
 
 def row_shape(width: int) -> tuple[int, int]:
     """The power of two that holds a row, and warps such that a lane has about 16 elements: two 16-byte loads in flight each."""
-    block = triton.next_power_of_2(width)
+    block = next_power_of_2(width)
     return block, min(max(block // 512, 1), 16)
 
 
@@ -107,7 +108,7 @@ def gated_act(x: Tensor, activation: str) -> Tensor:
     """See ref.gated_act; rows of x may be strided."""
     rows, width = x.shape[0], x.shape[1] // 2
     out = torch.empty((rows, width), dtype=x.dtype, device=x.device)
-    _gated_act_kernel[rows, triton.cdiv(width, GATE_BLOCK)](x, out, x.stride(0), WIDTH=width, BLOCK=GATE_BLOCK,
+    _gated_act_kernel[rows, cdiv(width, GATE_BLOCK)](x, out, x.stride(0), WIDTH=width, BLOCK=GATE_BLOCK,
                                                             GELU=activation == "gelu_tanh", num_warps=4,
                                                             **launch_options(overlaps(x.device)))
     return out

@@ -12,6 +12,7 @@ from torch import Tensor
 from kernels import ref
 from kernels.overlap import after, launch_options, overlaps
 from kernels.pointwise import add_and_normalise, gate, row_shape
+from kernels.shapes import cdiv
 
 LARGEST = tl.constexpr(ref.E4M3_MAX)
 
@@ -113,7 +114,7 @@ def gated_act_fp8(x: Tensor, activation: str, scale: Tensor | None) -> tuple[Ten
 def quantize_blocks(x: Tensor, block: int) -> tuple[Tensor, Tensor]:
     """Every `block` inputs of a row by their largest -> e4m3 [M, K], float32 [M, K / block]."""
     rows, width = x.shape
-    out, scales = _outputs(x, width, triton.cdiv(width, block))
+    out, scales = _outputs(x, width, cdiv(width, block))
     _quantize_blocks_kernel[rows, scales.shape[1]](x, out, scales, x.stride(0), WIDTH=width, BLOCK=block, num_warps=1,
                                                    **launch_options(overlaps(x.device)))
     return out, scales

@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels import ref
+from kernels.shapes import cdiv
 
 NEG_INF = tl.constexpr(float("-inf"))
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -205,7 +206,7 @@ def _mask_kernel(logits, mask, index, logits_stride, mask_stride, V, W, BYTES: t
 def mask_logits(logits: Tensor, mask: Tensor, index: Tensor) -> None:
     """See ref.mask_logits; index must not name a row twice."""
     width = logits.shape[1]
-    grid = index.shape[0], triton.cdiv(width, 8 * MASK_BYTES)
+    grid = index.shape[0], cdiv(width, 8 * MASK_BYTES)
     _mask_kernel[grid](logits, mask, index, logits.stride(0), mask.stride(0), width, mask.shape[1], BYTES=MASK_BYTES, num_warps=4)
 
 

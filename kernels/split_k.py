@@ -10,6 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.shapes import cdiv
+
 TILES = 1 << 16     # most tiles of one product
 
 
@@ -24,7 +26,7 @@ class Tile(NamedTuple):
 
     def grid(self, rows: int, features: int, blocks: int) -> tuple[int, int, int]:
         """(tiles of N, splits of K, tiles of M); K has so many blocks."""
-        n, m = triton.cdiv(features, self.block_n), triton.cdiv(rows, self.block_m)
+        n, m = cdiv(features, self.block_n), cdiv(rows, self.block_m)
         return n, max(1, min(self.programs // (n * m), blocks)), m
 
 

@@ -6,6 +6,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.shapes import cdiv
+
 BLOCK = 1024
 SHARES = 4      # programs that share one long segment or one row's queries
 # How many rows a step has, and where its slices of the plan begin, must not decide whether it compiles these anew.
@@ -76,12 +78,12 @@ def expand(tokens: Tensor, block_table: Tensor, rows: Tensor, starts: Tensor, cu
     n = rows.shape[0]
     common = tokens, block_table, rows, starts, cu_q, ids, positions, slots, tokens.stride(0), block_table.stride(0)
     if max_q == 1:
-        _expand_decode_kernel[triton.cdiv(n, 128),](*common, n, P=page_size, BLOCK=128, num_warps=4)
+        _expand_decode_kernel[cdiv(n, 128),](*common, n, P=page_size, BLOCK=128, num_warps=4)
     else:
-        _expand_kernel[n, min(triton.cdiv(max_q, BLOCK), SHARES)](*common, P=page_size, BLOCK=BLOCK, num_warps=4)
+        _expand_kernel[n, min(cdiv(max_q, BLOCK), SHARES)](*common, P=page_size, BLOCK=BLOCK, num_warps=4)
 
 
 def commit(tokens: Tensor, rows: Tensor, positions: Tensor, sampled: Tensor, out: Tensor) -> None:
     """See ref.commit. Rows may repeat (padding): which of their tokens stays is not defined."""
     n = rows.shape[0]
-    _commit_kernel[triton.cdiv(n, 128),](tokens, rows, positions, sampled, out, tokens.stride(0), n, BLOCK=128, num_warps=4)
+    _commit_kernel[cdiv(n, 128),](tokens, rows, positions, sampled, out, tokens.stride(0), n, BLOCK=128, num_warps=4)
