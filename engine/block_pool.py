@@ -164,6 +164,8 @@ class BlockPool:
         if tail is None or tail.tokens is None:
             return 0, 0
         n = min(tail.tokens.size, tokens.size)
+        if n and tail.tokens[0] != tokens[0]:            # mostly so; spares the rest
+            return tail.page, 0
         differs = np.flatnonzero(tail.tokens[:n] != tokens[:n])
         return tail.page, int(differs[0]) if differs.size else n
 
