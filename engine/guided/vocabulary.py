@@ -16,19 +16,28 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 
+PROBE = '{"a b": [1, "c"]}\n'      # has what byte-level vocabularies write otherwise than it is
+
+
 class GrammarVocabulary:
     """tokenizer: llguidance's. token_bytes: the bytes of each token, empty for special ones and for padding.
 
     A schema may hold the text of a special token ("<|im_end|>" as a label): the model must spell it out, or its output would
     end there. Tokenizers find special tokens by their text, so they are given another one, which no output can hold.
+
+    Raises ValueError for a tokenizer whose tokens would be taken for other text than theirs.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, vocab_size: int, end_tokens: Sequence[int]) -> None:
-        self.tokenizer = LLTokenizer(_without_special_text(tokenizer), n_vocab=max(vocab_size, len(tokenizer)),
+        self.tokenizer = LLTokenizer(_for_grammars(tokenizer), n_vocab=max(vocab_size, len(tokenizer)),
                                      eos_token=list(end_tokens))
         self.size = self.tokenizer.vocab_size
         special, text = self.tokenizer.is_special_token, self.tokenizer.decode_bytes
         self.token_bytes = [b"" if special(i) else text([i]) for i in range(self.size)]
+        probe = self.text(tokenizer.backend_tokenizer.encode(PROBE, add_special_tokens=False).ids)
+        if probe.lstrip(b" ") != PROBE.encode():         # some write a space before any text
+            raise ValueError(f"guided decoding does not understand this tokenizer: {PROBE!r} is {probe!r} to it; set "
+                             "model.tokenizer to a folder with the tokenizer.json that the model's makers publish")
 
     def tokenize(self, text: bytes) -> list[int]:
         """As the model's tokenizer would, or greedily where that does not give back the same bytes."""
@@ -81,8 +90,11 @@ class _Wrapped:
         return self._vocabulary.tokenize(text if isinstance(text, bytes) else text.encode())
 
 
-def _without_special_text(tokenizer: PreTrainedTokenizerFast) -> str:
-    """tokenizer.json, in which the special tokens, and those llguidance takes for special, have other names."""
+def _for_grammars(tokenizer: PreTrainedTokenizerFast) -> str:
+    """tokenizer.json, in which the special tokens, and those llguidance takes for special, have other names.
+
+    Some conversions put steps of other kinds of vocabulary before a byte-level decoder, and llguidance would go by those.
+    """
     spec: dict[str, Any] = json.loads(tokenizer.backend_tokenizer.to_str())
     names: dict[str, str] = {}
     for token in spec["added_tokens"]:
@@ -96,6 +108,9 @@ def _without_special_text(tokenizer: PreTrainedTokenizerFast) -> str:
         model["vocab"] = {names.get(text, text): number for text, number in vocab.items()}
     else:                                                # Unigram: [text, score]
         model["vocab"] = [[names.get(text, text), score] for text, score in vocab]
+    byte_level = [step for step in (spec["decoder"] or {}).get("decoders", ()) if step["type"] == "ByteLevel"]
+    if byte_level:
+        spec["decoder"], model["byte_fallback"] = byte_level[0], False
     if model.get("unk_token") in names:
         model["unk_token"] = names[model["unk_token"]]
     return json.dumps(spec | {"post_processor": None, "truncation": None, "padding": None})
