@@ -43,7 +43,7 @@ class Outputs:
     # --- rows in ---
 
     def open(self, waiting: Waiting) -> tuple[Live, int]:
-        """What follows the row's output, and the state of its automaton, 0: none."""
+        """The row with its guide and stop strings up to where its output is, and the state of its automaton, 0: none."""
         request, params, stop = waiting.request, waiting.request.params, None
         state, guide = waiting.state, waiting.guide
         if request.grammar is not None and not state and guide is None:
@@ -60,8 +60,9 @@ class Outputs:
         """Append what grammars force before anything is sampled; that may be all."""
         r = self._rows
         for row in rows[r.guided[rows]].tolist():
-            if (guide := r.live[row].guide) is not None:
-                self._follow(row, guide)
+            guide = r.live[row].guide
+            assert guide is not None, "a guided row has one"
+            self._follow(row, guide)
         held = rows[r.active[rows] & (r.state[rows] > 0)]
         if held.size:
             self._append_forced(held, least=1)

@@ -40,6 +40,7 @@ class RowTable:
             raise ValueError(f"engine.max_rows={max_rows} x engine.max_model_len={max_len} overflows the row table: lower one")
         self.state = torch.zeros(total, dtype=torch.int32, device=device)
         self.offset: dict[str, int] = {}
+        self.width = {name: shape[-1] for name, shape in shapes.items()}
         views, at = {}, 0
         for name, shape in shapes.items():
             size = int(np.prod(shape))
@@ -65,21 +66,21 @@ class RowTable:
         self._len.append(lengths)
         self._data.append(data)
 
-    def _stage_runs(self, to: Tensor, rows: np.ndarray, starts: np.ndarray, ends: np.ndarray, values: np.ndarray) -> None:
-        """to[row, starts[i] : ends[i]] = values[row, starts[i] : ends[i]] of each of `rows`."""
+    def _stage_runs(self, name: str, rows: np.ndarray, starts: np.ndarray, ends: np.ndarray, values: np.ndarray) -> None:
+        """The tensor `name` [row, starts[i] : ends[i]] = values[row, starts[i] : ends[i]] of each of `rows`."""
         lengths = ends - starts
         before = np.repeat(np.cumsum(lengths) - lengths, lengths)
         column = np.arange(before.size) - before + np.repeat(starts, lengths)
-        at = rows.astype(np.int64) * to.shape[1] + starts + int(to.storage_offset())
+        at = self.offset[name] + rows.astype(np.int64) * self.width[name] + starts
         self._stage(at, lengths, values[np.repeat(rows, lengths), column])
 
     def stage_tokens(self, rows: np.ndarray, starts: np.ndarray, ends: np.ndarray, tokens: np.ndarray) -> None:
         """tokens[row, starts[i] : ends[i]] of each of `rows`, out of `tokens` int32 [R, length] of all rows."""
-        self._stage_runs(self.tokens, rows, starts, ends, tokens)
+        self._stage_runs("tokens", rows, starts, ends, tokens)
 
     def stage_pages(self, rows: np.ndarray, starts: np.ndarray, ends: np.ndarray, pages: np.ndarray) -> None:
         """block_table[row, starts[i] : ends[i]] of each of `rows`, out of `pages` int32 [R, pages] of all rows."""
-        self._stage_runs(self.block_table, rows, starts, ends, pages)
+        self._stage_runs("block_table", rows, starts, ends, pages)
 
     def stage_params(self, rows: np.ndarray, params: Sequence[SamplingParams]) -> None:
         values = np.zeros((rows.size, ref.PARAM_COLUMNS), dtype=np.int32)

@@ -57,7 +57,7 @@ class Rows:
         self.forced = numbers()                         # tokens that the grammar left no choice for
         self.stop_ids = np.full((rows, MAX_STOP_IDS), -1, dtype=np.int32)
         self.active = flags()
-        self.arrived = flags()                          # on the device: see RowPages.arrive
+        self.arrived = flags()                          # has taken the pages of its prefix: see RowPages.arrive
         self.stale = flags()                            # the device has another state of the row
         self.fresh = flags()                            # the device has not its sampling parameters
         self.exact = flags()                            # ends at its limit and nowhere else
@@ -75,7 +75,7 @@ class Rows:
     def enter(self, batch: Sequence[Live], states: Sequence[int]) -> np.ndarray:
         """Give a row to each; `states`: of their automata. Returns the rows."""
         rows = np.array([self.free.popleft() for _ in batch])
-        numbers, kinds = np.array([_numbers(live) for live in batch]), np.array([_kinds(live) for live in batch])
+        numbers, kinds = np.array([_numbers(live) for live in batch]), np.array([_kinds(live) for live in batch], dtype=bool)
         self.known[rows], self.prompt_len[rows], least, self.shared_pages[rows], self.forced[rows] = numbers.T
         self.seen[rows], self.least[rows] = self.known[rows], self.prompt_len[rows] + least
         self.limit[rows], self.state[rows] = [self.limit_of(live.waiting.request) for live in batch], states

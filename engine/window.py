@@ -26,7 +26,7 @@ class Waiting:
     forced_tokens: int = 0
     logprobs: list[TokenLogprobs] | None = None
     began: float = 0.0                                   # time.monotonic() when it was first let in
-    key: bytes = b""                                     # orders the window: its tokens, the highest byte of each first
+    key: bytes = b""                                     # until it is ordered: its tokens, the highest byte of each first
 
 
 class Window:
@@ -41,7 +41,8 @@ class Window:
         return len(self._arrived) + len(self._ordered)
 
     def add(self, waiting: Waiting) -> None:
-        waiting.key = waiting.tokens.astype(">i4").tobytes()         # here, since ordering holds up a step and arrivals do not
+        if self._sharing:
+            waiting.key = _key(waiting.tokens)           # not when all are ordered, since a step waits for that
         self._arrived.append(waiting)
 
     def put_back(self, waiting: Waiting) -> None:
@@ -51,7 +52,7 @@ class Window:
     def put_back_all(self, batch: list[Waiting]) -> None:
         """The same for many, which may share prefixes again."""
         for waiting in batch:
-            waiting.key = waiting.tokens.astype(">i4").tobytes()
+            waiting.key = _key(waiting.tokens)
         self._ordered.extendleft(waiting for group in reversed(self._grouped(batch)) for waiting in reversed(group))
 
     def ready(self, most: int) -> list[Waiting]:
@@ -97,7 +98,14 @@ class Window:
                 groups[-1].append(waiting)
             else:
                 groups.append([waiting])
+        for waiting in batch:
+            waiting.key = b""
         return groups
+
+
+def _key(tokens: np.ndarray) -> bytes:
+    """Bytes that order as the token ids do."""
+    return tokens.astype(">i4").tobytes()
 
 
 def _common(a: bytes, b: bytes, size: int) -> int:

@@ -14,7 +14,7 @@ from torch import Tensor
 from engine.quantize.integers import IntegerGrid
 from engine.quantize.stats import InputStats, output_error
 
-_ROWS = 512              # of a weight, evenly drawn, on which scales are compared: they are alike, and share the scale
+_ROWS = 512              # of a weight, up to twice as many, on which scales are compared: its rows are alike and share the scale
 _SHRINKS = tuple(1 - step / 20 for step in range(10))      # of a group's largest weight; the released code tries the same
 
 

@@ -1,6 +1,6 @@
 """What the host costs a row, without a model and without a GPU.
 
-    python jobs/bench/host.py engine [--rows 30000] [--prefix 512]
+    python jobs/bench/host.py engine [--rows 30000] [--prefix 512] [--repeat 4]
     python jobs/bench/host.py pipeline model=NAME data=FILE.parquet output.dir=OUT ...
 
 engine: the step loop with nothing launched, for rows of 32 to 96 prompt tokens and 16 to 48 output tokens (--prefix: with so many

@@ -108,10 +108,11 @@ class PromptBuilder:
             raise ConfigError("the input has a column messages, but no chat template applies; set model.chat_template=FILE")
         self._chat = chat
         self._folds_system = chat and not _takes_system(tokenizer)
-        special, marks = sorted(tokenizer.special_tokens, key=len, reverse=True), f"{chr(_MARK)}-{chr(_MARK + _MARKS)}"
+        special = sorted(filter(None, tokenizer.special_tokens), key=len, reverse=True)
+        marks = f"{chr(_MARK)}-{chr(_MARK + _MARKS)}"
         self._special = re.compile("|".join([*map(re.escape, special), f"[{marks}]"]))
         # Few texts have a character that a special token starts with, and looking for one is fast.
-        self._suspect = re.compile(f"[{re.escape(''.join({token[0] for token in special if token}))}{marks}]")
+        self._suspect = re.compile(f"[{re.escape(''.join({token[0] for token in special}))}{marks}]")
 
     @property
     def columns(self) -> list[str]:
@@ -171,6 +172,9 @@ class PromptBuilder:
         for talk in talks:
             together.setdefault(id(talk.tools), []).append(talk)
         for batch in together.values():
+            if len(batch) == 1:
+                self._render_alone(batch[0])
+                continue
             try:
                 texts = self._tokenizer.render_chats([talk.messages for talk in batch], batch[0].tools)
             except Exception:                            # of some row; which ones, each will tell
