@@ -5,9 +5,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+LARGEST = 2.0        # times the median token's size: more does no token count
+
 
 class InputStats:
-    """`hessian`: sum of x x^T, float32 [K, K] (half the Hessian of the squared output error); `mean_abs`: float32 [K]."""
+    """`hessian`: sum of x x^T, float32 [K, K] (half the Hessian of the squared output error); `mean_abs`: float32 [K].
+
+    Before some layers a few tokens, mostly the first of a text, are up to a hundred times as large as others (massive
+    activations, Sun et al., arXiv 2402.17762). The norm after the sum takes that out again, so they are scaled down: the error of
+    all others would not count beside theirs.
+    """
 
     def __init__(self, in_features: int, device: torch.device) -> None:
         self.hessian = torch.zeros(in_features, in_features, device=device)
@@ -17,6 +24,10 @@ class InputStats:
     def add(self, x: Tensor) -> None:
         """x [T, K]"""
         x = x.float()
+        size = x.square().mean(1, keepdim=True).sqrt()
+        most = LARGEST * size.median()
+        if most > 0:
+            x = x * (most / size.clamp(min=1e-30)).clamp(max=1.0)
         self.hessian.addmm_(x.T, x)
         self._sum_abs += x.abs().sum(0)
         self.tokens += x.shape[0]

@@ -22,6 +22,7 @@ from engine.models.spec import ModelError, ModelSpec
 from engine.prefill import batches, prefill_cache, prefill_pages, prefill_step
 from engine.quantize import folder as folders
 from engine.quantize import methods
+from engine.quantize import stats as stats_module
 from engine.quantize.awq import search_clip, search_scale
 from engine.quantize.calibrate import Calibration
 from engine.quantize.gptq import gptq
@@ -85,6 +86,23 @@ def test_awq_beats_rounding_where_inputs_have_outliers(group: int) -> None:
     hessian = stats.hessian / scale / scale[:, None]
     clipped = grid.rounded(search_clip(weight * scale, hessian, grid)) / scale
     assert error(weight, clipped, x) < error(weight, scaled, x)
+
+
+def test_tokens_of_massive_size_do_not_outweigh_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, x = layer()
+    massive = x.clone()
+    massive[::200] = 0
+    massive[::200, 7] = 1e5
+    grid, others = IntegerGrid(4, 32), torch.ones(len(x), dtype=torch.bool)
+    others[::200] = False
+
+    def error_of_others() -> float:
+        scale = search_scale(weight, stats_of(massive), grid, 20)
+        return error(weight, grid.rounded(weight * scale) / scale, x[others])
+
+    found = error_of_others()
+    monkeypatch.setattr(stats_module, "LARGEST", float("inf"))
+    assert found < 0.5 * error_of_others()
 
 
 @pytest.mark.parametrize(("order", "most"), [("none", 0.6), ("static", 0.3), ("full", 0.3)])
