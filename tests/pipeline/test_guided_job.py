@@ -95,12 +95,16 @@ def test_adversarial_schemas_beside_many_others(job: Job) -> None:
 
 
 def test_a_schema_that_takes_too_long_is_refused_and_the_job_goes_on(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
-    released, compile_schema = threading.Event(), llg.LLGuidanceBackend.compile_schema
+    released, over, compile_schema = threading.Event(), threading.Event(), llg.LLGuidanceBackend.compile_schema
 
     def slowly(self: llg.LLGuidanceBackend, schema: Any) -> LLGrammar:
-        if "slow" in schema["title"]:
-            released.wait(120)
-        return compile_schema(self, schema)
+        if "slow" not in schema["title"]:
+            return compile_schema(self, schema)
+        released.wait(120)
+        try:
+            return compile_schema(self, schema)
+        finally:
+            over.set()
 
     monkeypatch.setattr(llg.LLGuidanceBackend, "compile_schema", slowly)
     schemas = [{"title": "slow" if i == 1 else f"quick {i}", "enum": ["a", "b"]} for i in range(4)]
@@ -109,6 +113,7 @@ def test_a_schema_that_takes_too_long_is_refused_and_the_job_goes_on(job: Job, m
         assert not released.is_set()
     finally:
         released.set()
+        assert over.wait(60)      # in its thread, which the next test is not to meet
     assert [row["status"] for row in rows] == ["ok", "schema_error", "ok", "ok"]
     assert "compiling took longer than 3 s" in rows[1]["error"]
 
