@@ -11,7 +11,7 @@ LARGEST = 2.0        # times the median token's size: more does no token count
 class InputStats:
     """`hessian`: sum of x x^T, float32 [K, K] (half the Hessian of the squared output error); `mean_abs`: float32 [K].
 
-    Before some layers a few tokens, mostly the first of a text, are up to a hundred times as large as others (massive
+    Before some layers a few tokens, mostly the first of a text, are tens of times as large as others (massive
     activations, Sun et al., arXiv 2402.17762). The norm after the sum takes that out again, so they are scaled down: the error of
     all others would not count beside theirs.
     """
