@@ -42,7 +42,7 @@ class Window:
 
     def add(self, waiting: Waiting) -> None:
         if self._sharing:
-            waiting.key = _key(waiting.tokens)           # not when all are ordered, since a step waits for that
+            waiting.key = prefix_order(waiting.tokens)           # not when all are ordered, since a step waits for that
         self._arrived.append(waiting)
 
     def put_back(self, waiting: Waiting) -> None:
@@ -52,7 +52,7 @@ class Window:
     def put_back_all(self, batch: list[Waiting]) -> None:
         """The same for many, which may share prefixes again."""
         for waiting in batch:
-            waiting.key = _key(waiting.tokens)
+            waiting.key = prefix_order(waiting.tokens)
         self._ordered.extendleft(waiting for group in reversed(self._grouped(batch)) for waiting in reversed(group))
 
     def ready(self, most: int) -> list[Waiting]:
@@ -103,8 +103,8 @@ class Window:
         return groups
 
 
-def _key(tokens: np.ndarray) -> bytes:
-    """Bytes that order as the token ids do."""
+def prefix_order(tokens: np.ndarray) -> bytes:
+    """What sorts token ids, int32 [tokens], so that common prefixes stand together: bytes, the highest of each id first."""
     return tokens.astype(">i4").tobytes()
 
 

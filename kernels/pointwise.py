@@ -109,6 +109,6 @@ def gated_act(x: Tensor, activation: str) -> Tensor:
     rows, width = x.shape[0], x.shape[1] // 2
     out = torch.empty((rows, width), dtype=x.dtype, device=x.device)
     _gated_act_kernel[rows, cdiv(width, GATE_BLOCK)](x, out, x.stride(0), WIDTH=width, BLOCK=GATE_BLOCK,
-                                                            GELU=activation == "gelu_tanh", num_warps=4,
-                                                            **launch_options(overlaps(x.device)))
+                                                     GELU=activation == "gelu_tanh", num_warps=4,
+                                                     **launch_options(overlaps(x.device)))
     return out

@@ -42,7 +42,7 @@ def search_scale(weight: Tensor, stats: InputStats, grid: IntegerGrid, steps: in
         scale = scale / (scale.max() * scale.min()).sqrt()
         if (found := error(sample, scale)) < least:
             best, least = scale, found
-    return best if error(weight, best) < error(weight, one) else one
+    return one if best is one or error(weight, best) >= error(weight, one) else best
 
 
 def search_clip(weight: Tensor, hessian: Tensor, grid: IntegerGrid) -> Tensor:

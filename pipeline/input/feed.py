@@ -14,6 +14,7 @@ from typing import Protocol
 import numpy as np
 
 from engine.request import Request
+from engine.window import prefix_order
 from pipeline.input.formats import Chunk
 from pipeline.input.plan import Shard
 from pipeline.input.prompts import Ask, Prompt, PromptBuilder, row_seed
@@ -266,7 +267,7 @@ class Feed(threading.Thread):
 
     def _hand_over(self, window: list[Work]) -> bool:
         """Pass the window on, rows with a common prefix side by side; waits while the engine has enough. False: stopping."""
-        works = sorted(window, key=lambda work: work.tokens.astype(">i4").tobytes())  # big-endian bytes order as the token ids do
+        works = sorted(window, key=lambda work: prefix_order(work.tokens))
         window.clear()
         while works and not self._stopping.is_set():
             try:

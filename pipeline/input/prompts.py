@@ -177,7 +177,7 @@ class PromptBuilder:
                 continue
             try:
                 texts = self._tokenizer.render_chats([talk.messages for talk in batch], batch[0].tools)
-            except Exception:                            # of some row; which ones, each will tell
+            except Exception:                            # of some row: rendered alone, it gets the error as its status
                 for talk in batch:
                     self._render_alone(talk)
                 continue
