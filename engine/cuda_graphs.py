@@ -1,17 +1,19 @@
-"""CUDA graphs of a part of the decode step, one for each padded number of rows.
+"""CUDA graphs of a part of a step, one for each padded shape of it.
 
-A graph reads the row table's `rows` and `starts`, which the staged writes of the step have filled, so nothing is copied in; what
-stands past the step's rows is the dummy row. Graphs share one memory pool: they replay one after another on the compute stream.
+A graph reads the row table's arrays, which the staged writes of the step have filled, so nothing is copied in; what stands past
+the step's rows is the dummy row. Graphs share one memory pool: they replay one after another on the compute stream.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Hashable, Iterable, KeysView
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
+
+Key = TypeVar("Key", bound=Hashable)
 
 
 def graph_sizes(most: int) -> list[int]:
@@ -20,42 +22,53 @@ def graph_sizes(most: int) -> list[int]:
     return [n for n in steps if n < most] + [most]
 
 
-class CudaGraphs:
-    def __init__(self, launch: Callable[[int], Tensor], sizes: list[int], pool: Any) -> None:
-        """launch(n): launch it for the first n rows of the table; returns its result, [n, ...]. sizes: ascending."""
+def padded(sizes: list[int], n: int) -> int:
+    """The least of `sizes`, which ascend, that holds n."""
+    return sizes[bisect_left(sizes, n)]
+
+
+class CudaGraphs(Generic[Key]):
+    def __init__(self, launch: Callable[[Key], Tensor], pool: Any) -> None:
+        """launch(key): launch it in the shape that the key names. What it returns lives as long as the graph."""
         self._launch, self._pool = launch, pool
         self._stream = torch.cuda.Stream()       # one for all: what the allocator caches, it caches for each stream apart
-        self._sizes = sizes
-        self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+        self._graphs: dict[Key, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
 
-    def padded(self, rows: int) -> int:
-        """The smallest captured size that holds `rows`."""
-        return self._sizes[bisect_left(self._sizes, rows)]
+    @property
+    def captured(self) -> KeysView[Key]:
+        return self._graphs.keys()
 
-    def replay(self, size: int) -> Tensor:
-        """-> the result [size, ...], valid until the next replay; `size` as padded() gives it."""
-        graph, result = self._graphs[size]
+    def replay(self, key: Key) -> Tensor:
+        """-> the result, valid until the next replay."""
+        graph, result = self._graphs[key]
         graph.replay()
         return result
 
-    def capture(self) -> None:
-        """At start-up, so that no step of the job waits for a capture."""
-        for size in reversed(self._sizes):
-            self._capture(size)
+    def launch_and_capture(self, key: Key) -> Tensor:
+        """The first time that a shape comes up: launched as it is, which makes what a capture may not, and captured besides."""
+        result = self._launch(key)
+        self._capture(key)
+        return result
 
-    @torch.inference_mode()
-    def _capture(self, size: int) -> None:
-        """A first run outside the capture compiles the kernels and makes the handles; it does what the replay does once more."""
-        side = self._stream
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            self._launch(size)
-            side.synchronize()
-            graph = torch.cuda.CUDAGraph()
-            graph.capture_begin(pool=self._pool)
+    def prepare(self, keys: Iterable[Key]) -> None:
+        """At start-up, so that no step of the job waits for a capture; the largest first, in whose memory the others find room.
+
+        A first run outside the capture compiles the kernels and makes the handles; it does what the replay does once more.
+        """
+        for key in keys:
+            self._stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self._stream):
+                self._launch(key)
+                self._stream.synchronize()
+            self._capture(key)
+            torch.cuda.current_stream().wait_stream(self._stream)
+
+    def _capture(self, key: Key) -> None:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.stream(self._stream):
+            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
             try:
-                result = self._launch(size)
+                result = self._launch(key)
             finally:
                 graph.capture_end()
-        torch.cuda.current_stream().wait_stream(side)
-        self._graphs[size] = graph, result
+        self._graphs[key] = graph, result

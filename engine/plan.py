@@ -43,3 +43,15 @@ class StepPlan:
     @property
     def num_tokens(self) -> int:
         return int(self.counts.sum())
+
+
+def rehearsal(row: int, decode: int, counts: np.ndarray, sharing: bool) -> StepPlan:
+    """A step in which one row stands for all: `decode` with one query and one with each of `counts`.
+
+    As many sample as there are rows below it. sharing: they may say which prefix they share, and share none.
+    """
+    size, none, pairs = decode + counts.size, np.empty(0, dtype=np.int32), np.empty((0, 2), dtype=np.int32)
+    each = np.concatenate([np.ones(decode, dtype=np.int32), counts.astype(np.int32)])
+    return StepPlan(np.full(size, row, dtype=np.int32), np.zeros(size, dtype=np.int32), each, decode,
+                    np.arange(min(size, row), dtype=np.int32), np.zeros(size, dtype=np.int32), [], none, False, [],
+                    np.zeros(decode, dtype=np.int32) if sharing else None, pairs if sharing else None, pairs)

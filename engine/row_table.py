@@ -5,9 +5,14 @@ Everything a kernel reads per row lives in one flat int32 tensor, so that a step
     tokens       [R + 1, length]   token ids, prompt and output
     block_table  [R + 1, pages]    KV pages; row R is the dummy row of graph padding and points at page 0, the dummy page
     params       [R + 1, 8]        sampling parameters (columns: kernels/ref.py), floats by their bits
-    rows, starts [R] each          the step at hand: table row and first query position of each of its rows
+    rows, starts [R] each          the step at hand: table row and query position of each of its rows with one query
     shared       [R]               tokens of the prefix that a decode row of the step shares with its neighbours, and
     prefix_tiles [R / 8, 2]        the runs of such rows (kernels/ref.py, decode_attention); what is not used is 0
+    rest_rows, rest_starts [N]     table row and first query position of each of its rows with several queries,
+    rest_cu_q    [N + 1]           where their queries stand among the rest's, and
+    tiles        [M, 2]            the work list of prefill attention (kernels/ref.py, prefill_attention)
+    ends         [R]               for each row that samples, where its last query stands among the step's tokens,
+    sampled_rows, sampled_positions [R]   its table row, and the position of that query
     grammar      [R + 1]           state of the token automaton a row is held to (engine/automata.py), 0: none
 
 Writes are applied on the compute stream in launch order, which makes reuse of rows and pages safe without any other barrier.
@@ -23,18 +28,31 @@ from torch import Tensor
 
 from engine.request import SamplingParams
 from kernels import ops, ref
+from kernels.shapes import cdiv, next_power_of_2
 
 RING = 3     # pinned buffers in flight: the two steps of the overlap and the one being written
 
 
+def most_rest(tokens: int, max_rows: int, max_len: int) -> tuple[int, int]:
+    """Most rows with several queries, and tiles of them, among so many tokens, all but one with at least two; dummy rows that
+    fill up the tokens included."""
+    rows = min(max_rows, tokens // 2 + 1)
+    return rows + cdiv(tokens, max_len), next_power_of_2(rows + cdiv(tokens, ref.QUERY_TILE))
+
+
 class RowTable:
-    def __init__(self, max_rows: int, max_len: int, page_size: int, device: torch.device) -> None:
+    """max_step_tokens: the most queries that the rows with several have in a step."""
+
+    def __init__(self, max_rows: int, max_len: int, page_size: int, device: torch.device, max_step_tokens: int) -> None:
         self.max_rows, self.max_len, self.page_size, self.device = max_rows, max_len, page_size, device
         self.dummy = max_rows
         self.pages_per_row = -(-max_len // page_size)
+        rest, tiles = most_rest(max_step_tokens, max_rows, max_len)
         shapes = {"tokens": (max_rows + 1, max_len + 1), "block_table": (max_rows + 1, self.pages_per_row),
                   "params": (max_rows + 1, ref.PARAM_COLUMNS), "rows": (max_rows,), "starts": (max_rows,),
-                  "shared": (max_rows,), "prefix_tiles": (max(1, max_rows // 8), 2), "grammar": (max_rows + 1,)}
+                  "shared": (max_rows,), "prefix_tiles": (max(1, max_rows // 8), 2), "rest_rows": (rest,), "rest_starts": (rest,),
+                  "rest_cu_q": (rest + 1,), "tiles": (tiles, 2), "ends": (max_rows,), "sampled_rows": (max_rows,),
+                  "sampled_positions": (max_rows,), "grammar": (max_rows + 1,)}
         total = sum(int(np.prod(shape)) for shape in shapes.values())
         if total >= 2**31:
             raise ValueError(f"engine.max_rows={max_rows} x engine.max_model_len={max_len} overflows the row table: lower one")
@@ -49,6 +67,9 @@ class RowTable:
         self.tokens, self.block_table, self.params = views["tokens"], views["block_table"], views["params"]
         self.rows, self.starts, self.grammar = views["rows"], views["starts"], views["grammar"]
         self.shared, self.prefix_tiles = views["shared"], views["prefix_tiles"]
+        self.rest_rows, self.rest_starts, self.rest_cu_q = views["rest_rows"], views["rest_starts"], views["rest_cu_q"]
+        self.tiles, self.ends = views["tiles"], views["ends"]
+        self.sampled_rows, self.sampled_positions = views["sampled_rows"], views["sampled_positions"]
         self._pinned = device.type == "cuda"
         self._ring: list[tuple[Tensor, torch.cuda.Event | None]] = []
         self._turn = 0
@@ -94,22 +115,32 @@ class RowTable:
     def stage_grammar(self, rows: np.ndarray, states: np.ndarray) -> None:
         self._stage(self.offset["grammar"] + rows, np.ones(rows.size, dtype=np.int64), states)
 
+    def _stage_heads(self, **arrays: np.ndarray) -> None:
+        """Each from the start of the tensor of its name."""
+        self._stage(np.array([self.offset[name] for name in arrays]), np.array([array.size for array in arrays.values()]),
+                    np.concatenate([array.ravel() for array in arrays.values()]))
+
     def stage_step(self, rows: np.ndarray, starts: np.ndarray) -> None:
-        self._stage(np.array([self.offset["rows"], self.offset["starts"]]), np.full(2, rows.size), np.concatenate([rows, starts]))
+        self._stage_heads(rows=rows, starts=starts)
+
+    def stage_rest(self, rows: np.ndarray, starts: np.ndarray, cu_q: np.ndarray, tiles: np.ndarray, ends: np.ndarray) -> None:
+        self._stage_heads(rest_rows=rows, rest_starts=starts, rest_cu_q=cu_q, tiles=tiles, ends=ends)
+
+    def stage_sampled(self, rows: np.ndarray, positions: np.ndarray) -> None:
+        self._stage_heads(sampled_rows=rows, sampled_positions=positions)
 
     def stage_prefixes(self, shared: np.ndarray, tiles: np.ndarray) -> None:
         """`shared` of the step's decode rows, `tiles` int32 [M, 2], M at most prefix_tiles' length."""
         padded = np.zeros(self.prefix_tiles.numel(), dtype=np.int32)
         padded[: tiles.size] = tiles.ravel()
-        at = np.array([self.offset["shared"], self.offset["prefix_tiles"]])
-        self._stage(at, np.array([shared.size, padded.size]), np.concatenate([shared, padded]))
+        self._stage_heads(shared=shared, prefix_tiles=padded)
 
     def discard_staged(self) -> None:
         """Forget what was staged: the rows it was for have left."""
         self._begin()
 
     def flush(self, extra: np.ndarray) -> Tensor:
-        """Apply what was staged, in one copy and one launch; returns `extra` (int32, the plan's own arrays) on the device."""
+        """Apply what was staged, in one copy and one launch; returns `extra` (int32) on the device."""
         dst, lengths = np.concatenate(self._dst), np.concatenate(self._len)
         segments = np.empty((dst.size, 3), dtype=np.int32)
         head = extra.size + segments.size

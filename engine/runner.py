@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,17 +11,29 @@ from torch import Tensor
 
 from engine import sampler
 from engine.automata import Automata
-from engine.cuda_graphs import CudaGraphs, graph_sizes
+from engine.cuda_graphs import CudaGraphs, graph_sizes, padded
 from engine.layers.attention import KVCache, StepInputs
+from engine.mixed_steps import Shape, Shapes, tiles_of
 from engine.models.decoder import Decoder
-from engine.plan import StepPlan
+from engine.plan import StepPlan, rehearsal
 from engine.prefix_groups import MIN_ROWS
 from engine.request import TokenLogprobs
 from engine.row_table import RING, RowTable
 from kernels import ops
 
 SHARING_ALWAYS = 64     # decode rows from which on a step always asks for shared prefixes: too cheap then to matter
+NO_ROWS = np.empty(0, dtype=np.int32)
 NO_TILES = np.empty((0, 2), dtype=np.int32)
+
+
+@dataclass(slots=True)
+class Graphs:
+    sizes: list[int]                 # padded numbers of rows, ascending
+    shapes: Shapes
+    plain: CudaGraphs[int]           # decode steps ...
+    shared: CudaGraphs[int]          # ... that say which rows share a prefix
+    mixed: CudaGraphs[Shape]
+    sample: CudaGraphs[int]
 
 
 @dataclass(slots=True, eq=False)
@@ -31,7 +44,6 @@ class Step:
     logits: Tensor
     rows: Tensor                     # [S] table rows of the sampled rows, on the device
     positions: Tensor                # [S] position of the token they are sampled from
-    graphed: bool = False            # a graph ran it: logits, rows and positions are where the graph of the sampling looks
     tokens: Tensor | None = None     # [S] on the host, once `done`
     logprobs: sampler.LogprobsOut | None = None
     done: torch.cuda.Event | None = None
@@ -41,7 +53,7 @@ class Runner:
     """sharing: plans may say which decode rows share a prefix."""
 
     def __init__(self, model: Decoder, table: RowTable, caches: KVCache, automata: Automata, use_graphs: bool,
-                 sharing: bool) -> None:
+                 sharing: bool, max_step_tokens: int) -> None:
         self.model, self.table, self.caches, self._automata = model, table, caches, automata
         self.device = table.device
         self.steps = self.graph_steps = 0
@@ -52,25 +64,46 @@ class Runner:
         self._host_mask = [torch.empty(0, -(-vocab // 32), dtype=torch.int32) for _ in range(RING)]
         self._one_each = torch.arange(rows + 1, dtype=torch.int32, device=self.device)
         self._logits: Tensor | None = None
-        self._graphs: dict[str, CudaGraphs] = {}
+        self._graphs: Graphs | None = None
+        # One buffer for all graphs: an output of its own for each would keep the outputs of every size alive.
+        self._last = torch.empty(rows, model.spec.hidden_size, dtype=model.dtype, device=self.device)
         if use_graphs and self._pinned:
-            # One buffer for all graphs: an output of its own for each would keep the logits of every size alive.
             self._logits = torch.empty(rows, vocab, dtype=model.dtype, device=self.device)
-            pool, sizes = torch.cuda.graph_pool_handle(), graph_sizes(rows)
-            plain = [n for n in sizes if n <= SHARING_ALWAYS] if sharing else sizes
-            shared = [n for n in sizes if n >= MIN_ROWS] if sharing else []
-            self._graphs = {"plain": CudaGraphs(lambda n: self._decode(n, sharing=False), plain, pool),
-                            "shared": CudaGraphs(lambda n: self._decode(n, sharing=True), shared, pool),
-                            "sample": CudaGraphs(self._sample_and_commit, sizes, pool)}
+            pool = torch.cuda.graph_pool_handle()
+            self._graphs = Graphs(
+                graph_sizes(rows), Shapes(model.token_flops(), rows, table.max_len, max_step_tokens),
+                CudaGraphs(lambda n: self._decode(n, sharing=False), pool),
+                CudaGraphs(lambda n: self._decode(n, sharing=True), pool),
+                CudaGraphs(self._forward_mixed, pool), CudaGraphs(self._sample_and_commit, pool))
 
+    @torch.inference_mode()
     def warm_up(self) -> None:
-        """Capture the graphs, all rows being dummies meanwhile; this also compiles and loads what steps with prompts need."""
-        self.table.rows.fill_(self.table.dummy)
+        """Capture the graphs, all rows being dummies meanwhile, and compile and load what steps with prompts need."""
+        table = self.table
         ops.copy_pages(self.caches.storage, torch.zeros(1, 2, dtype=torch.int32, device=self.device))
-        for graphs in self._graphs.values():
-            graphs.capture()
-        if self._graphs:
+        table.rows.fill_(table.dummy)
+        table.sampled_rows.fill_(table.dummy)
+        if self._pinned:
+            for plan in self._rehearsals():
+                self._mixed(plan)
+            self.graph_steps = 0
+        if graphs := self._graphs:
+            sizes = graphs.sizes[::-1]
+            graphs.plain.prepare([n for n in sizes if n <= SHARING_ALWAYS or not self._sharing])
+            graphs.shared.prepare([n for n in sizes if n >= MIN_ROWS and self._sharing])
+            graphs.sample.prepare(sizes)
             torch.cuda.empty_cache()             # what the first runs outside the captures used
+
+    def _rehearsals(self) -> Iterator[StepPlan]:
+        """Steps of dummy rows: the largest that is to have a graph, in whose memory the others find room, and every variant."""
+        table, graphs = self.table, self._graphs
+        for sharing in (False, True) if self._sharing else (False,):
+            for decode in sorted({min(MIN_ROWS, table.max_rows), table.max_rows}, reverse=True):
+                largest = graphs.shapes.most_tokens - decode if graphs is not None else 0
+                for tokens in (largest, 2):
+                    if tokens >= 2:
+                        rest = min(table.max_rows, tokens // 2)
+                        yield rehearsal(table.dummy, decode, np.full(rest, min(tokens // rest, table.max_len)), sharing)
 
     # --- forward ---
 
@@ -81,40 +114,45 @@ class Runner:
         if n < plan.rows.size:
             return self._mixed(plan)
         sharing = self._asks_for_prefixes(plan)
-        if self._graphs:
-            graphs = self._graphs["shared" if sharing else "plain"]
-            size = graphs.padded(n)
-            self._stage(plan, sharing, size - n)
+        if self._graphs is not None:
+            graphs, size = self._graphs.shared if sharing else self._graphs.plain, padded(self._graphs.sizes, n)
+            self._stage_decode(plan, size, sharing)
+            self._flush(plan, size)
             self.graph_steps += 1
-            return Step(plan, graphs.replay(size)[:n], self.table.rows[:n], self.table.starts[:n], graphed=True)
-        self._stage(plan, sharing)
-        return Step(plan, self._decode(n, sharing, self._max_context(plan)), self.table.rows[:n], self.table.starts[:n])
+            return self._step(plan, graphs.replay(size)[:n])
+        self._stage_decode(plan, n, sharing)
+        self._flush(plan, n)
+        return self._step(plan, self._decode(n, sharing, self._max_context(plan)))
+
+    def _step(self, plan: StepPlan, logits: Tensor) -> Step:
+        n = plan.sampled.size
+        return Step(plan, logits, self.table.sampled_rows[:n], self.table.sampled_positions[:n])
 
     def _asks_for_prefixes(self, plan: StepPlan) -> bool:
-        """By the number of rows alone where it can be, so that a step finds its kernels compiled and its graph captured."""
+        """By the number of rows alone where it can be, so that a step finds its graph captured."""
         return plan.shared is not None or (self._sharing and plan.num_decode >= SHARING_ALWAYS)
 
     def _max_context(self, plan: StepPlan) -> int:
         """On CUDA always the same, since kernels are compiled for what follows from it; lengths are read on the device."""
         return self.table.max_len if self._pinned else int(plan.starts[: plan.num_decode].max(initial=0)) + 1
 
-    def _stage(self, plan: StepPlan, sharing: bool, padding: int = 0, extra: np.ndarray | None = None) -> Tensor:
-        """Stage the plan's rows, `padding` dummies after them, flush, and copy its pages; returns `extra` on the device."""
-        rows, starts = plan.rows, plan.starts
-        if padding:
-            rows = np.concatenate([rows, np.full(padding, self.table.dummy, dtype=np.int32)])
-            starts = np.concatenate([starts, np.zeros(padding, dtype=np.int32)])
-        self.table.stage_step(rows, starts)
+    def _stage_decode(self, plan: StepPlan, size: int, sharing: bool) -> None:
+        """Stage the plan's rows with one query, and dummies after them up to `size`."""
+        n = plan.num_decode
+        if not size:
+            return
+        self.table.stage_step(_filled(plan.rows[:n], size, self.table.dummy), _filled(plan.starts[:n], size, 0))
         if sharing:
-            shared = np.zeros(rows.size, dtype=np.int32)
-            if plan.shared is not None:
-                shared[: plan.num_decode] = plan.shared
-            self.table.stage_prefixes(shared, plan.prefix_tiles if plan.prefix_tiles is not None else NO_TILES)
-        extra = np.empty(0, dtype=np.int32) if extra is None else extra
-        sent = self.table.flush(np.concatenate([extra, plan.copies.ravel()]))
+            shared = NO_ROWS if plan.shared is None else plan.shared
+            self.table.stage_prefixes(_filled(shared, size, 0), NO_TILES if plan.prefix_tiles is None else plan.prefix_tiles)
+
+    def _flush(self, plan: StepPlan, size: int) -> None:
+        """Stage the rows that sample, dummies after them up to `size`, send all that is staged, and copy the plan's pages."""
+        rows, positions = plan.rows[plan.sampled], (plan.starts + plan.counts - 1)[plan.sampled]
+        self.table.stage_sampled(_filled(rows, size, self.table.dummy), _filled(positions, size, 0))
+        copies = self.table.flush(plan.copies.ravel())
         if plan.copies.size:
-            ops.copy_pages(self.caches.storage, sent[extra.size :].view(-1, 2))
-        return sent[: extra.size]
+            ops.copy_pages(self.caches.storage, copies.view(-1, 2))
 
     def _prefixes(self, n: int, sharing: bool) -> tuple[Tensor | None, Tensor | None]:
         return (self.table.shared[:n], self.table.prefix_tiles[: -(-n // MIN_ROWS)]) if sharing else (None, None)
@@ -123,36 +161,65 @@ class Runner:
         """One query for each of the first n rows of the table -> logits [n, V]. The captured part: reads device state alone."""
         table = self.table
         ids, positions, slots = self._empty(n)
-        ops.expand(table.tokens, table.block_table, table.rows[:n], table.starts[:n], self._one_each[: n + 1], 1, table.page_size,
-                   ids, positions, slots)
+        self._expand_decode(n, ids, positions, slots)
         inputs = StepInputs(ids, positions, slots, table.block_table, table.rows[:n], n, max_context or table.max_len,
                             *self._prefixes(n, sharing))
-        return self.model.logits(self.model(inputs, self.caches.layers), self._logits[:n] if self._logits is not None else None)
+        return self._logits_of(self.model(inputs, self.caches.layers))
+
+    def _expand_decode(self, n: int, ids: Tensor, positions: Tensor, slots: Tensor) -> None:
+        table = self.table
+        ops.expand(table.tokens, table.block_table, table.rows[:n], table.starts[:n], self._one_each[: n + 1], 1, table.page_size,
+                   ids, positions, slots)
+
+    def _logits_of(self, hidden: Tensor) -> Tensor:
+        return self.model.logits(hidden, self._logits[: hidden.shape[0]] if self._logits is not None else None)
+
+    # --- forward, of steps in which some rows have several queries ---
 
     def _mixed(self, plan: StepPlan) -> Step:
+        graphs, counts, sampled = self._graphs, plan.counts[plan.num_decode :], plan.sampled.size
+        tiles = tiles_of(counts)
+        exact = Shape(plan.num_decode, counts.size, int(counts.sum()), tiles.shape[0], plan.shared is not None)
+        shape = graphs.shapes.of(exact, graphs.mixed.captured) if graphs is not None else None
+        self._stage_decode(plan, (shape or exact).decode, exact.sharing)
+        self._stage_rest(plan, shape or exact, tiles)
+        self._flush(plan, padded(graphs.sizes, sampled) if graphs is not None else sampled)
+        if graphs is None or shape is None:
+            self._forward_mixed(exact, self._max_context(plan))
+        elif shape in graphs.mixed.captured:
+            graphs.mixed.replay(shape)
+            self.graph_steps += 1
+        else:
+            graphs.mixed.launch_and_capture(shape)
+        return self._step(plan, self._logits_of(self._last[:sampled]))
+
+    def _stage_rest(self, plan: StepPlan, shape: Shape, tiles: np.ndarray) -> None:
+        """Stage the plan's rows with several queries; dummy rows make up for what the shape has more of."""
         table, n = self.table, plan.num_decode
-        sharing = n > 0 and self._asks_for_prefixes(plan)
-        counts = plan.counts[n:]
-        cu_q = np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
-        ends = np.concatenate([np.arange(n, dtype=np.int32), n + cu_q[1:] - 1])
-        sampled_rows = plan.rows[plan.sampled]
-        positions_of = (plan.starts + plan.counts - 1)[plan.sampled]
-        parts = [cu_q, ends[plan.sampled].astype(np.int32), sampled_rows, positions_of, _tiles(counts).ravel()]
-        extra = self._stage(plan, sharing, extra=np.concatenate(parts))
-        rest_cu_q, at, rows, positions, tiles = torch.split(extra, [p.size for p in parts])
-        total = plan.num_tokens
-        ids, where, slots = self._empty(total)
-        expand = (table.tokens, table.block_table)
+        rows, starts, counts = plan.rows[n:], plan.starts[n:], plan.counts[n:]
+        spare = shape.tokens - int(counts.sum())
+        fill = np.diff(np.append(np.arange(0, spare, table.max_len), spare))            # a row has so many positions at most
+        cu_q = np.concatenate([[0], np.cumsum(_filled(np.concatenate([counts, fill]), shape.rest, 0))])
+        ends = np.concatenate([np.arange(n), shape.decode + cu_q[1 : rows.size + 1] - 1])[plan.sampled]
+        unused = np.full((shape.tiles - tiles.shape[0], 2), [[0, table.max_len]])       # past the queries of its row: no work
+        table.stage_rest(_filled(rows, shape.rest, table.dummy), _filled(starts, shape.rest, 0), cu_q,
+                         np.concatenate([tiles, unused]), _filled(ends, self._most_sampled(shape), 0))
+
+    def _most_sampled(self, shape: Shape) -> int:
+        return min(self.table.max_rows, shape.decode + shape.rest)
+
+    def _forward_mixed(self, shape: Shape, max_context: int | None = None) -> Tensor:
+        """The staged rows -> the hidden states that rows sample from, in `_last`. Captured: reads device state alone."""
+        table, n = self.table, shape.decode
+        ids, positions, slots = self._empty(n + shape.tokens)
         if n:
-            ops.expand(*expand, table.rows[:n], table.starts[:n], self._one_each[: n + 1], 1, table.page_size,
-                       ids[:n], where[:n], slots[:n])
-        rest = slice(n, plan.rows.size)
-        ops.expand(*expand, table.rows[rest], table.starts[rest], rest_cu_q, int(counts.max()), table.page_size,
-                   ids[n:], where[n:], slots[n:])
-        inputs = StepInputs(ids, where, slots, table.block_table, table.rows[:n], n, self._max_context(plan),
-                            *self._prefixes(n, sharing), table.rows[rest], table.starts[rest], rest_cu_q, tiles.view(-1, 2))
-        hidden = self.model(inputs, self.caches.layers)
-        return Step(plan, self.model.logits(hidden[at]), rows, positions)
+            self._expand_decode(n, ids[:n], positions[:n], slots[:n])
+        rest = table.rest_rows[: shape.rest], table.rest_starts[: shape.rest], table.rest_cu_q[: shape.rest + 1]
+        ops.expand(table.tokens, table.block_table, *rest, shape.tokens, table.page_size, ids[n:], positions[n:], slots[n:])
+        inputs = StepInputs(ids, positions, slots, table.block_table, table.rows[:n], n, max_context or table.max_len,
+                            *self._prefixes(n, shape.sharing), *rest, table.tiles[: shape.tiles])
+        hidden, size = self.model(inputs, self.caches.layers), self._most_sampled(shape)
+        return torch.index_select(hidden, 0, table.ends[:size], out=self._last[:size])
 
     def _empty(self, n: int) -> tuple[Tensor, Tensor, Tensor]:
         ids, positions, slots = torch.empty(3, n, dtype=torch.int32, device=self.device).unbind()
@@ -165,9 +232,9 @@ class Runner:
         plan, n = step.plan, step.plan.sampled.size
         step.tokens = self._host_tokens[self.steps % RING][:n]
         automata = self._automata if plan.by_automata else None
-        if step.graphed and mask is None and automata is None and not plan.special:
-            graphs = self._graphs["sample"]
-            step.tokens.copy_(graphs.replay(graphs.padded(n))[:n], non_blocking=True)
+        graphs = self._graphs            # if there are any, logits, rows and positions are where the one of the sampling looks
+        if graphs is not None and n and mask is None and automata is None and not plan.special:
+            step.tokens.copy_(graphs.sample.replay(padded(graphs.sizes, n))[:n], non_blocking=True)
         elif n:
             device_mask = masked = None
             if mask is not None:
@@ -185,7 +252,7 @@ class Runner:
     def _sample_and_commit(self, n: int) -> Tensor:
         """The first n rows of the table, whose logits a graph has left in the buffer -> tokens [n]. Captured."""
         assert self._logits is not None, "captured with the graphs of the forward pass, which make the buffer"
-        rows, positions = self.table.rows[:n], self.table.starts[:n]
+        rows, positions = self.table.sampled_rows[:n], self.table.sampled_positions[:n]
         tokens, _ = sampler.sample(self._logits[:n], self.table, rows, positions, [], None, None, None)
         return self._commit(tokens, rows, positions)
 
@@ -210,9 +277,5 @@ class Runner:
         return step.tokens.numpy(), step.logprobs.read() if step.logprobs is not None else {}
 
 
-def _tiles(counts: np.ndarray) -> np.ndarray:
-    """The work list of prefill attention: (row, first query) for each tile of QUERY_TILE queries, int32 [M, 2]."""
-    tiles = -(-counts // ops.QUERY_TILE)
-    row = np.repeat(np.arange(counts.size), tiles)
-    first = (np.arange(row.size) - np.repeat(np.cumsum(tiles) - tiles, tiles)) * ops.QUERY_TILE
-    return np.stack([row, first], axis=1).astype(np.int32)
+def _filled(values: np.ndarray, size: int, filler: int) -> np.ndarray:
+    return np.concatenate([values, np.full(size - values.size, filler, dtype=np.int32)])

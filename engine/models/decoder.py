@@ -86,6 +86,10 @@ class Decoder(nn.Module):
         return sum(tensor.nbytes for module in self.modules() if isinstance(module, (Embedding, Linear, RMSNorm, KVScales))
                    for tensor in module.buffers(recurse=False))
 
+    def token_flops(self) -> int:
+        """Of the products that every token goes through."""
+        return sum(2 * module.in_features * module.out_features for module in self.modules() if isinstance(module, Linear))
+
     def forward(self, step: StepInputs, caches: Sequence[LayerCache]) -> Tensor:
         """-> hidden states [T, hidden_size] after the last norm."""
         residual = self.embedding(step.ids)

@@ -82,7 +82,7 @@ def engine(rows: list[Request]) -> dict:
     """Engine.run's turns, with the writes to the device packed and dropped."""
     ops.apply_writes = lambda state, packed, segments: None
     device = torch.device("cpu")
-    table, pool = RowTable(MAX_ROWS, MAX_LEN, PAGE, device), BlockPool(PAGES, PAGE)
+    table, pool = RowTable(MAX_ROWS, MAX_LEN, PAGE, device, STEP_TOKENS), BlockPool(PAGES, PAGE)
     scheduler = Scheduler(EngineConfig(page_size=PAGE), table, pool, STEP_TOKENS, (VOCAB,), Automata(VOCAB + 1, device),
                           groups=PrefixGroups(MAX_ROWS, PAGE, token_bytes=1024))
     tokens, clock, inflight, coming = np.full(MAX_ROWS, 7, dtype=np.int32), Clock(), deque[StepPlan](), deque(rows)

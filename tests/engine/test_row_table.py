@@ -32,7 +32,7 @@ class Mirror:
 def test_random_staged_writes(seed: int, flushes: int, max_rows: int, max_len: int) -> None:
     """Rows are written in random order, each place at most once a flush, as a scheduler does."""
     rng = np.random.default_rng(seed)
-    table = RowTable(max_rows, max_len, 16, CPU)
+    table = RowTable(max_rows, max_len, 16, CPU, 64)
     mirror = Mirror(table)
     arrays = mirror.arrays
     for _ in range(flushes):
@@ -82,7 +82,7 @@ def bits(params: SamplingParams) -> np.ndarray:
 
 @pytest.mark.parametrize("seed", [0, 1, 2**31, 2**32 - 1, 2**32, 2**63, 2**64 - 1, -1])
 def test_seeds_keep_all_64_bits(seed: int) -> None:
-    table = RowTable(2, 16, 16, CPU)
+    table = RowTable(2, 16, 16, CPU, 64)
     params = SamplingParams(seed=seed, temperature=0.7, top_p=0.9, min_p=0.05, top_k=40)
     table.stage_params(np.array([1]), [params])
     table.flush(np.empty(0, dtype=np.int32))
@@ -90,7 +90,7 @@ def test_seeds_keep_all_64_bits(seed: int) -> None:
 
 
 def test_what_is_staged_waits_for_the_flush() -> None:
-    table = RowTable(2, 16, 16, CPU)
+    table = RowTable(2, 16, 16, CPU, 64)
     tokens = np.zeros((2, 17), dtype=np.int32)
     tokens[0, 3:5] = 7, 8
     table.stage_tokens(np.array([0]), np.array([3]), np.array([5]), tokens)
@@ -100,7 +100,7 @@ def test_what_is_staged_waits_for_the_flush() -> None:
 
 
 def test_the_dummy_row_points_at_the_dummy_page() -> None:
-    table = RowTable(3, 40, 16, CPU)
+    table = RowTable(3, 40, 16, CPU, 64)
     assert table.dummy == 3
     assert table.block_table.shape == (4, 3)
     assert table.block_table[table.dummy].tolist() == [0, 0, 0]
@@ -108,4 +108,4 @@ def test_the_dummy_row_points_at_the_dummy_page() -> None:
 
 def test_a_table_beyond_32_bit_offsets_is_refused() -> None:
     with pytest.raises(ValueError, match=r"engine\.max_rows=100000 x engine\.max_model_len=100000 overflows"):
-        RowTable(100_000, 100_000, 32, torch.device("meta"))
+        RowTable(100_000, 100_000, 32, torch.device("meta"), 64)

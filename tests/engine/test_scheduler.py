@@ -323,7 +323,7 @@ class Trace:
     def __init__(self, setting: Setting, seed: int) -> None:
         self.rng = random.Random(seed)
         self.setting = setting
-        self.table = RowTable(setting.max_rows, setting.max_len, PAGE, torch.device("cpu"))
+        self.table = RowTable(setting.max_rows, setting.max_len, PAGE, torch.device("cpu"), 64)
         pages = self.table.pages_per_row + 1 + setting.spare_pages
         self.pool = BlockPool(pages, PAGE)
         config = EngineConfig(depth=setting.depth, window=setting.window, prefix_sharing=setting.sharing)
@@ -524,7 +524,7 @@ def test_a_long_trace_preempts_shares_and_learns(depth: int) -> None:
 
 def test_no_more_rows_are_let_in_than_the_next_steps_can_compute() -> None:
     """Steps are full as long as requests wait for nothing else, and all come out."""
-    table, pool, budget, own = RowTable(64, 64, PAGE, torch.device("cpu")), BlockPool(2000, PAGE), 64, 10
+    table, pool, budget, own = RowTable(64, 64, PAGE, torch.device("cpu"), 64), BlockPool(2000, PAGE), 64, 10
     scheduler = Scheduler(EngineConfig(), table, pool, budget, (END,), Automata(END + 1, torch.device("cpu")))
     stem, rng = np.full(5 * PAGE, LETTERS[0]), np.random.default_rng(0)
     for i in range(200):
@@ -547,7 +547,7 @@ def test_no_more_rows_are_let_in_than_the_next_steps_can_compute() -> None:
 
 def test_the_forecast_counts_prefixes_that_are_still_to_be_computed() -> None:
     """Four rows are in the middle of their prefixes when four more come, of whose prefixes only one fits beside these."""
-    table, pool = RowTable(8, 64, PAGE, torch.device("cpu")), BlockPool(41, PAGE)
+    table, pool = RowTable(8, 64, PAGE, torch.device("cpu"), 64), BlockPool(41, PAGE)
     scheduler = Scheduler(EngineConfig(), table, pool, 16, (END,), Automata(END + 1, torch.device("cpu")))
     prompts = [np.repeat(LETTERS[[i // 2, 4]], [10 * PAGE, 1]) for i in range(8)]    # two to a prefix of 10 pages
     coming = deque(Waiting(Request(i, p, SamplingParams(max_tokens=2, ignore_eos=True)), p) for i, p in enumerate(prompts))
@@ -581,6 +581,6 @@ def test_tiles_of_shared_prefixes_fit_the_row_table(sizes: list[int]) -> None:
     assert sorted(rows.tolist()) == list(range(sum(sizes)))
     if max(sizes, default=0) >= 16:
         assert int((shared > 0).sum()) == sum(size for size in sizes if size >= 16)
-        assert len(tiles) <= RowTable(max(1, rows.size), 16, 16, torch.device("cpu")).prefix_tiles.shape[0]
+        assert len(tiles) <= RowTable(max(1, rows.size), 16, 16, torch.device("cpu"), 64).prefix_tiles.shape[0]
     else:
         assert shared is tiles is None

@@ -1,0 +1,77 @@
+"""Steps in which some rows have several queries: how large their arrays are, and which of these sizes have a CUDA graph.
+
+Launching the kernels of such a step one by one takes the host 10 to 20 ms, whatever the model. Where the GPU takes longer, that
+costs nothing, and padding would. A small model would wait at every prompt, so its steps are padded to one of few shapes and
+replayed.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Collection
+from typing import NamedTuple
+
+import numpy as np
+
+from engine.row_table import most_rest
+from kernels import ops
+from kernels.shapes import next_power_of_2
+
+HIDDEN_FLOPS = 5e12     # of a step whose products take the GPU about as long as the host takes to launch it
+SPARE = 1.25            # a captured shape serves steps down to so many times fewer tokens: each capture takes as long as a launch
+MOST_SHAPES = 256       # that are captured: each keeps about a megabyte
+FEWEST = 64             # tokens that shapes begin at
+
+
+class Shape(NamedTuple):
+    """Sizes of a step's arrays."""
+
+    decode: int         # rows with one query
+    rest: int           # rows with several ...
+    tokens: int         # ... and their queries
+    tiles: int          # work of prefill attention
+    sharing: bool       # decode rows say which prefix they share
+
+
+class Shapes:
+    """The shapes that are worth a graph. token_flops: of the products that a token goes through."""
+
+    def __init__(self, token_flops: int, max_rows: int, max_len: int, max_step_tokens: int) -> None:
+        self._max_rows, self._max_len, self._max_step_tokens = max_rows, max_len, max_step_tokens
+        self._most_tiles = most_rest(max_step_tokens, max_rows, max_len)[1]
+        self.most_tokens = min(max_step_tokens, int(HIDDEN_FLOPS / token_flops))     # of a step that is worth one
+        self._rows = [*(n for n in (0, 8, 16, 32, 64, 128, *range(256, max_rows, 256)) if n < max_rows), max_rows]
+
+    def of(self, exact: Shape, captured: Collection[Shape]) -> Shape | None:
+        """What to run a step of this size in: a captured shape that is not much larger, or one to capture. None: as it is."""
+        total = exact.decode + exact.tokens
+        if total > self.most_tokens:
+            return None
+        room = max(SPARE * total, FEWEST)
+        fitting = [s for s in captured if s.decode >= exact.decode and s.tokens >= exact.tokens and s.tiles >= exact.tiles
+                   and s.sharing == exact.sharing and s.decode + s.tokens <= room]
+        if fitting:
+            return min(fitting, key=lambda s: (s.decode + s.tokens, s.tiles))
+        return self._padded(exact) if len(captured) < MOST_SHAPES else None
+
+    def _padded(self, exact: Shape) -> Shape:
+        tokens = min(_rounded(exact.tokens), self._max_step_tokens)
+        rest, _ = most_rest(tokens, self._max_rows, self._max_len)
+        decode = self._rows[bisect_left(self._rows, exact.decode)]
+        tiles = min(next_power_of_2(max(exact.tiles, FEWEST)), self._most_tiles)
+        return Shape(decode, rest, tokens, tiles, exact.sharing)
+
+
+def _rounded(tokens: int) -> int:
+    """Up to a quarter of a power of two."""
+    step = max(next_power_of_2(tokens) // 8, FEWEST)
+    return -(-tokens // step) * step
+
+
+def tiles_of(counts: np.ndarray) -> np.ndarray:
+    """The work list of prefill attention for rows with so many queries: (row, first query) for each tile of QUERY_TILE queries,
+    int32 [M, 2]."""
+    tiles = -(-counts // ops.QUERY_TILE)
+    row = np.repeat(np.arange(counts.size), tiles)
+    first = (np.arange(row.size) - np.repeat(np.cumsum(tiles) - tiles, tiles)) * ops.QUERY_TILE
+    return np.stack([row, first], axis=1).astype(np.int32)

@@ -1,0 +1,109 @@
+"""Steps with several queries a row, padded to the shapes of graphs; on the CPU, where a graph is launched like all else."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from engine_cases import finish, mixed_requests, running, tokens_of
+from hypothesis import given
+from hypothesis import strategies as st
+from models import tiny_checkpoint
+
+from engine import mixed_steps
+from engine.cuda_graphs import graph_sizes
+from engine.mixed_steps import Shape, Shapes, tiles_of
+from engine.row_table import most_rest
+from engine.runner import Graphs
+from kernels import ops
+
+
+@st.composite
+def steps(draw: st.DrawFn) -> tuple[Shape, int, int, int]:
+    """A step that a scheduler may plan, and its limits: rows, positions of a row, tokens."""
+    max_rows, max_len = draw(st.integers(1, 300)), draw(st.integers(16, 400))
+    max_step_tokens = max(max_rows, draw(st.integers(16, 2000)))
+    decode = draw(st.integers(0, max_rows - 1))
+    most = max_step_tokens - decode
+    counts = draw(st.lists(st.integers(2, min(max_len, most)), min_size=1, max_size=max_rows - decode)) if most > 1 else [1]
+    kept = np.array(counts)[np.cumsum(counts) <= most]
+    kept = kept if kept.size else np.array([most])
+    return (Shape(decode, kept.size, int(kept.sum()), tiles_of(kept).shape[0], draw(st.booleans())), max_rows, max_len,
+            max_step_tokens)
+
+
+@given(case=steps(), flops=st.integers(1, 10**12), data=st.data())
+def test_a_shape_holds_the_step(case: tuple[Shape, int, int, int], flops: int, data: st.DataObject) -> None:
+    """With room for the dummy rows that fill it up, within the arrays of the row table."""
+    exact, max_rows, max_len, max_step_tokens = case
+    shapes = Shapes(flops, max_rows, max_len, max_step_tokens)
+    captured: set[Shape] = set()
+    for more in (0, *data.draw(st.lists(st.integers(0, 300), max_size=4))):
+        larger = exact._replace(tokens=min(exact.tokens + more, max_step_tokens - exact.decode))
+        shape = shapes.of(larger, captured)
+        if shape is None:
+            assert (larger.decode + larger.tokens) * flops > mixed_steps.HIDDEN_FLOPS * 0.99
+            continue
+        captured.add(shape)
+        assert shape.decode >= exact.decode and shape.tokens >= larger.tokens and shape.tiles >= exact.tiles
+        assert shape.decode <= max_rows and shape.tokens <= max_step_tokens and shape.sharing == exact.sharing
+        assert shape.rest >= exact.rest + -(-(shape.tokens - larger.tokens) // max_len)
+        most_rows, most_tiles = most_rest(max_step_tokens, max_rows, max_len)
+        assert shape.rest <= most_rows and shape.tiles <= most_tiles
+
+
+def test_a_captured_shape_serves_steps_that_are_not_much_smaller() -> None:
+    shapes = Shapes(1, 2048, 4096, 16384)
+    step = Shape(300, 20, 2000, 40, False)
+    shape = shapes.of(step, ())
+    assert shape == Shape(512, 1025 + 1, 2048, 64, False)
+    assert shapes.of(Shape(400, 40, 1700, 60, False), {shape}) == shape
+    assert shapes.of(Shape(400, 40, 700, 60, False), {shape}) != shape
+    assert shapes.of(step._replace(sharing=True), {shape}) == shape._replace(sharing=True)
+    assert Shapes(10**12, 2048, 4096, 16384).of(step, {shape}) is None
+
+
+class LaunchedGraphs:
+    """CudaGraphs without CUDA: what is captured is launched once more."""
+
+    def __init__(self, launch: Callable[[Any], Any]) -> None:
+        self._launch = launch
+        self.captured: set[Any] = set()
+
+    def replay(self, key: Any) -> Any:
+        return self._launch(key)
+
+    def launch_and_capture(self, key: Any) -> Any:
+        self.captured.add(key)
+        return self._launch(key)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+@pytest.mark.parametrize("shared", [0, 40])
+def test_padding_changes_no_token(tmp_path: Path, family: str, shared: int) -> None:
+    """Penalties, log-probabilities, prefixes, windows, chunks of prompts: padded to shapes, and as they are."""
+    model, results = tiny_checkpoint(family, tmp_path), []
+    for pad in (False, True):
+        with running(model, max_rows=12, max_step_tokens=64) as engine:
+            runner = engine._runner
+            if pad:
+                launched = {name: LaunchedGraphs(call) for name, call in {
+                    "plain": partial(runner._decode, sharing=False), "shared": partial(runner._decode, sharing=True),
+                    "mixed": runner._forward_mixed, "sample": runner._sample_and_commit}.items()}
+                runner._logits = runner.model.logits(runner._last)
+                runner._graphs = Graphs(graph_sizes(12), Shapes(1, 12, 256, 64), **launched)
+            results.append(tokens_of(finish(engine, mixed_requests(24, shared=shared))))
+            if pad:
+                assert launched["mixed"].captured
+                assert engine.stats().graph_steps > 0.8 * engine.stats().steps
+    assert results[0] == results[1]
+
+
+def test_tiles_cover_every_query_once() -> None:
+    counts = np.array([1, ops.QUERY_TILE, ops.QUERY_TILE + 1, 3 * ops.QUERY_TILE])
+    assert tiles_of(counts).tolist() == [[0, 0], [1, 0], [2, 0], [2, ops.QUERY_TILE],
+                                         *([3, at * ops.QUERY_TILE] for at in range(3))]
