@@ -11,7 +11,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.attention import LOWEST, attend, combine, decode_tile, key_scaled, log2_scales, softcapped, split_keys, store_sums
+from kernels.attention import (
+    LOWEST,
+    attend,
+    combine,
+    decode_keys,
+    decode_options,
+    key_scaled,
+    log2_scales,
+    softcapped,
+    split_keys,
+    store_sums,
+)
 from kernels.kv_cache import rotated, rotation, scaled
 from kernels.overlap import after, launch_options, overlaps, prefetch
 from kernels.shapes import next_power_of_2
@@ -92,7 +103,7 @@ def rope_and_decode(qkv: Tensor, q_weight: Tensor | None, k_weight: Tensor | Non
     """See ref.rope_and_decode; rows of qkv may be strided. Safe in a CUDA graph, as attention.decode_attention is."""
     n = qkv.shape[0]
     _, kv_heads, page, dim = k_cache.shape
-    block_n, tuned = decode_tile(k_cache)
+    block_n = decode_keys(k_cache)
     out = torch.empty((n, num_heads, dim), dtype=qkv.dtype, device=qkv.device)
     splits, partial = split_keys(out, kv_heads, max_context, window, block_n)
     factor, inner = log2_scales(scale, softcap)
@@ -103,5 +114,6 @@ def rope_and_decode(qkv: Tensor, q_weight: Tensor | None, k_weight: Tensor | Non
         BLOCK_M=max(16, next_power_of_2(num_heads // kv_heads)), BLOCK_N=block_n, BLOCK_D=next_power_of_2(dim),
         SPLIT=splits > 1, WINDOW=window > 0, SOFTCAP=softcap > 0, Q_NORM=q_weight is not None, K_NORM=k_weight is not None,
         PLUS_ONE=plus_one, FP8=k_cache.dtype == torch.float8_e4m3fn,
-        PRECISION="ieee" if k_cache.dtype == torch.float32 else "tf32", **tuned, **launch_options(overlaps(qkv.device)))
+        PRECISION="ieee" if k_cache.dtype == torch.float32 else "tf32", **decode_options(k_cache, splits),
+        **launch_options(overlaps(qkv.device)))
     return combine(partial, positions, None, out, window, splits, block_n)

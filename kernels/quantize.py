@@ -22,7 +22,7 @@ def _write_row(y, out, scales, static, row, columns, inside, WIDTH: tl.constexpr
     """The row y (0 past WIDTH) as e4m3 and its scale: its largest / 448, or what `static` holds."""
     y = y.to(tl.float32)
     scale = tl.load(static) if STATIC else tl.div_rn(tl.maximum(tl.max(tl.abs(y), 0), 1e-12), LARGEST)
-    y = tl.minimum(tl.maximum(tl.div_rn(y, scale), -LARGEST), LARGEST)         # rounded as torch rounds
+    y = tl.minimum(tl.maximum(y * tl.div_rn(1.0, scale), -LARGEST), LARGEST)       # rounded as torch rounds
     tl.store(out + row * WIDTH + columns, y.to(tl.float8e4nv), mask=inside)
     tl.store(scales + row, scale)
 
@@ -68,7 +68,8 @@ def _quantize_blocks_kernel(x, out, scales, x_stride, WIDTH: tl.constexpr, BLOCK
     columns = block * BLOCK + tl.arange(0, BLOCK)
     y = tl.load(x + row * x_stride + columns, mask=columns < WIDTH, other=0.0).to(tl.float32)
     scale = tl.div_rn(tl.maximum(tl.max(tl.abs(y), 0), 1e-12), LARGEST)
-    tl.store(out + row * WIDTH + columns, tl.div_rn(y, scale).to(tl.float8e4nv), mask=columns < WIDTH)
+    y *= tl.div_rn(1.0, scale)
+    tl.store(out + row * WIDTH + columns, tl.minimum(tl.maximum(y, -LARGEST), LARGEST).to(tl.float8e4nv), mask=columns < WIDTH)
     tl.store(scales + row * tl.num_programs(1) + block, scale)
 
 

@@ -118,14 +118,12 @@ DECODE_WAYS = [
     DecodeWay((64, 4, 2), 1024), DecodeWay((64, 4, 3), 1024), DecodeWay((128, 4, 2), 1024), DecodeWay((32, 4, 4), 1024),
     DecodeWay((64, 4, 2), 512), DecodeWay((64, 4, 2), 2048),
 ]
-FP8_WAYS = [
-    DecodeWay((64, 4, 2), 1024), DecodeWay((64, 4, 3), 1024), DecodeWay((64, 4, 4), 1024), DecodeWay((128, 4, 2), 1024),
-    DecodeWay((128, 8, 2), 1024), DecodeWay((128, 4, 3), 1024), DecodeWay((64, 4, 3), 2048),
-]
+FP8_WAYS = [DecodeWay(tile, 264) for tile in ((64, 4, 2), (64, 4, 3), (64, 2, 3), (64, 4, 4), (64, 2, 4), (128, 4, 3),
+                                              (32, 2, 4))]
 PREFILL_SHAPES = [PrefillShape("8 x 2048", 8, 0, 2048), PrefillShape("16 x 1024", 16, 0, 1024),
                   PrefillShape("64 x 150 after 800", 64, 800, 150)]
 PREFILL_TILES = {
-    MISTRAL: [Tile(128, 64, 8, 3), Tile(128, 64, 8, 4), Tile(128, 128, 8, 2), Tile(128, 128, 8, 3), Tile(128, 64, 8, 2, 128),
+    MISTRAL: [Tile(128, 64, 8, 3), Tile(128, 64, 4, 3), Tile(128, 128, 8, 2), Tile(128, 128, 8, 3), Tile(128, 64, 8, 2, 128),
               Tile(128, 64, 8, 2), Tile(128, 32, 8, 3, 128), Tile(128, 64, 4, 2), Tile(64, 64, 4, 2)],
     SMOLLM: [Tile(128, 64, 8, 3), Tile(128, 128, 8, 2), Tile(128, 128, 8, 3), Tile(128, 64, 4, 3), Tile(64, 64, 4, 3),
              Tile(64, 128, 4, 3)],
@@ -178,8 +176,9 @@ def decode(way: DecodeWay, model: Model, shape: DecodeShape, pool: Pool, timed: 
     q = torch.randn(n, model.heads, model.dim, dtype=DTYPE, device=DEVICE)
     rows = ints(range(n))
     keys, warps, stages = way.tile
-    tile = mock.Mock(return_value=(keys * 128 // model.dim, {"num_warps": warps, "num_stages": stages}))
-    with mock.patch.multiple(attention, DECODE_PROGRAMS=way.programs, _decode_tile=tile):
+    tile = {"decode_keys": mock.Mock(return_value=keys * 128 // model.dim),
+            "decode_options": mock.Mock(return_value={"num_warps": warps, "num_stages": stages})}
+    with mock.patch.multiple(attention, DECODE_PROGRAMS=way.programs, **tile):
         calls = [functools.partial(attention.decode_attention, q, pool.k, pool.v, table, rows, contexts - 1, scale, 0, 0.0,
                                    MAX_MODEL_LEN, kv_scales=pool.scales) for table in tables]
         got = calls[0]()
