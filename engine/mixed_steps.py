@@ -19,7 +19,7 @@ from kernels.shapes import next_power_of_2
 
 HIDDEN_FLOPS = 5e12     # of a step whose products take the GPU about as long as the host takes to launch it
 SPARE = 1.25            # a captured shape serves steps down to so many times fewer tokens: each capture takes as long as a launch
-MOST_SHAPES = 256       # that are captured: each keeps about a megabyte
+MOST_SHAPES = 256       # that are captured, since every graph keeps some memory
 FEWEST = 64             # tokens that shapes begin at
 
 

@@ -97,8 +97,8 @@ class Runner:
     def _rehearsals(self) -> Iterator[StepPlan]:
         """Steps of dummy rows: the largest that is to have a graph, in whose memory the others find room, and every variant."""
         table, graphs = self.table, self._graphs
-        for sharing in (False, True) if self._sharing else (False,):
-            for decode in sorted({min(MIN_ROWS, table.max_rows), table.max_rows}, reverse=True):
+        for sharing, few in ((False, 1), (True, MIN_ROWS)) if self._sharing else ((False, 1),):
+            for decode in sorted({min(few, table.max_rows), table.max_rows}, reverse=True):        # keys are split, and not
                 largest = graphs.shapes.most_tokens - decode if graphs is not None else 0
                 for tokens in (largest, 2):
                     if tokens >= 2:
