@@ -61,7 +61,7 @@ Keys (KEY=VALUE; python -m pipeline.quantize --cfg out=X prints all of them with
   data              to calibrate awq, gptq and static fp8 with: columns messages, prompt or text, or those of a template
   calibration.samples  .length            how many of its first rows, and at most how many tokens of each
   bits  group_size                        4 (gptq: or 8); input columns that share a scale
-  awq.steps  .clip  .rounding             scales tried for each input; search how far to clip; nearest or gptq (on scaled weights)
+  awq.steps  .clip  .rounding             scales tried for each input; search how far to clip; gptq (on scaled weights) or nearest
   gptq.symmetric  .order  .damping        order: none, static, full (desc_act)
   fp8.activations                         dynamic: a scale for each token; static: one a layer, from calibration
   dtype  device                           of what is not rounded; auto, cuda, cuda:N, cpu
@@ -79,7 +79,7 @@ class CalibrationKeys(Strict):
 class AwqKeys(Strict):
     steps: int = Field(20, ge=1, le=100)
     clip: bool = True
-    rounding: Literal["nearest", "gptq"] = "nearest"
+    rounding: Literal["nearest", "gptq"] = "gptq"
 
 
 class GptqKeys(Strict):
