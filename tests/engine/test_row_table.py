@@ -13,6 +13,8 @@ from engine.row_table import RowTable
 from kernels import ref
 
 CPU = torch.device("cpu")
+REST = ("rest_rows", "rest_starts", "rest_cu_q", "tiles", "ends")
+SAMPLED = ("sampled_rows", "sampled_positions")
 
 
 class Mirror:
@@ -20,7 +22,7 @@ class Mirror:
 
     def __init__(self, table: RowTable) -> None:
         self.table = table
-        names = ("tokens", "block_table", "params", "rows", "starts", "shared", "prefix_tiles", "grammar")
+        names = ("tokens", "block_table", "params", "rows", "starts", "shared", "prefix_tiles", "grammar", *REST, *SAMPLED)
         self.arrays = {name: getattr(table, name).numpy().copy() for name in names}
 
     def check(self) -> None:
@@ -65,6 +67,11 @@ def test_random_staged_writes(seed: int, flushes: int, max_rows: int, max_len: i
         table.stage_prefixes(shared, tiles)
         arrays["shared"][:n] = shared
         arrays["prefix_tiles"][: len(tiles)], arrays["prefix_tiles"][len(tiles) :] = tiles, 0
+        for names, stage in ((REST, table.stage_rest), (SAMPLED, table.stage_sampled)):
+            heads = [arrays[name][: rng.integers(0, len(arrays[name]) + 1)] for name in names]
+            for head in heads:
+                head[:] = rng.integers(0, 99, size=head.shape)
+            stage(*heads)
         extra = rng.integers(-5, 5, size=int(rng.integers(0, 9)), dtype=np.int32)
         np.testing.assert_array_equal(table.flush(extra).numpy(), extra)
         mirror.check()
