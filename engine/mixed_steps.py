@@ -7,15 +7,15 @@ replayed.
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections.abc import Collection
 from typing import NamedTuple
 
 import numpy as np
 
+from engine.cuda_graphs import padded
 from engine.row_table import most_rest
 from kernels import ops
-from kernels.shapes import next_power_of_2
+from kernels.shapes import cdiv, next_power_of_2
 
 HIDDEN_FLOPS = 5e12     # of a step whose products take the GPU about as long as the host takes to launch it
 SPARE = 1.25            # a captured shape serves steps down to so many times fewer tokens: each capture takes as long as a launch
@@ -57,15 +57,14 @@ class Shapes:
     def _padded(self, exact: Shape) -> Shape:
         tokens = min(_rounded(exact.tokens), self._max_step_tokens)
         rest, _ = most_rest(tokens, self._max_rows, self._max_len)
-        decode = self._rows[bisect_left(self._rows, exact.decode)]
         tiles = min(next_power_of_2(max(exact.tiles, FEWEST)), self._most_tiles)
-        return Shape(decode, rest, tokens, tiles, exact.sharing)
+        return Shape(padded(self._rows, exact.decode), rest, tokens, tiles, exact.sharing)
 
 
 def _rounded(tokens: int) -> int:
     """Up to a quarter of a power of two."""
     step = max(next_power_of_2(tokens) // 8, FEWEST)
-    return -(-tokens // step) * step
+    return cdiv(tokens, step) * step
 
 
 def tiles_of(counts: np.ndarray) -> np.ndarray:

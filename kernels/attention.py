@@ -363,9 +363,7 @@ def _prefill_tile(cache: Tensor) -> tuple[int, int, dict[str, int]]:
     """Rows (queries times heads) and keys of a tile, and launch options."""
     if cache.dtype == torch.float32:
         return 16, 16, {"num_warps": 8, "num_stages": 2}
-    if cache.shape[3] <= 64:
-        return 128, 64, {"num_warps": 4, "num_stages": 3}
-    if cache.shape[3] <= 128 and _fp8(cache):
+    if cache.shape[3] <= (128 if _fp8(cache) else 64):
         return 128, 64, {"num_warps": 4, "num_stages": 3}
     if cache.shape[3] <= 128:
         return 128, 64, {"num_warps": 8, "num_stages": 2, "maxnreg": 128}     # two programs to a multiprocessor
