@@ -42,8 +42,6 @@ class Step:
 
     plan: StepPlan
     logits: Tensor
-    rows: Tensor                     # [S] table rows of the sampled rows, on the device
-    positions: Tensor                # [S] position of the token they are sampled from
     tokens: Tensor | None = None     # [S] on the host, once `done`
     logprobs: sampler.LogprobsOut | None = None
     done: torch.cuda.Event | None = None
@@ -119,14 +117,10 @@ class Runner:
             self._stage_decode(plan, size, sharing)
             self._flush(plan, size)
             self.graph_steps += 1
-            return self._step(plan, graphs.replay(size)[:n])
+            return Step(plan, graphs.replay(size)[:n])
         self._stage_decode(plan, n, sharing)
         self._flush(plan, n)
-        return self._step(plan, self._decode(n, sharing, self._max_context(plan)))
-
-    def _step(self, plan: StepPlan, logits: Tensor) -> Step:
-        n = plan.sampled.size
-        return Step(plan, logits, self.table.sampled_rows[:n], self.table.sampled_positions[:n])
+        return Step(plan, self._decode(n, sharing, self._max_context(plan)))
 
     def _asks_for_prefixes(self, plan: StepPlan) -> bool:
         """By the number of rows alone where it can be, so that a step finds its graph captured."""
@@ -191,7 +185,7 @@ class Runner:
             self.graph_steps += 1
         else:
             graphs.mixed.launch_and_capture(shape)
-        return self._step(plan, self._logits_of(self._last[:sampled]))
+        return Step(plan, self._logits_of(self._last[:sampled]))
 
     def _stage_rest(self, plan: StepPlan, shape: Shape, tiles: np.ndarray) -> None:
         """Stage the plan's rows with several queries; dummy rows make up for what the shape has more of."""
@@ -236,15 +230,16 @@ class Runner:
         if graphs is not None and n and mask is None and automata is None and not plan.special:
             step.tokens.copy_(graphs.sample.replay(padded(graphs.sizes, n))[:n], non_blocking=True)
         elif n:
+            rows, positions = self.table.sampled_rows[:n], self.table.sampled_positions[:n]
             device_mask = masked = None
             if mask is not None:
                 device_mask = torch.from_numpy(mask).to(self.device, non_blocking=True)
                 masked = torch.from_numpy(plan.guided).to(self.device, non_blocking=True)
-            tokens, step.logprobs = sampler.sample(step.logits, self.table, step.rows, step.positions, plan.special, device_mask,
-                                                   masked, automata)
-            step.tokens.copy_(self._commit(tokens, step.rows, step.positions), non_blocking=True)
+            tokens, step.logprobs = sampler.sample(step.logits, self.table, rows, positions, plan.special, device_mask, masked,
+                                                   automata)
+            step.tokens.copy_(self._commit(tokens, rows, positions), non_blocking=True)
             if automata is not None:
-                automata.advance(self.table.grammar, step.rows, tokens)
+                automata.advance(self.table.grammar, rows, tokens)
         if self._pinned:
             step.done = torch.cuda.Event()
             step.done.record()
