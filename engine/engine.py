@@ -64,6 +64,8 @@ class Engine:
         progress("sizing the KV pool")
         table = RowTable(max_rows, self.max_model_len, config.page_size, self.device, max_step_tokens)
         pages = size_pool(config, model, table, max_step_tokens)
+        if unpacked := model.unpacked_bytes():
+            progress(f"weights unpacked for steps of many rows too, {unpacked / 2**30:.2f} GiB (engine.unpack_share)")
         caches = model.make_cache(pages, config.page_size)
         self._pool = BlockPool(pages, config.page_size)
         self._table = table

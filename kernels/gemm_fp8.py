@@ -23,7 +23,8 @@ from kernels.split_k import Tile, counters, finish
 @triton.jit(do_not_specialize=["M", "splits"])
 def _product_kernel(x, x_scales, weight, weight_scales, bias, out, partial, counters, M, N, K, splits,
                     BLOCKS: tl.constexpr, BIAS: tl.constexpr, SPLIT: tl.constexpr, EVEN_N: tl.constexpr, EVEN_K: tl.constexpr,
-                    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, OVERLAP: tl.constexpr):
+                    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, OVERLAP: tl.constexpr,
+                    WARPS: tl.constexpr):
     tile, split = tl.program_id(0), tl.program_id(1)
     n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
     m = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -55,7 +56,7 @@ def _product_kernel(x, x_scales, weight, weight_scales, bias, out, partial, coun
     if not BLOCKS:
         acc *= tl.load(weight_scales + n, mask=n < N, other=0.0)[:, None]
         acc *= tl.load(x_scales + m, mask=m < M, other=0.0)[None, :]
-    finish(acc, bias, out, partial, counters, n, m, M, N, splits, BIAS, SPLIT)
+    finish(acc, bias, out, partial, counters, n, m, M, N, splits, BIAS, SPLIT, WARPS)
 
 
 # By the most rows that a tile is for; measured on an H100 with Mistral-7B's shapes (jobs/bench/quantized.py --only fp8 --sweep).
@@ -84,7 +85,7 @@ def _product(x: Tensor, x_scales: Tensor, weight: Tensor, weight_scale: Tensor, 
         x, x_scales, weight, weight_scale, out if bias is None else bias, out, partial, counters(x.device), rows, features, width,
         splits, BLOCKS=blocks, BIAS=bias is not None, SPLIT=splits > 1, EVEN_N=features % tile.block_n == 0,
         EVEN_K=width % FP8_BLOCK == 0, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=FP8_BLOCK,
-        num_warps=tile.warps, num_stages=tile.stages, **launch_options(overlaps(x.device)))
+        WARPS=tile.warps, num_warps=tile.warps, num_stages=tile.stages, **launch_options(overlaps(x.device)))
     return out
 
 

@@ -229,7 +229,7 @@ def _load_zeros(table, n, block, stride_n, stride_g, N, K, GROUP: tl.constexpr, 
 def _skinny_kernel(x, packed, scales, zeros, bias, out, partial, counters, M, N, K, x_stride, stride_n, stride_g, units, splits,
                    GROUP: tl.constexpr, PIECE: tl.constexpr, BITS: tl.constexpr, ZERO: tl.constexpr, WHOLE: tl.constexpr,
                    BIAS: tl.constexpr, SPLIT: tl.constexpr, EVEN_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-                   ASM: tl.constexpr, OVERLAP: tl.constexpr):
+                   ASM: tl.constexpr, OVERLAP: tl.constexpr, WARPS: tl.constexpr):
     DTYPE: tl.constexpr = x.dtype.element_ty
     BLOCK_K: tl.constexpr = 512 // BITS
     tile, split = tl.program_id(0), tl.program_id(1)
@@ -238,6 +238,8 @@ def _skinny_kernel(x, packed, scales, zeros, bias, out, partial, counters, M, N,
     blocks = tl.cdiv(K, BLOCK_K)
     lo, hi = split * blocks // splits, (split + 1) * blocks // splits
     # Scales and zeros are fetched a block ahead, so that no product waits for them: the first like the weights before the wait.
+    # Where a block takes long, for many rows, they are asked for before it; for few, after it, which leaves the others' way free.
+    EARLY: tl.constexpr = BLOCK_M > 16
     scale = _load_groups(scales, n, lo, stride_n, stride_g, N, K, GROUP, BLOCK_K, PIECE, DTYPE)
     zero = _load_zeros(zeros, n, lo, stride_n, stride_g, N, K, GROUP, BLOCK_K, PIECE, DTYPE, ZERO)
     if OVERLAP:
@@ -245,6 +247,9 @@ def _skinny_kernel(x, packed, scales, zeros, bias, out, partial, counters, M, N,
     after(OVERLAP)
     acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     for block in range(lo, hi):
+        if EARLY:
+            next_scale = _load_groups(scales, n, block + 1, stride_n, stride_g, N, K, GROUP, BLOCK_K, PIECE, DTYPE)
+            next_zero = _load_zeros(zeros, n, block + 1, stride_n, stride_g, N, K, GROUP, BLOCK_K, PIECE, DTYPE, ZERO)
         words = _load_words(packed, block, units, tile * BLOCK_N, BLOCK_N)
         parts = _unpack(words, zero, BITS, PIECE, WHOLE, DTYPE, ASM)
         for p in tl.static_range(BLOCK_K // PIECE):
@@ -253,9 +258,11 @@ def _skinny_kernel(x, packed, scales, zeros, bias, out, partial, counters, M, N,
             columns = tl.load(x + m[None, :] * x_stride + k[:, None], mask=there, other=0.0)
             product = tl.dot(_piece(parts, p, PIECE), columns, input_precision="ieee")
             acc += product * scale[p].to(tl.float32)[:, None]
-        scale = _load_groups(scales, n, block + 1, stride_n, stride_g, N, K, GROUP, BLOCK_K, PIECE, DTYPE)
-        zero = _load_zeros(zeros, n, block + 1, stride_n, stride_g, N, K, GROUP, BLOCK_K, PIECE, DTYPE, ZERO)
-    finish(acc, bias, out, partial, counters, n, m, M, N, splits, BIAS, SPLIT)
+        if not EARLY:
+            next_scale = _load_groups(scales, n, block + 1, stride_n, stride_g, N, K, GROUP, BLOCK_K, PIECE, DTYPE)
+            next_zero = _load_zeros(zeros, n, block + 1, stride_n, stride_g, N, K, GROUP, BLOCK_K, PIECE, DTYPE, ZERO)
+        scale, zero = next_scale, next_zero
+    finish(acc, bias, out, partial, counters, n, m, M, N, splits, BIAS, SPLIT, WARPS)
 
 
 @cache
@@ -276,25 +283,25 @@ def _format(scales: Tensor, zeros: Tensor | None, group: int, bits: int, width: 
             "ASM": _has_assembly(scales.device, scales.dtype)}
 
 
-# By the most rows that a tile is for; measured on an H100 with Mistral-7B's shapes (jobs/bench/quantized.py --only w4 --sweep).
+# By the most rows that they are for: the tile, and the one for many outputs; measured on an H100 with Mistral-7B's shapes
+# (jobs/bench/quantized.py --only w4 --sweep).
 TILES = {
-    16: Tile(16, 64, 2, 2, 1056),
-    32: Tile(32, 128, 8, 3, 264),
-    64: Tile(64, 128, 8, 3, 264),
-    128: Tile(128, 64, 4, 3, 264),
-    192: Tile(64, 128, 8, 3, 264),
-    448: Tile(128, 64, 4, 3, 264),
+    16: (Tile(16, 64, 2, 2, 1056), Tile(16, 64, 4, 3, 1056)),
+    32: (Tile(32, 64, 4, 3, 528), Tile(32, 128, 8, 3, 264)),
+    64: (Tile(64, 64, 4, 3, 396), Tile(64, 128, 8, 3, 264)),
+    128: (Tile(128, 64, 4, 3, 264),) * 2,
+    192: (Tile(64, 128, 8, 3, 264),) * 2,
+    320: (Tile(128, 64, 4, 3, 264),) * 2,
 }
-MOST_ROWS = 448     # up to here the fused product is the faster one: 283 against 400 us at 256 rows, 495 against 490 at 512
-
-
-WIDE = Tile(16, 64, 4, 3, 1056)     # the first of them, where there are many outputs
-WIDE_FEATURES = 1 << 14
+MANY_OUTPUTS = 1 << 14
+# Up to here the fused product is the faster one: a layer's four take 286 against 377 us at 256 rows, 453 against 427 at 384;
+MOST_ROWS = 320
+MOST_BESIDE_COPY = 128      # where the weights are there unpacked too: 157 against 187 us at 128 rows, 230 against 193 at 160
 
 
 def _tile(rows: int, features: int) -> Tile:
-    most, tile = next(entry for entry in TILES.items() if rows <= entry[0])
-    return WIDE if most == 16 and features >= WIDE_FEATURES else tile
+    tiles = next(tiles for most, tiles in TILES.items() if rows <= most)
+    return tiles[features >= MANY_OUTPUTS]
 
 
 def _skinny(x: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor | None, group: int, bias: Tensor | None, bits: int,
@@ -303,13 +310,14 @@ def _skinny(x: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor | None, gro
     out = torch.empty((rows, features), dtype=x.dtype, device=x.device)
     grid = tile.grid(rows, features, packed.shape[0])
     splits = grid[1]
+    limit = {"maxnreg": 128} if tile.warps == 8 else {}         # so that two programs share a multiprocessor
     partial = torch.empty((splits, rows, features), dtype=torch.float32, device=x.device) if splits > 1 else out
     _skinny_kernel[grid](
         x, packed, scales, scales if zeros is None else zeros, x if bias is None else bias, out, partial, counters(x.device),
         rows, features, width, x.stride(0), *scales.stride(), packed.shape[1], splits, BIAS=bias is not None, SPLIT=splits > 1,
         EVEN_K=width % (WORDS * 16 // bits) == 0, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
-        **_format(scales, zeros, group, bits, width), num_warps=tile.warps, num_stages=tile.stages,
-        **launch_options(overlaps(x.device)))
+        **_format(scales, zeros, group, bits, width), WARPS=tile.warps, num_warps=tile.warps, num_stages=tile.stages,
+        **limit, **launch_options(overlaps(x.device)))
     return out
 
 
@@ -346,7 +354,9 @@ def _dequantise(packed: Tensor, scales: Tensor, zeros: Tensor | None, group: int
 
 
 def _matmul(x: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor | None, group: int, bias: Tensor | None,
-            perm: Tensor | None, bits: int) -> Tensor:
+            perm: Tensor | None, unpacked: Tensor | None, bits: int) -> Tensor:
+    if unpacked is not None and x.shape[0] > MOST_BESIDE_COPY:
+        return F.linear(x, unpacked, bias)
     if perm is not None:
         x = x.index_select(1, perm)
     if x.shape[0] <= MOST_ROWS:
@@ -354,13 +364,29 @@ def _matmul(x: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor | None, gro
     return F.linear(x, _dequantise(packed, scales, zeros, group, bits, x.shape[1]), bias)
 
 
+def _unpack_weight(packed: Tensor, scales: Tensor, zeros: Tensor | None, group: int, perm: Tensor | None, width: int,
+                   bits: int) -> Tensor:
+    weight = _dequantise(packed, scales, zeros, group, bits, width)
+    return weight if perm is None else torch.empty_like(weight).index_copy_(1, perm.long(), weight)
+
+
 def w4_matmul(x: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor | None, group: int, bias: Tensor | None,
-              perm: Tensor | None) -> Tensor:
+              perm: Tensor | None, unpacked: Tensor | None) -> Tensor:
     """See ref.w4_matmul. scales and zeros [N, groups] have the same strides; with N contiguous they are read fastest."""
-    return _matmul(x, packed, scales, zeros, group, bias, perm, 4)
+    return _matmul(x, packed, scales, zeros, group, bias, perm, unpacked, 4)
 
 
 def w8_matmul(x: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor | None, group: int, bias: Tensor | None,
-              perm: Tensor | None) -> Tensor:
+              perm: Tensor | None, unpacked: Tensor | None) -> Tensor:
     """See ref.w8_matmul, and w4_matmul for the strides."""
-    return _matmul(x, packed, scales, zeros, group, bias, perm, 8)
+    return _matmul(x, packed, scales, zeros, group, bias, perm, unpacked, 8)
+
+
+def w4_weight(packed: Tensor, scales: Tensor, zeros: Tensor | None, group: int, perm: Tensor | None, width: int) -> Tensor:
+    """See ref.w4_weight."""
+    return _unpack_weight(packed, scales, zeros, group, perm, width, 4)
+
+
+def w8_weight(packed: Tensor, scales: Tensor, zeros: Tensor | None, group: int, perm: Tensor | None, width: int) -> Tensor:
+    """See ref.w8_weight."""
+    return _unpack_weight(packed, scales, zeros, group, perm, width, 8)

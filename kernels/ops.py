@@ -84,13 +84,21 @@ def dequantize_symmetric(codes: Tensor, scales: Tensor, group: int) -> Tensor:
 
 
 def w4_matmul(x: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor | None, group: int, bias: Tensor | None = None,
-              perm: Tensor | None = None) -> Tensor:
-    return (gemm_w4 if x.is_cuda else ref).w4_matmul(x, packed, scales, zeros, group, bias, perm)
+              perm: Tensor | None = None, unpacked: Tensor | None = None) -> Tensor:
+    return (gemm_w4 if x.is_cuda else ref).w4_matmul(x, packed, scales, zeros, group, bias, perm, unpacked)
 
 
 def w8_matmul(x: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor | None, group: int, bias: Tensor | None = None,
-              perm: Tensor | None = None) -> Tensor:
-    return (gemm_w4 if x.is_cuda else ref).w8_matmul(x, packed, scales, zeros, group, bias, perm)
+              perm: Tensor | None = None, unpacked: Tensor | None = None) -> Tensor:
+    return (gemm_w4 if x.is_cuda else ref).w8_matmul(x, packed, scales, zeros, group, bias, perm, unpacked)
+
+
+def w4_weight(packed: Tensor, scales: Tensor, zeros: Tensor | None, group: int, perm: Tensor | None, width: int) -> Tensor:
+    return (gemm_w4 if packed.is_cuda else ref).w4_weight(packed, scales, zeros, group, perm, width)
+
+
+def w8_weight(packed: Tensor, scales: Tensor, zeros: Tensor | None, group: int, perm: Tensor | None, width: int) -> Tensor:
+    return (gemm_w4 if packed.is_cuda else ref).w8_weight(packed, scales, zeros, group, perm, width)
 
 
 def fp8_quantize(x: Tensor, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -166,10 +166,18 @@ def dequantize_symmetric(codes: Tensor, scales: Tensor, group: int) -> Tensor:
 
 
 def w4_matmul(x: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor | None, group: int, bias: Tensor | None = None,
-              perm: Tensor | None = None) -> Tensor:
-    """x [M, K] times 4-bit weights, packed by w4_pack -> [M, N]; bias [N] in x's dtype."""
+              perm: Tensor | None = None, unpacked: Tensor | None = None) -> Tensor:
+    """x [M, K] times 4-bit weights, packed by w4_pack -> [M, N]; bias [N] in x's dtype.
+
+    unpacked: what w4_weight makes of them, for where reading that is faster.
+    """
+    return F.linear(x, w4_weight(packed, scales, zeros, group, perm, x.shape[1]) if unpacked is None else unpacked, bias)
+
+
+def w4_weight(packed: Tensor, scales: Tensor, zeros: Tensor | None, group: int, perm: Tensor | None, width: int) -> Tensor:
+    """The weight [N, K] that w4_matmul multiplies with, in the dtype of scales; K = width."""
     zeros = torch.full_like(scales, 8, dtype=torch.uint8) if zeros is None else zeros
-    return w8_matmul(x, w4_unpack(packed), scales, zeros, group, bias, perm)
+    return w8_weight(w4_unpack(packed), scales, zeros, group, perm, width)
 
 
 def w8_pack(codes: Tensor) -> Tensor:
@@ -178,11 +186,15 @@ def w8_pack(codes: Tensor) -> Tensor:
 
 
 def w8_matmul(x: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor | None, group: int, bias: Tensor | None = None,
-              perm: Tensor | None = None) -> Tensor:
-    """x [M, K] times 8-bit weights, packed by w8_pack -> [M, N]; bias [N] in x's dtype."""
-    if perm is not None:
-        x = x.index_select(1, perm)
-    return F.linear(x, dequantize_int(packed, scales, zeros, group, 128), bias)
+              perm: Tensor | None = None, unpacked: Tensor | None = None) -> Tensor:
+    """w4_matmul of 8-bit weights, packed by w8_pack."""
+    return F.linear(x, w8_weight(packed, scales, zeros, group, perm, x.shape[1]) if unpacked is None else unpacked, bias)
+
+
+def w8_weight(packed: Tensor, scales: Tensor, zeros: Tensor | None, group: int, perm: Tensor | None, width: int) -> Tensor:
+    """w4_weight of 8-bit weights."""
+    weight = dequantize_int(packed, scales, zeros, group, 128)
+    return weight if perm is None else torch.empty_like(weight).index_copy_(1, perm.long(), weight)
 
 
 def fp8_quantize(x: Tensor, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -31,7 +31,7 @@ class Tile(NamedTuple):
 
 
 @triton.jit
-def finish(acc, bias, out, partial, counters, n, m, M, N, splits, BIAS: tl.constexpr, SPLIT: tl.constexpr):
+def finish(acc, bias, out, partial, counters, n, m, M, N, splits, BIAS: tl.constexpr, SPLIT: tl.constexpr, WARPS: tl.constexpr):
     """Write this program's sums acc, float32 [BLOCK_N, BLOCK_M] of outputs n and rows m, to out [M, N], bias added.
 
     Programs are (tile of N, split of K, tile of M). SPLIT: every split leaves its sums in partial, float32 [splits, M, N], and
@@ -48,7 +48,7 @@ def finish(acc, bias, out, partial, counters, n, m, M, N, splits, BIAS: tl.const
         last = tl.atomic_add(counter, 1, sem="acq_rel") == splits - 1
         if last:
             acc = tl.zeros(acc.shape, tl.float32)
-            AT_ONCE: tl.constexpr = min(4, max(1, 4096 // acc.numel))      # loads in flight, as registers allow
+            AT_ONCE: tl.constexpr = min(4, max(1, 2048 * WARPS // acc.numel))      # loads in flight, of 64 registers at most
             for first in range(0, splits, AT_ONCE):
                 for i in tl.static_range(AT_ONCE):
                     there = (n < tl.where(first + i < splits, N, 0))[:, None] & (m < M)[None, :]

@@ -70,10 +70,14 @@ def check_integer(like: Tensor, bits: int, rows: int, outputs: int, inputs: int,
     if tile is not None:
         got = gemm_w4._skinny(picked, packed, scales, zero, group, b, bits, tile)
     else:
-        got = (gemm_w4.w4_matmul if bits == 4 else gemm_w4.w8_matmul)(x, packed, scales, zero, group, b, order)
-        twin = (ref.w4_matmul if bits == 4 else ref.w8_matmul)
-        own = (ref.w4_pack if bits == 4 else ref.w8_pack)(codes)
-        assert error(twin(x, own, scales, zero, group, b, order), want) < 2 * limit
+        matmul, unpack, own = ((gemm_w4.w4_matmul, gemm_w4.w4_weight, ref.w4_pack) if bits == 4 else
+                               (gemm_w4.w8_matmul, gemm_w4.w8_weight, ref.w8_pack))
+        got = matmul(x, packed, scales, zero, group, b, order, None)
+        weight = unpack(packed, scales, zero, group, order, inputs)
+        assert error(weight if order is None else weight[:, order.long()], exact) < limit
+        assert error(matmul(x, packed, scales, zero, group, b, order, weight), want) < limit
+        twin = ref.w4_matmul if bits == 4 else ref.w8_matmul
+        assert error(twin(x, own(codes), scales, zero, group, b, order), want) < 2 * limit
     assert got.dtype == like.dtype
     assert error(got, want) < limit
     assert not bool(gemm_w4.counters(like.device).any())

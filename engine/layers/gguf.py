@@ -61,5 +61,7 @@ class GgufFineMethod(GgufMethod):
         return codes.contiguous()
 
     def apply(self, layer: Linear, x: Tensor) -> Tensor:
-        group = layer.in_features // layer.scales.shape[1]
-        return F.linear(x, ops.dequantize_symmetric(layer.codes, layer.scales, group), layer.bias)
+        return F.linear(x, self.unpacked(layer) if layer.unpacked is None else layer.unpacked, layer.bias)
+
+    def unpacked(self, layer: Linear) -> Tensor:
+        return ops.dequantize_symmetric(layer.codes, layer.scales, layer.in_features // layer.scales.shape[1])

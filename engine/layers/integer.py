@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -23,6 +24,7 @@ _AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)       # column of the i-th nibble of a wor
 class IntegerMethod(LinearMethod):
     """What the formats share: the kept form and the product."""
 
+    packs: ClassVar[bool] = True
     bits: int
 
     def keep(self, layer: Linear, codes: Tensor, scales: Tensor, zeros: Tensor | None, stored: dict[str, Tensor],
@@ -41,7 +43,12 @@ class IntegerMethod(LinearMethod):
     def apply(self, layer: Linear, x: Tensor) -> Tensor:
         matmul = ops.w4_matmul if self.bits == 4 else ops.w8_matmul
         group = layer.in_features // layer.scales.shape[1]
-        return matmul(x, layer.codes, layer.scales, layer.zeros, group, layer.bias, layer.perm)
+        return matmul(x, layer.codes, layer.scales, layer.zeros, group, layer.bias, layer.perm, layer.unpacked)
+
+    def unpacked(self, layer: Linear) -> Tensor:
+        weight = ops.w4_weight if self.bits == 4 else ops.w8_weight
+        group = layer.in_features // layer.scales.shape[1]
+        return weight(layer.codes, layer.scales, layer.zeros, group, layer.perm, layer.in_features)
 
 
 @dataclass(frozen=True, slots=True)

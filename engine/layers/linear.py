@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -35,7 +35,12 @@ class ParamSpec:
 
 
 class LinearMethod(Protocol):
-    """How a weight format is stored, prepared and multiplied. Layers whose methods are equal may be merged."""
+    """How a weight format is stored, prepared and multiplied. Layers whose methods are equal may be merged.
+
+    `packs`: products of many rows have to unpack the weight first.
+    """
+
+    packs: ClassVar[bool] = False
 
     def specs(self, in_features: int, out_features: int, bias: bool, dtype: torch.dtype) -> dict[str, ParamSpec]:
         """The parameters by their name in the checkpoint (`weight`, `qweight` ...)."""
@@ -50,6 +55,10 @@ class LinearMethod(Protocol):
 
     def apply(self, layer: Linear, x: Tensor) -> Tensor:
         """x [T, in_features] -> [T, out_features]."""
+
+    def unpacked(self, layer: Linear) -> Tensor:
+        """The weight [out_features, in_features] in the model's dtype; of methods that pack it."""
+        raise TypeError(f"{layer.sources[0][0]} is not packed")
 
     def apply_after_norm(self, layer: Linear, x: Tensor, residual: Tensor, norm: RMSNorm) -> Tensor:
         """residual += x in place; the product with its norm."""
@@ -104,6 +113,7 @@ class Linear(nn.Module):
         self.in_features, self.out_features = in_features, sum(width for _, width in sources)
         self.sources, self.method, self.dtype, self.device = tuple(sources), method, dtype, torch.empty(0).device
         self.specs = method.specs(in_features, self.out_features, bias, dtype)
+        self.unpacked: Tensor | None = None         # what unpack() keeps
 
     def load(self, checkpoint: Checkpoint) -> None:
         stored = {name: self._read(checkpoint, name, spec) for name, spec in self.specs.items()
@@ -113,6 +123,10 @@ class Linear(nn.Module):
                 raise ModelError(f"tensor {source}.bias is not zero, but the model's config says that there is none")
         for name, tensor in self.method.finalize(self, stored).items():
             self.register_buffer(name, tensor, persistent=False)
+
+    def unpack(self) -> None:
+        """Keep the weight of a method that packs it unpacked too, for products of many rows."""
+        self.unpacked = self.method.unpacked(self)
 
     def _read(self, checkpoint: Checkpoint, name: str, spec: ParamSpec) -> Tensor:
         """One tensor of all parts, on the layer's device."""

@@ -86,6 +86,18 @@ class Decoder(nn.Module):
         return sum(tensor.nbytes for module in self.modules() if isinstance(module, (Embedding, Linear, RMSNorm, KVScales))
                    for tensor in module.buffers(recurse=False))
 
+    def unpack(self, limit: float) -> None:
+        """Keep all packed weights unpacked too, if that takes no more than so many bytes."""
+        layers = [module for module in self.modules() if isinstance(module, Linear) and module.method.packs]
+        if sum(layer.in_features * layer.out_features * layer.dtype.itemsize for layer in layers) <= limit:
+            for layer in layers:
+                layer.unpack()
+
+    def unpacked_bytes(self) -> int:
+        """Memory of the copies that unpack() has made."""
+        layers = [module for module in self.modules() if isinstance(module, Linear)]
+        return sum(layer.unpacked.nbytes for layer in layers if layer.unpacked is not None)
+
     def token_flops(self) -> int:
         """Of the products that every token goes through."""
         return sum(2 * module.in_features * module.out_features for module in self.modules() if isinstance(module, Linear))

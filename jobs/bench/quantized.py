@@ -88,7 +88,7 @@ class Integer:
         self.parts = packed, scales, zeros, self.group
 
     def __call__(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        return (gemm_w4.w4_matmul if self.bits == 4 else gemm_w4.w8_matmul)(x, *self.parts, bias, None)
+        return (gemm_w4.w4_matmul if self.bits == 4 else gemm_w4.w8_matmul)(x, *self.parts, bias, None, None)
 
 
 def off(got: Tensor, want: Tensor) -> float:
@@ -363,10 +363,10 @@ def compile_one(job: tuple[str, tuple[int, ...], int, torch.dtype, bool, bool]) 
 
 
 def jobs_of(kinds: Sequence[str], check: bool, timed: bool, swept: bool) -> Iterable[tuple]:
-    packed = {**gemm_w4.TILES, 0: gemm_w4.WIDE}
-    own = {"w4": packed, "w8": packed, "fp8": gemm_fp8.TILES, "block": gemm_fp8.TILES}
+    packed = {tile for tiles in gemm_w4.TILES.values() for tile in tiles}
+    own = {"w4": packed, "w8": packed, "fp8": gemm_fp8.TILES.values(), "block": gemm_fp8.TILES.values()}
     for kind in kinds:
-        cuts = [tile._replace(programs=0) for tile in own.get(kind, {}).values()]
+        cuts = [tile._replace(programs=0) for tile in own.get(kind, ())]
         if check and kind in ("w4", "w8"):
             ways = itertools.product(cuts, GROUPS, (torch.bfloat16, torch.float16), ((True, True), (True, False), (False, False)))
             yield from ((kind, tuple(cut), group, dtype, *way) for cut, group, dtype, way in ways)

@@ -65,6 +65,24 @@ def test_every_layer(case: str, tmp_path: Path) -> None:
     assert layers == 8
 
 
+@pytest.mark.parametrize("case", ["awq-32", "gptq-ordered", "gptq-8-ordered"])
+def test_weights_are_unpacked_too_where_there_is_room(case: str, tmp_path: Path) -> None:
+    quantized, plain = INTEGER[case](tmp_path)
+    decoder, weights = load_decoder(quantized, torch.float32), load_file(plain / "model.safetensors")
+    kept, whole = decoder.weight_bytes(), 4 * sum(inputs * outputs for _, inputs, outputs in decoder.spec.linears())
+    decoder.unpack(whole - 1)
+    assert decoder.unpacked_bytes() == 0
+    decoder.unpack(whole)
+    assert decoder.unpacked_bytes() == whole and decoder.weight_bytes() == kept
+    for layer in decoder.modules():
+        if isinstance(layer, Linear):
+            torch.testing.assert_close(layer.unpacked, torch.cat([weights[f"{source}.weight"] for source, _ in layer.sources]))
+    assert (full_logits(decoder, PROMPT, 20) - reference_logits(plain)).abs().max() < 1e-4 * reference_logits(plain).std()
+    dense = load_decoder(plain, torch.float32)
+    dense.unpack(1 << 40)
+    assert dense.unpacked_bytes() == 0          # nothing is packed
+
+
 _INT4 = {"type": "int", "num_bits": 4, "strategy": "group", "group_size": 32}
 _FLOAT8 = {"type": "float", "num_bits": 8, "symmetric": True}
 # weights and input_activations, as compressed-tensors' QuantizationArgs take them

@@ -48,6 +48,10 @@ def test_every_layer(case: str, dtype: torch.dtype, tmp_path: Path) -> None:
                 # FP8's sums are as exact as the others', but a tie of a last bit may be rounded the other way.
                 close = (0.02 if dtype == torch.float16 else 0.05) * want.std()
                 assert (b(x.cuda()).cpu().float() - want).abs().max() < close, (a.sources, rows)
+                if b.method.packs:
+                    b.unpack()
+                    assert (b(x.cuda()).cpu().float() - want).abs().max() < close, (a.sources, rows, "unpacked")
+                    b.unpacked = None
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -70,6 +74,9 @@ def test_gguf_blocks(name: str, dtype: torch.dtype) -> None:
         want = layers[0](x).float()
         close = (0.02 if dtype == torch.float16 else 0.05) * want.std()
         assert (layers[1](x.cuda()).cpu().float() - want).abs().max() < close, rows
+        layers[1].unpack()
+        assert (layers[1](x.cuda()).cpu().float() - want).abs().max() < close, (rows, "unpacked")
+        layers[1].unpacked = None
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -82,5 +89,6 @@ def test_graphs_give_what_eager_steps_give(case: str, tmp_path: Path) -> None:
             done = finish(engine, make_requests(prompts, params))
             tokens.append([done[i].tokens.tolist() for i in range(len(prompts))])
             assert (engine.stats().graph_steps > 0) == graphs
+            assert (engine._runner.model.unpacked_bytes() > 0) == (case != "fp8")
     same = sum(a == b for row, other in zip(*tokens, strict=True) for a, b in zip(row, other, strict=True))
     assert same > 0.5 * sum(map(len, tokens[0]))        # a near tie that falls the other way changes the rest of a row

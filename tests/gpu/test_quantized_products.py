@@ -38,11 +38,11 @@ def test_the_same_bits_again_and_in_a_graph():
     packed = gemm_w4.w4_pack(torch.randint(0, 16, (4096, 4096), dtype=torch.uint8, device="cuda"))
     scales = torch.rand(32, 4096, device="cuda").to(like.dtype).t()
     x = torch.randn(8, 4096, device="cuda").to(like.dtype)
-    first = gemm_w4.w4_matmul(x, packed, scales, None, 128, None, None)
-    assert all(torch.equal(first, gemm_w4.w4_matmul(x, packed, scales, None, 128, None, None)) for _ in range(50))
+    first = gemm_w4.w4_matmul(x, packed, scales, None, 128, None, None, None)
+    assert all(torch.equal(first, gemm_w4.w4_matmul(x, packed, scales, None, 128, None, None, None)) for _ in range(50))
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        outs = [gemm_w4.w4_matmul(x, packed, scales, None, 128, None, None) for _ in range(5)]
+        outs = [gemm_w4.w4_matmul(x, packed, scales, None, 128, None, None, None) for _ in range(5)]
     for _ in range(20):
         graph.replay()
     assert all(torch.equal(first, out) for out in outs)

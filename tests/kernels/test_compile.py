@@ -60,8 +60,10 @@ def compile_all() -> None:
     row = {"WIDTH": 576, "BLOCK": 1024, "OVERLAP": True}
     plain = {"SPLITS": 1, "STAGES": 4, "GATED": False, "GELU": False, "BIAS": False, "PRECISION": "tf32", "OVERLAP": True}
     heads = {"H": 32, "K": 8, "P": 32, "HEADS_Q": 16, "HEADS_K": 8, "OVERLAP": True}
-    packed = {"BITS": 4, "ZERO": True, "WHOLE": True, "BIAS": True, "SPLIT": True, "EVEN_K": True, "ASM": True, "OVERLAP": True}
-    codes = {"BIAS": True, "SPLIT": True, "EVEN_N": True, "EVEN_K": True, "BLOCK_K": 128, "OVERLAP": True, "FP8": True}
+    packed = {"BITS": 4, "ZERO": True, "WHOLE": True, "BIAS": True, "SPLIT": True, "EVEN_K": True, "ASM": True, "OVERLAP": True,
+              "WARPS": 4}
+    codes = {"BIAS": True, "SPLIT": True, "EVEN_N": True, "EVEN_K": True, "BLOCK_K": 128, "OVERLAP": True, "FP8": True,
+             "WARPS": 8}
     paged = {"H": 32, "K": 8, "P": 32, "D": 128, "BLOCK_N": 64, "BLOCK_D": 128, "WINDOW": False, "SOFTCAP": True, "FP8": True,
              "PRECISION": "tf32"}
     for module, kernel, constants in (

@@ -42,6 +42,7 @@ def test_float32_and_a_column_order():
 
 def test_many_rows_go_to_the_dequantized_weights(monkeypatch):
     monkeypatch.setattr(gemm_w4, "MOST_ROWS", 4)
+    monkeypatch.setattr(gemm_w4, "MOST_BESIDE_COPY", 4)
     check_integer(HALF, 4, 5, 130, 256, 128, bias=True, perm=True)
 
 
