@@ -40,4 +40,4 @@ class EngineConfig:
         if not 0.05 <= self.gpu_memory <= 0.99:
             raise ValueError("engine.gpu_memory must lie between 0.05 and 0.99")
         if not 0 <= self.unpack_share < 1:
-            raise ValueError(f"engine.unpack_share={self.unpack_share}: give a share of at least 0 (never unpack) and below 1")
+            raise ValueError(f"engine.unpack_share={self.unpack_share:g}: give a share of at least 0 (never unpack) and below 1")
