@@ -2,11 +2,12 @@
 
 Launching the kernels of such a step one by one takes the host 10 to 20 ms, whatever the model. Where the GPU takes longer, that
 costs nothing, and padding would. A small model would wait at every prompt, so its steps are padded to one of few shapes and
-replayed.
+replayed; those whose shape has not come up often enough to make up for capturing it, some 30 ms, are launched as they are.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection
 from typing import NamedTuple
 
@@ -18,7 +19,8 @@ from kernels import ops
 from kernels.shapes import cdiv, next_power_of_2
 
 HIDDEN_FLOPS = 5e12     # of a step whose products take the GPU about as long as the host takes to launch it
-SPARE = 1.25            # a captured shape serves steps down to so many times fewer tokens: each capture takes as long as a launch
+SPARE = 1.25            # a captured shape serves steps down to so many times fewer tokens
+WORTH = 3               # the step of a shape that is captured: two launches have cost by then about what a capture costs
 MOST_SHAPES = 256       # that are captured, since every graph keeps some memory
 FEWEST = 64             # tokens that shapes begin at
 
@@ -40,6 +42,7 @@ class Shapes:
         self._max_rows, self._max_len, self._max_step_tokens = max_rows, max_len, max_step_tokens
         self._most_tiles = most_rest(max_step_tokens, max_rows, max_len)[1]
         self.most_tokens = min(max_step_tokens, int(HIDDEN_FLOPS / token_flops))     # of a step that is worth one
+        self._seen: Counter[Shape] = Counter()
         self._rows = [*(n for n in (0, 8, 16, 32, 64, 128, *range(256, max_rows, 256)) if n < max_rows), max_rows]
 
     def of(self, exact: Shape, captured: Collection[Shape]) -> Shape | None:
@@ -52,7 +55,9 @@ class Shapes:
                    and s.sharing == exact.sharing and s.decode + s.tokens <= room]
         if fitting:
             return min(fitting, key=lambda s: (s.decode + s.tokens, s.tiles))
-        return self._padded(exact) if len(captured) < MOST_SHAPES else None
+        shape = self._padded(exact)
+        self._seen[shape] += 1
+        return shape if self._seen[shape] >= WORTH and len(captured) < MOST_SHAPES else None
 
     def _padded(self, exact: Shape) -> Shape:
         tokens = min(_rounded(exact.tokens), self._max_step_tokens)

@@ -13,7 +13,7 @@ from engine import sampler
 from engine.automata import Automata
 from engine.cuda_graphs import CudaGraphs, graph_sizes, padded
 from engine.layers.attention import KVCache, StepInputs
-from engine.mixed_steps import Shape, Shapes, tiles_of
+from engine.mixed_steps import WORTH, Shape, Shapes, tiles_of
 from engine.models.decoder import Decoder
 from engine.plan import StepPlan, rehearsal
 from engine.prefix_groups import MIN_ROWS
@@ -83,7 +83,8 @@ class Runner:
         table.sampled_rows.fill_(table.dummy)
         if self._pinned:
             for plan in self._rehearsals():
-                self._mixed(plan)
+                for _ in range(WORTH):
+                    self._mixed(plan)
             self.graph_steps = 0
         if graphs := self._graphs:
             sizes = graphs.sizes[::-1]
