@@ -62,7 +62,7 @@ def test_windows_and_soft_caps(tmp_path: Path) -> None:
 
 
 def test_prompts_that_arrive_between_replays(llama: Path) -> None:
-    """Steps with a prompt in them and without, in turn: all but the first of a new shape are replayed."""
+    """Steps with a prompt in them and without, in turn: all but the first of each shape are replayed."""
     results = []
     for graphs in (False, True):
         coming, done = mixed_requests(24), {}
@@ -76,7 +76,7 @@ def test_prompts_that_arrive_between_replays(llama: Path) -> None:
             stats = engine.stats()
         results.append(tokens_of(done))
     assert results[0] == results[1]
-    assert 0.8 * stats.steps < stats.graph_steps <= stats.steps
+    assert 0.6 * stats.steps < stats.graph_steps <= stats.steps
 
 
 def test_long_contexts_in_graphs_of_short_ones(llama: Path) -> None:
