@@ -23,18 +23,19 @@ from kernels.attention import (
     split_keys,
     store_sums,
 )
-from kernels.kv_cache import rotated, rotation, scaled
+from kernels.kv_cache import rotated, rotation, scaled, shifted
 from kernels.overlap import after, launch_options, overlaps, prefetch
 from kernels.shapes import next_power_of_2
 
 
 @triton.jit(do_not_specialize=["splits"], do_not_specialize_on_alignment=["rows", "positions", "slots"])
-def _decode_step_kernel(qkv, q_weight, k_weight, cos_sin, positions, slots, k_cache, v_cache, kv_scales, block_table, rows, out,
-                        partial, scale, inner, eps, window, table_stride, qkv_stride, splits,
+def _decode_step_kernel(qkv, q_weight, k_weight, cos_sin, positions, slots, k_cache, v_cache, kv_scales, k_shift, block_table,
+                        rows, out, partial, scale, inner, eps, window, table_stride, qkv_stride, splits,
                         H: tl.constexpr, K: tl.constexpr, P: tl.constexpr, D: tl.constexpr, ROTARY: tl.constexpr,
                         BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, SPLIT: tl.constexpr,
                         WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, Q_NORM: tl.constexpr, K_NORM: tl.constexpr,
-                        PLUS_ONE: tl.constexpr, FP8: tl.constexpr, PRECISION: tl.constexpr, OVERLAP: tl.constexpr):
+                        PLUS_ONE: tl.constexpr, FP8: tl.constexpr, SHIFT: tl.constexpr, PRECISION: tl.constexpr,
+                        OVERLAP: tl.constexpr):
     # Before the wait: what the projection did not make. Positions, rows, slots and tables are complete when a model's first
     # overlapping kernel starts, since the look-up of the embeddings before it does not overlap; so are the keys before this one.
     head, split, i = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
@@ -73,6 +74,8 @@ def _decode_step_kernel(qkv, q_weight, k_weight, cos_sin, positions, slots, k_ca
     queries = queries.to(tl.float16 if FP8 else STORED)
     key = rotated(x + H * D, head + one, inside, d, partner, cos, sin, k_weight, eps, D, K_NORM, PLUS_ONE).to(kind)
     value = tl.load(x + (H + K + head) * D + d[None, :], mask=inside, other=0.0)
+    if SHIFT:
+        key = shifted(key, k_shift, head + one, inside, d, D)
     if FP8:
         key = scaled(key, kv_scales + head + one, one == 0)
         value = scaled(value, kv_scales + K + head + one, one == 0)
@@ -99,7 +102,7 @@ def _decode_step_kernel(qkv, q_weight, k_weight, cos_sin, positions, slots, k_ca
 def rope_and_decode(qkv: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, eps: float, plus_one: bool, cos_sin: Tensor,
                     positions: Tensor, slots: Tensor, k_cache: Tensor, v_cache: Tensor, num_heads: int, block_table: Tensor,
                     rows: Tensor, scale: float, window: int, softcap: float, max_context: int,
-                    kv_scales: Tensor | None = None) -> Tensor:
+                    kv_scales: Tensor | None = None, k_shift: Tensor | None = None) -> Tensor:
     """See ref.rope_and_decode; rows of qkv may be strided. Safe in a CUDA graph, as attention.decode_attention is."""
     n = qkv.shape[0]
     _, kv_heads, page, dim = k_cache.shape
@@ -109,11 +112,12 @@ def rope_and_decode(qkv: Tensor, q_weight: Tensor | None, k_weight: Tensor | Non
     factor, inner = log2_scales(scale, softcap)
     _decode_step_kernel[kv_heads, splits, n](
         qkv, qkv if q_weight is None else q_weight, qkv if k_weight is None else k_weight, cos_sin, positions, slots,
-        k_cache, v_cache, out if kv_scales is None else kv_scales, block_table, rows, out, partial, factor, inner, eps, window,
-        block_table.stride(0), qkv.stride(0), splits, H=num_heads, K=kv_heads, P=page, D=dim, ROTARY=cos_sin.shape[1],
+        k_cache, v_cache, out if kv_scales is None else kv_scales, out if k_shift is None else k_shift, block_table, rows, out,
+        partial, factor, inner, eps, window, block_table.stride(0), qkv.stride(0), splits,
+        H=num_heads, K=kv_heads, P=page, D=dim, ROTARY=cos_sin.shape[1],
         BLOCK_M=max(16, next_power_of_2(num_heads // kv_heads)), BLOCK_N=block_n, BLOCK_D=next_power_of_2(dim),
         SPLIT=splits > 1, WINDOW=window > 0, SOFTCAP=softcap > 0, Q_NORM=q_weight is not None, K_NORM=k_weight is not None,
-        PLUS_ONE=plus_one, FP8=k_cache.dtype == torch.float8_e4m3fn,
+        PLUS_ONE=plus_one, FP8=k_cache.dtype == torch.float8_e4m3fn, SHIFT=k_shift is not None,
         PRECISION="ieee" if k_cache.dtype == torch.float32 else "tf32", **decode_options(k_cache, splits),
         **launch_options(overlaps(qkv.device)))
     return combine(partial, positions, None, out, window, splits, block_n)

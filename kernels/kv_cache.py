@@ -52,6 +52,12 @@ def rotated(x, heads, inside, d, partner, cos, sin, weight, eps, D: tl.constexpr
 
 
 @triton.jit
+def shifted(k, shift, heads, inside, d, D: tl.constexpr):
+    """Keys [HEADS, BLOCK_D] less what all keys of their heads have in common."""
+    return k.to(tl.float32) - tl.load(shift + heads[:, None] * D + d[None, :], mask=inside, other=0.0)
+
+
+@triton.jit
 def scaled(x, scales, inside):
     """x over the scales of its heads [HEADS], within what e4m3 holds."""
     scale = tl.load(scales, mask=inside, other=1.0)[:, None]
@@ -60,11 +66,11 @@ def scaled(x, scales, inside):
 
 # Where in their buffer positions and slots begin must not decide whether a step compiles this anew.
 @triton.jit(do_not_specialize_on_alignment=["positions", "slots"])
-def _rope_and_cache_kernel(qkv, q_weight, k_weight, cos_sin, positions, slots, q_out, k_cache, v_cache, kv_scales, qkv_stride,
-                           eps, H: tl.constexpr, K: tl.constexpr, D: tl.constexpr, P: tl.constexpr, ROTARY: tl.constexpr,
-                           HEADS_Q: tl.constexpr, HEADS_K: tl.constexpr, BLOCK_D: tl.constexpr,
+def _rope_and_cache_kernel(qkv, q_weight, k_weight, cos_sin, positions, slots, q_out, k_cache, v_cache, kv_scales, k_shift,
+                           qkv_stride, eps, H: tl.constexpr, K: tl.constexpr, D: tl.constexpr, P: tl.constexpr,
+                           ROTARY: tl.constexpr, HEADS_Q: tl.constexpr, HEADS_K: tl.constexpr, BLOCK_D: tl.constexpr,
                            Q_NORM: tl.constexpr, K_NORM: tl.constexpr, PLUS_ONE: tl.constexpr, FP8: tl.constexpr,
-                           OVERLAP: tl.constexpr):
+                           SHIFT: tl.constexpr, OVERLAP: tl.constexpr):
     after(OVERLAP)
     token = tl.program_id(0).to(tl.int64)
     block = tl.program_id(1)
@@ -83,6 +89,8 @@ def _rope_and_cache_kernel(qkv, q_weight, k_weight, cos_sin, positions, slots, q
         v = tl.load(x + (H + K + kv_heads[:, None]) * D + d[None, :], mask=kv_inside)
         k = rotated(x + H * D, kv_heads, kv_inside, d, partner, cos, sin, k_weight, eps, D, K_NORM, PLUS_ONE)
         k = k.to(qkv.dtype.element_ty)
+        if SHIFT:
+            k = shifted(k, k_shift, kv_heads, kv_inside, d, D)
         if FP8:
             k = scaled(k, kv_scales + kv_heads, kv_heads < K)
             v = scaled(v, kv_scales + K + kv_heads, kv_heads < K)
@@ -94,7 +102,7 @@ def _rope_and_cache_kernel(qkv, q_weight, k_weight, cos_sin, positions, slots, q
 
 def rope_and_cache(qkv: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, eps: float, plus_one: bool, cos_sin: Tensor,
                    positions: Tensor, slots: Tensor, k_cache: Tensor, v_cache: Tensor, num_heads: int,
-                   kv_scales: Tensor | None = None) -> Tensor:
+                   kv_scales: Tensor | None = None, k_shift: Tensor | None = None) -> Tensor:
     """See ref.rope_and_cache; rows of qkv may be strided."""
     tokens = qkv.shape[0]
     _, kv_heads, page, dim = k_cache.shape
@@ -105,10 +113,10 @@ def rope_and_cache(qkv: Tensor, q_weight: Tensor | None, k_weight: Tensor | None
     grid = tokens, cdiv(num_heads, heads_q) + cdiv(kv_heads, heads_k)
     _rope_and_cache_kernel[grid](
         qkv, qkv if q_weight is None else q_weight, qkv if k_weight is None else k_weight, cos_sin, positions, slots,
-        q, k_cache, v_cache, q if kv_scales is None else kv_scales, qkv.stride(0), eps,
+        q, k_cache, v_cache, q if kv_scales is None else kv_scales, q if k_shift is None else k_shift, qkv.stride(0), eps,
         H=num_heads, K=kv_heads, D=dim, P=page, ROTARY=cos_sin.shape[1], HEADS_Q=heads_q, HEADS_K=heads_k, BLOCK_D=block_d,
         Q_NORM=q_weight is not None, K_NORM=k_weight is not None, PLUS_ONE=plus_one, FP8=k_cache.dtype == torch.float8_e4m3fn,
-        num_warps=min(max(heads_q * block_d // 512, 1), 4), **launch_options(overlaps(qkv.device)))
+        SHIFT=k_shift is not None, num_warps=min(max(heads_q * block_d // 512, 1), 4), **launch_options(overlaps(qkv.device)))
     return q
 
 

@@ -66,9 +66,9 @@ def gated_linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str
 
 def rope_and_cache(qkv: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, eps: float, plus_one: bool, cos_sin: Tensor,
                    positions: Tensor, slots: Tensor, k_cache: Tensor, v_cache: Tensor, num_heads: int,
-                   kv_scales: Tensor | None = None) -> Tensor:
+                   kv_scales: Tensor | None = None, k_shift: Tensor | None = None) -> Tensor:
     return (kv_cache if qkv.is_cuda else ref).rope_and_cache(
-        qkv, q_weight, k_weight, eps, plus_one, cos_sin, positions, slots, k_cache, v_cache, num_heads, kv_scales)
+        qkv, q_weight, k_weight, eps, plus_one, cos_sin, positions, slots, k_cache, v_cache, num_heads, kv_scales, k_shift)
 
 
 def w4_pack(codes: Tensor) -> Tensor:
@@ -143,10 +143,10 @@ def decode_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: T
 def rope_and_decode(qkv: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, eps: float, plus_one: bool, cos_sin: Tensor,
                     positions: Tensor, slots: Tensor, k_cache: Tensor, v_cache: Tensor, num_heads: int, block_table: Tensor,
                     rows: Tensor, scale: float, window: int, softcap: float, max_context: int,
-                    kv_scales: Tensor | None = None) -> Tensor:
+                    kv_scales: Tensor | None = None, k_shift: Tensor | None = None) -> Tensor:
     return (decode_step if qkv.is_cuda else ref).rope_and_decode(
         qkv, q_weight, k_weight, eps, plus_one, cos_sin, positions, slots, k_cache, v_cache, num_heads, block_table, rows, scale,
-        window, softcap, max_context, kv_scales)
+        window, softcap, max_context, kv_scales, k_shift)
 
 
 def prefill_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, rows: Tensor, starts: Tensor,

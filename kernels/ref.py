@@ -88,12 +88,13 @@ def gated_linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str
 
 def rope_and_cache(qkv: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, eps: float, plus_one: bool, cos_sin: Tensor,
                    positions: Tensor, slots: Tensor, k_cache: Tensor, v_cache: Tensor, num_heads: int,
-                   kv_scales: Tensor | None = None) -> Tensor:
+                   kv_scales: Tensor | None = None, k_shift: Tensor | None = None) -> Tensor:
     """Optional RMSNorm of each head of q and k, rotary embedding, keys and values into the cache; returns q [T, H, D].
 
     qkv: [T, (H + 2 K) D]. cos_sin: float32 [positions, rotary], cosines then sines of rotary / 2 frequencies each, halves rotated
     against each other (arXiv 2104.09864, the layout of Llama checkpoints); dimensions past `rotary` pass through.
     Caches: [pages, K, P, D]. In float8_e4m3fn they hold keys and values over kv_scales, float32 [2, K], of keys, then of values.
+    k_shift, float32 [K, D], is taken off such keys first: what all keys have in common softmax does not see.
     """
     _, kv_heads, page, dim = k_cache.shape
     q, k, v = qkv.view(qkv.shape[0], -1, dim).split([num_heads, kv_heads, kv_heads], dim=1)
@@ -104,6 +105,8 @@ def rope_and_cache(qkv: Tensor, q_weight: Tensor | None, k_weight: Tensor | None
     cos, sin = cos_sin[positions.long()].unsqueeze(1).chunk(2, dim=-1)
     q, k = _rotate(q, cos, sin), _rotate(k, cos, sin)
     slot = slots.long()
+    if k_shift is not None:
+        k = k.float() - k_shift
     if kv_scales is not None:
         k, v = ((x.float() / scale[:, None]).clamp(-E4M3_MAX, E4M3_MAX) for x, scale in zip((k, v), kv_scales, strict=True))
     k_cache[slot // page, :, slot % page] = k.to(k_cache.dtype)
@@ -288,12 +291,13 @@ def decode_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: T
 def rope_and_decode(qkv: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, eps: float, plus_one: bool, cos_sin: Tensor,
                     positions: Tensor, slots: Tensor, k_cache: Tensor, v_cache: Tensor, num_heads: int, block_table: Tensor,
                     rows: Tensor, scale: float, window: int, softcap: float, max_context: int,
-                    kv_scales: Tensor | None = None) -> Tensor:
+                    kv_scales: Tensor | None = None, k_shift: Tensor | None = None) -> Tensor:
     """rope_and_cache, then decode_attention of the queries: one token a row, qkv [N, (H + 2 K) D] -> [N, H, D].
 
     Rows may repeat only where their slots and what is written there do too (the padding of a step).
     """
-    q = rope_and_cache(qkv, q_weight, k_weight, eps, plus_one, cos_sin, positions, slots, k_cache, v_cache, num_heads, kv_scales)
+    q = rope_and_cache(qkv, q_weight, k_weight, eps, plus_one, cos_sin, positions, slots, k_cache, v_cache, num_heads, kv_scales,
+                       k_shift)
     return decode_attention(q, k_cache, v_cache, block_table, rows, positions, scale, window, softcap, max_context,
                             kv_scales=kv_scales)
 

@@ -125,7 +125,7 @@ def shared_prefix_error(kernel: Callable[..., Tensor], heads: int, kv_heads: int
 
 def rope_and_decode_error(kernels: ModuleType, contexts: Sequence[int], heads: int, kv_heads: int, dim: int, page: int,
                           dtype: torch.dtype, device: str, window: int = 0, softcap: float = 0.0, rotary: int = 0,
-                          norm: bool = False, fp8: bool = False) -> float:
+                          norm: bool = False, fp8: bool = False, shifted: bool = False) -> float:
     """Relative error of a step with one new token a row, whose key and value are not in the cache yet (NaN, but in FP8).
 
     Also checks that these are written where they belong, and nothing else is.
@@ -148,12 +148,13 @@ def rope_and_decode_error(kernels: ModuleType, contexts: Sequence[int], heads: i
         scale = case.kv_scales.view(-1, 1)
         codes = (qkv[:, heads * dim :].view(n, -1, dim) / scale).to(torch.float8_e4m3fn)
         qkv[:, heads * dim :] = (codes.float() * scale).to(dtype).flatten(1)
+    shift = torch.randn(kv_heads, dim, generator=g) if shifted else None
     at = slots.long() // page, slice(None), slots.long() % page
     k_cache, v_cache = case.k_cache.clone(), case.v_cache.clone()
     for cache in (k_cache, v_cache):
         cache[at] = float("nan")
     inputs = (*weights, 1e-6, False, cos_sin, positions, slots)
-    q = ref.rope_and_cache(qkv, *inputs, case.k_cache, case.v_cache, heads, case.kv_scales)
+    q = ref.rope_and_cache(qkv, *inputs, case.k_cache, case.v_cache, heads, case.kv_scales, shift)
     done = replace(case, q=q).plain() if fp8 else replace(case, q=q)
     want = exact(done, list(range(n + 1)), [c - 1 for c in contexts], window, softcap)
 
@@ -164,7 +165,7 @@ def rope_and_decode_error(kernels: ModuleType, contexts: Sequence[int], heads: i
     wide = qkv.as_strided((n, qkv.stride(0)), qkv.stride()).to(device)[:, : qkv.shape[1]]
     got = kernels.rope_and_decode(wide, *map(there, weights), 1e-6, False, there(cos_sin), there(positions), there(slots),
                                   k_cache, v_cache, heads, there(case.block_table), there(case.rows), case.scale, window,
-                                  softcap, 4096, there(case.kv_scales))
+                                  softcap, 4096, there(case.kv_scales), there(shift))
     assert got.shape == q.shape
     for cache, expected in ((k_cache, case.k_cache), (v_cache, case.v_cache)):
         torch.testing.assert_close(cache.float().cpu(), expected.float(), rtol=1e-2, atol=1e-2, equal_nan=True)

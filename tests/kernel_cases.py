@@ -133,14 +133,17 @@ def check_fp8_cache(kernels: ModuleType, like: Tensor) -> None:
     caches = torch.zeros(2, 2, kv_heads, page, dim, device=like.device).to(torch.float8_e4m3fn)
     slots = torch.randperm(2 * page, device=like.device)[:tokens].int()
     scales = torch.rand(2, kv_heads, device=like.device) + 0.5
-    q = kernels.rope_and_cache(qkv, None, None, 1e-6, False, cos_sin, slots, slots, caches[0], caches[1], heads, scales)
-    split = qkv.view(tokens, -1, dim).split([heads, kv_heads, kv_heads], 1)
-    assert torch.equal(q, split[0])
     at = slots.long()
-    for cache, x, scale in zip(caches, split[1:], scales, strict=True):
-        want = (x.float() / scale[:, None]).clamp(-448, 448).to(torch.float8_e4m3fn).float()
-        torch.testing.assert_close(cache[at // page, :, at % page].float(), want, rtol=1 / 8, atol=2**-9)
-    assert float(caches[0].float().max()) == 448
+    for shift in (None, 10 * torch.randn(kv_heads, dim, device=like.device)):
+        q = kernels.rope_and_cache(qkv, None, None, 1e-6, False, cos_sin, slots, slots, caches[0], caches[1], heads, scales,
+                                   shift)
+        queries, keys, values = qkv.view(tokens, -1, dim).split([heads, kv_heads, kv_heads], 1)
+        assert torch.equal(q, queries)
+        keys = keys if shift is None else keys.float() - shift
+        for cache, x, scale in zip(caches, (keys, values), scales, strict=True):
+            want = (x.float() / scale[:, None]).clamp(-448, 448).to(torch.float8_e4m3fn).float()
+            torch.testing.assert_close(cache[at // page, :, at % page].float(), want, rtol=1 / 8, atol=2**-9)
+        assert float(caches[0].float().max()) == 448
 
 
 def check_apply_writes(kernels: ModuleType, device: str, lengths: list[int]) -> None:

@@ -35,11 +35,13 @@ class StepInputs:
 
 @dataclass(slots=True)
 class LayerCache:
-    """Keys and values of one layer, [pages, kv heads, page size, head dim] each; as FP8, over `scales` [2, kv heads]."""
+    """Keys and values of one layer, [pages, kv heads, page size, head dim] each; as FP8, over `scales` [2, kv heads], and keys
+    less `k_shift` [kv heads, head dim]."""
 
     k: Tensor
     v: Tensor
     scales: Tensor | None = None
+    k_shift: Tensor | None = None
 
 
 class KVCache:
@@ -49,11 +51,11 @@ class KVCache:
     """
 
     def __init__(self, spec: ModelSpec, pages: int, page_size: int, dtype: torch.dtype, device: torch.device,
-                 scales: Sequence[Tensor | None] | None = None) -> None:
+                 scales: Sequence[tuple[Tensor, Tensor | None]] = ()) -> None:
         shape = (2 * spec.num_layers, pages, spec.num_kv_heads, page_size, spec.head_dim)
         self.storage = torch.zeros(shape, dtype=dtype, device=device)
-        scales = scales or [None] * spec.num_layers
-        self.layers = [LayerCache(self.storage[2 * i], self.storage[2 * i + 1], scales[i]) for i in range(spec.num_layers)]
+        pairs = self.storage.view(-1, 2, *shape[1:])
+        self.layers = [LayerCache(k, v, *(scales[i] if scales else ())) for i, (k, v) in enumerate(pairs)]
 
 
 class Attention(nn.Module):
@@ -81,9 +83,9 @@ class Attention(nn.Module):
                     self.num_heads)
         if step.rest_rows is None and step.shared is None:
             out = ops.rope_and_decode(*from_qkv, step.block_table, step.decode_rows, self.scale, self.window, self.softcap,
-                                      step.max_context, cache.scales)
+                                      step.max_context, cache.scales, cache.k_shift)
         else:
-            out = self._attend(ops.rope_and_cache(*from_qkv, cache.scales), step, cache)
+            out = self._attend(ops.rope_and_cache(*from_qkv, cache.scales, cache.k_shift), step, cache)
         return self.out(out.flatten(1))
 
     def _attend(self, q: Tensor, step: StepInputs, cache: LayerCache) -> Tensor:

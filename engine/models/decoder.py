@@ -65,10 +65,11 @@ class Decoder(nn.Module):
             self.norm = RMSNorm(spec.hidden_size, "model.norm", eps=spec.norm_eps, plus_one=spec.norm_plus_one, dtype=dtype)
             self.head = self.embedding if spec.tied_embeddings else Embedding(
                 spec.vocab_size, spec.hidden_size, "lm_head", scale=1.0, dtype=dtype)
-            self.kv_scales = nn.ModuleList(KVScales(spec, f"model.layers.{i}.self_attn") for i in range(spec.num_layers * fp8_kv))
+            tables = {rope: cos_sin_table(rope, max_positions, device) for rope in {layer.rope for layer in spec.layers}}
+            self.cos_sin = [tables[layer.rope] for layer in spec.layers]
+            self.kv_scales = nn.ModuleList(KVScales(spec, f"model.layers.{i}.self_attn", cos_sin)
+                                           for i, cos_sin in enumerate(self.cos_sin) if fp8_kv)
         self.kv_dtype = torch.float8_e4m3fn if fp8_kv else dtype
-        tables = {rope: cos_sin_table(rope, max_positions, device) for rope in {layer.rope for layer in spec.layers}}
-        self.cos_sin = [tables[layer.rope] for layer in spec.layers]
 
     def load(self, checkpoint: Checkpoint) -> None:
         """Fill every weight from the checkpoint; raises KeyError or ValueError naming a tensor that is missing or misshapen."""
@@ -78,7 +79,7 @@ class Decoder(nn.Module):
 
     def make_cache(self, pages: int, page_size: int) -> KVCache:
         """Room for the keys and values of so many pages."""
-        scales = [layer.get_buffer("scales") for layer in self.kv_scales]
+        scales = [(layer.scales, layer.k_shift) for layer in self.kv_scales if isinstance(layer, KVScales)]
         return KVCache(self.spec, pages, page_size, self.kv_dtype, self.embedding.weight.device, scales)
 
     def weight_bytes(self) -> int:
@@ -87,10 +88,12 @@ class Decoder(nn.Module):
                    for tensor in module.buffers(recurse=False))
 
     def unpack(self, limit: float) -> None:
-        """Keep all packed weights unpacked too, if that takes no more than so many bytes."""
-        layers = [module for module in self.modules() if isinstance(module, Linear) and module.method.packs]
-        if sum(layer.in_features * layer.out_features * layer.dtype.itemsize for layer in layers) <= limit:
-            for layer in layers:
+        """Keep packed weights unpacked too, of as many layers as take no more than so many bytes."""
+        for layer in self.modules():
+            if isinstance(layer, Linear) and layer.method.packs:
+                limit -= layer.in_features * layer.out_features * layer.dtype.itemsize
+                if limit < 0:
+                    return
                 layer.unpack()
 
     def unpacked_bytes(self) -> int:

@@ -71,13 +71,39 @@ def test_large_biases_of_keys_stay_in_range(tmp_path: Path) -> None:
     path = tiny_checkpoint("qwen2", tmp_path)
     spec = load_decoder(path, torch.float32).spec
     bias = torch.zeros(spec.num_kv_heads, spec.head_dim)
-    bias[0, 3], bias[0, 3 + spec.head_dim // 2] = 300.0, -400.0       # turned against each other: 500
+    bias[0, 0], bias[0, spec.head_dim // 2] = 300.0, -400.0       # turned against each other, a radian a token: 500
     with_tensors(path, k_proj__bias=bias.flatten())
-    want = torch.ones(2, spec.num_kv_heads)
-    want[0, 0] = 1000 / 448
-    torch.testing.assert_close(scales(path), want)
-    logits = full_logits(load_decoder(path, torch.float32, fp8_kv=True), PROMPT)
-    assert bool(logits.isfinite().all())
+    model = load_decoder(path, torch.float32, fp8_kv=True)
+    cache = model.make_cache(1, 16).layers[0]
+    assert cache.scales[0, 0] == pytest.approx(1000 / 448, rel=0.05)
+    assert cache.scales.flatten()[1:].tolist() == [1.0] * (2 * spec.num_kv_heads - 1)
+    assert bool(full_logits(model, PROMPT).isfinite().all())
+
+
+def test_what_all_keys_have_in_common_is_not_stored(tmp_path: Path) -> None:
+    """A bias of hundreds where the rotary embedding turns slowly, as Qwen2 has: rounded with it, keys would be alike."""
+    path = tiny_checkpoint("qwen2", tmp_path, rope_theta=1e7)
+    spec = load_decoder(path, torch.float32).spec
+    half = spec.head_dim // 2
+    bias = torch.zeros(spec.num_kv_heads, spec.head_dim)
+    bias[:, half - 1], bias[:, -1] = 400.0, -400.0
+    with_tensors(path, k_proj__bias=bias.flatten())
+    model, plain = (load_decoder(path, torch.float32, fp8_kv=fp8) for fp8 in (True, False))
+
+    shift, turned = model.kv_scales[0].k_shift, torch.zeros(spec.num_kv_heads, spec.head_dim)
+    for cos, sin in zip(*model.cos_sin[0].chunk(2, dim=-1), strict=True):
+        turned[:, :half] += bias[:, :half] * cos - bias[:, half:] * sin
+        turned[:, half:] += bias[:, half:] * cos + bias[:, :half] * sin
+    torch.testing.assert_close(shift, turned / len(model.cos_sin[0]), rtol=1e-4, atol=1e-3)
+
+    def off(decode: int) -> float:
+        want = full_logits(plain, PROMPT, decode)
+        return float((full_logits(model, PROMPT, decode) - want).norm() / want.norm())
+
+    with_shift = off(0), off(60)
+    model.kv_scales[0].k_shift, model.kv_scales[0].scales[0] = None, 2 * 566 / 448
+    assert with_shift[0] == pytest.approx(with_shift[1], rel=0.01)
+    assert off(0) > 2 * with_shift[0]
 
 
 def test_engine_gives_the_same_tokens_however_it_runs(tmp_path: Path) -> None:

@@ -42,4 +42,7 @@ def test_window_and_softcap(window, softcap):
 
 @pytest.mark.parametrize("heads, kv_heads, dim", [(32, 8, 128), (8, 2, 64)])
 def test_fp8_cache(heads, kv_heads, dim):
-    assert rope_and_decode_error(ops, ragged(30, 1, 1500, dim), heads, kv_heads, dim, 32, torch.bfloat16, "cuda", fp8=True) < 8e-3
+    for shifted in (False, True):
+        found = rope_and_decode_error(ops, ragged(30, 1, 1500, dim), heads, kv_heads, dim, 32, torch.bfloat16, "cuda", fp8=True,
+                                      shifted=shifted)
+        assert found < 8e-3, shifted

@@ -51,7 +51,7 @@ def compile_all() -> None:
             return "*i16"
         if name in ("eps", "scale", "inner"):
             return "fp32"
-        if name in ("cos_sin", "kv_scales", "partial", "prefix", "x_scales", "weight_scales"):
+        if name in ("cos_sin", "kv_scales", "k_shift", "partial", "prefix", "x_scales", "weight_scales"):
             return "*fp32"
         if name == "classes":
             return "*i16"
@@ -76,9 +76,11 @@ def compile_all() -> None:
         (gemm_skinny, "_product_kernel", {**plain, "BLOCK_M": 64, "BLOCK_N": 128, "BLOCK_K": 64, "SPLITS": 2}),
         (gemm_skinny, "_product_kernel", {**plain, "BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_K": 64, "GATED": True, "GELU": True}),
         (kv_cache, "_rope_and_cache_kernel",
-         {**heads, "D": 128, "ROTARY": 128, "BLOCK_D": 128, "Q_NORM": False, "K_NORM": False, "PLUS_ONE": False, "FP8": False}),
+         {**heads, "D": 128, "ROTARY": 128, "BLOCK_D": 128, "Q_NORM": False, "K_NORM": False, "PLUS_ONE": False, "FP8": False,
+          "SHIFT": False}),
         (kv_cache, "_rope_and_cache_kernel",
-         {**heads, "D": 80, "ROTARY": 32, "BLOCK_D": 128, "Q_NORM": True, "K_NORM": True, "PLUS_ONE": True, "FP8": True}),
+         {**heads, "D": 80, "ROTARY": 32, "BLOCK_D": 128, "Q_NORM": True, "K_NORM": True, "PLUS_ONE": True, "FP8": True,
+          "SHIFT": True}),
         *((gemm_w4, "_skinny_kernel", {**packed, "GROUP": group, "PIECE": group, "BLOCK_M": m, "BLOCK_N": n})
           for group, m, n in ((128, 16, 128), (32, 16, 64), (64, 64, 128))),
         (gemm_w4, "_skinny_kernel", {**packed, "BITS": 8, "GROUP": 0, "PIECE": 64, "BLOCK_M": 16, "BLOCK_N": 64}),
@@ -92,7 +94,7 @@ def compile_all() -> None:
         (attention, "_decode_kernel", {**paged, "BLOCK_M": 16, "SPLIT": True, "SHARED": False, "OVERLAP": True}),
         (decode_step, "_decode_step_kernel",
          {**paged, "ROTARY": 128, "BLOCK_M": 16, "SPLIT": True, "Q_NORM": True, "K_NORM": True, "PLUS_ONE": False,
-          "OVERLAP": True}),
+          "SHIFT": True, "OVERLAP": True}),
         (attention, "_prefill_kernel", {**paged, "BLOCK_M": 128, "TILE": 128}),
         (kv_cache, "_copy_pages_kernel", {"SIZE": 16384, "BLOCK": 4096}),
         (step, "_apply_writes_kernel", {"BLOCK": 1024}),

@@ -9,6 +9,7 @@ os.environ["TRITON_INTERPRET"] = "1"
 import pytest
 import torch
 from attention_cases import rope_and_decode_error
+from quantized_products import mend_interpreted_casts
 
 from kernels import attention, decode_step
 
@@ -40,5 +41,8 @@ def test_window_and_softcap(window, softcap):
     assert found < 2e-6
 
 
-def test_fp8_cache():
-    assert rope_and_decode_error(decode_step, [1, 33, 200], 8, 4, 64, 16, torch.float32, "cpu", fp8=True) < 2e-3
+@pytest.mark.parametrize("shifted", [False, True])
+def test_fp8_cache(shifted, monkeypatch):
+    mend_interpreted_casts(monkeypatch)
+    found = rope_and_decode_error(decode_step, [1, 33, 200], 8, 4, 64, 16, torch.float32, "cpu", fp8=True, shifted=shifted)
+    assert found < 2e-3
