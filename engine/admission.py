@@ -39,25 +39,36 @@ class LengthPredictor:
         return np.where(exact, left, np.clip(guess, 1, left))
 
 
-def peak_tokens(held: np.ndarray, left: np.ndarray) -> int:
-    """The most KV tokens that rows will hold at once when row i holds held[i] now and ends after left[i] more.
+def peak_tokens(held: np.ndarray, left: np.ndarray, page: int, lag: int) -> int:
+    """The most KV tokens that pages will be taken for at once when row i holds held[i] now, and ends after left[i] more steps.
 
-    The peak is at the end of some row: all that outlive it then hold what they have now and as much more (LightLLM's forecast).
+    It keeps its pages for `lag` steps after that. The peak is when some row gives them back: all that outlive it then hold what
+    they have now, as much more as steps have passed, and on average half a page (LightLLM's forecast, with pages).
     """
     if held.size == 0:
         return 0
     order = np.argsort(-left, kind="stable")
-    return int((left[order] * np.arange(1, held.size + 1) + np.cumsum(held[order])).max())
+    ends = -left[order]                                         # ascending: the last to end comes first
+    grown = np.concatenate([[0], np.cumsum(held[order])])
+    whole = np.concatenate([[0], np.cumsum(-(-(held + left)[order] // page) * page)])
+    time = lag - ends
+    outlive, there = np.searchsorted(ends, -time, side="left"), np.searchsorted(ends, ends, side="right")
+    return int((grown[outlive] + outlive * (time + page // 2) + whole[there] - whole[outlive]).max())
 
 
-def admissible(held: np.ndarray, left: np.ndarray, new_held: np.ndarray, new_left: np.ndarray, capacity: int) -> int:
+Rows = tuple[np.ndarray, np.ndarray]        # tokens held now, tokens still to come
+
+
+def admissible(running: Rows, new: Rows, capacity: int, page: int, lag: int) -> int:
     """How many of the new rows, in order, fit beside the running ones so that the forecast peak is at most `capacity` tokens."""
     def fits(n: int) -> bool:
-        return peak_tokens(np.concatenate([held, new_held[:n]]), np.concatenate([left, new_left[:n]])) <= capacity
+        held, left = (np.concatenate([ours, theirs[:n]]) for ours, theirs in zip(running, new, strict=True))
+        return peak_tokens(held, left, page, lag) <= capacity
 
-    if fits(new_held.size):
-        return int(new_held.size)
-    low, high = 0, int(new_held.size)
+    most = int(new[0].size)
+    if fits(most):
+        return most
+    low, high = 0, most
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if fits(middle) else (low, middle)

@@ -41,6 +41,7 @@ class Scheduler:
         self.row_limit, self.max_step_tokens = table.max_rows, max_step_tokens      # engine.recovery lowers them
         self.window = Window(pool, config.window, config.prefix_sharing)
         self._window_size = config.window
+        self._lag = config.depth        # steps that a row keeps its pages after its last: until its tokens have come back
         self.rows = Rows(table, end_ids)
         self._pages = RowPages(self.rows, pool, groups)
         self._predictor = LengthPredictor()
@@ -97,16 +98,16 @@ class Scheduler:
         r, page = self.rows, self._table.page_size
         rows = np.flatnonzero(r.active)
         left = self._predictor.remaining(r.known[rows] - r.prompt_len[rows], r.limit[rows] - r.prompt_len[rows], r.exact[rows])
-        held = _in_pages(r.known[rows], left, page) - r.shared_pages[rows] * page
+        held = r.known[rows] - r.shared_pages[rows] * page
         new = np.array([(w.tokens.size, w.request.prompt.size, r.limit_of(w.request), len(w.path), w.request.params.ignore_eos)
                         for w in ready], dtype=np.int64)
         new_left = self._predictor.remaining(new[:, 0] - new[:, 1], new[:, 2] - new[:, 1], new[:, 4].astype(bool))
-        new_held = _in_pages(new[:, 0], new_left, page) - new[:, 3] * page
+        new_held = new[:, 0] - new[:, 3] * page
         begun = rows[r.computed[rows] < r.shared_pages[rows] * page].tolist()
         coming = (*ready, *(self.live[row].waiting for row in begun))
         unheld = self._pool.unheld({w.path[-1]: w.path for w in coming if w.path}.values())
         capacity = int(self._pool.usable * KV_SHARE) - self._pool.shared - unheld
-        return admissible(held, left, new_held, new_left, capacity * page)
+        return admissible((held, left), (new_held, new_left), capacity * page, page, self._lag)
 
     # --- the next step ---
 
@@ -300,8 +301,3 @@ class Scheduler:
             for token in r.tokens[row, r.prompt_len[row] : r.seen[row]]:
                 state = self._automata.step(state, token)
             assert state[0] == r.state[row], "a row's automaton is not where its tokens lead"
-
-
-def _in_pages(known: np.ndarray, left: np.ndarray, page: int) -> np.ndarray:
-    """Tokens that rows hold now, with what stays empty of their last page when they end: that is when they hold the most."""
-    return -(-(known + left) // page) * page - left
