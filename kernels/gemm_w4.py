@@ -18,11 +18,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels import pointwise
 from kernels.overlap import after, launch_options, overlaps, prefetch
-from kernels.pointwise import gate
 from kernels.shapes import cdiv
-from kernels.split_k import Tile, counters, finish, total
+from kernels.split_k import Tile, counters, finish
 
 ROWS = 128              # of W in one unit of the packed layout
 WORDS = 32              # 16-bit words of one row in one unit: 128 codes of 4 bits, 64 of 8
@@ -93,30 +91,30 @@ def w8_pack(codes: Tensor) -> Tensor:
 
 
 @triton.jit
-def _runs(block, units, first, apart, PARTS: tl.constexpr):
-    """Where the words of PARTS runs of rows lie together, `apart` rows from each other, the first from `first` on: in two pieces
-    each, w16 apart, the first of all before the second; past the last unit, that one again."""
-    piece = tl.arange(0, 2 * PARTS)
-    row = first + piece % PARTS * apart
-    unit = tl.minimum(row // 128, units - 1)
-    return (block * units + unit) * 4096 + piece // PARTS * 2048 + row % 128 * 16
+def _runs(block, units, first, UNITS: tl.constexpr):
+    """Where the words of rows from `first` on lie together: two runs a unit, w16 apart; past the last unit, that one again."""
+    run = tl.arange(0, 2 * UNITS)
+    unit = tl.minimum(first // 128 + run // 2, units - 1)
+    return (block * units + unit) * 4096 + run % 2 * 2048 + first % 128 * 16
 
 
 @triton.jit
-def _prefetch_words(packed, block, units, first, apart, PARTS: tl.constexpr, ROWS_: tl.constexpr):
+def _prefetch_words(packed, block, units, first, ROWS_: tl.constexpr):
     """Ask the L2 for what _load_words reads, in lines of 64 words."""
-    runs = _runs(block, units, first, apart, PARTS)
-    prefetch(packed + runs[:, None] + tl.arange(0, ROWS_ // PARTS // 4)[None, :] * 64)
+    UNITS: tl.constexpr = (ROWS_ + 127) // 128
+    runs = _runs(block, units, first, UNITS)
+    prefetch(packed + runs[:, None] + tl.arange(0, ROWS_ // UNITS // 4)[None, :] * 64)
 
 
 @triton.jit
-def _load_words(packed, block, units, first, apart, PARTS: tl.constexpr, ROWS_: tl.constexpr):
-    """int16 [ROWS_, 32]: the words of a block of PARTS runs of rows, see _runs; a run lies within a unit or is one."""
-    EACH: tl.constexpr = ROWS_ // PARTS
-    runs = _runs(block, units, first, apart, PARTS)
+def _load_words(packed, block, units, first, ROWS_: tl.constexpr):
+    """int16 [ROWS_, 32]: the words of rows first .. first + ROWS_ of a block; ROWS_ is 64 or a multiple of 128."""
+    UNITS: tl.constexpr = (ROWS_ + 127) // 128
+    EACH: tl.constexpr = ROWS_ // UNITS
+    runs = _runs(block, units, first, UNITS)
     words = tl.load(packed + runs[:, None] + tl.arange(0, 16 * EACH)[None, :], eviction_policy="evict_first")
-    words = tl.reshape(words, [2, PARTS, EACH // 16, 8, 4, 2, 2, 2])
-    return tl.reshape(tl.permute(words, [1, 2, 6, 3, 0, 5, 4, 7]), [ROWS_, 32])
+    words = tl.reshape(words, [UNITS, 2, EACH // 16, 8, 4, 2, 2, 2])
+    return tl.reshape(tl.permute(words, [0, 2, 6, 3, 1, 5, 4, 7]), [ROWS_, 32])
 
 
 @triton.jit
@@ -231,16 +229,11 @@ def _load_zeros(table, n, block, stride_n, stride_g, N, K, GROUP: tl.constexpr, 
 def _skinny_kernel(x, packed, scales, zeros, bias, out, partial, counters, M, N, K, x_stride, stride_n, stride_g, units, splits,
                    GROUP: tl.constexpr, PIECE: tl.constexpr, BITS: tl.constexpr, ZERO: tl.constexpr, WHOLE: tl.constexpr,
                    BIAS: tl.constexpr, SPLIT: tl.constexpr, EVEN_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-                   ASM: tl.constexpr, GATED: tl.constexpr, GELU: tl.constexpr, OVERLAP: tl.constexpr, WARPS: tl.constexpr):
+                   ASM: tl.constexpr, OVERLAP: tl.constexpr, WARPS: tl.constexpr):
     DTYPE: tl.constexpr = x.dtype.element_ty
     BLOCK_K: tl.constexpr = 512 // BITS
     tile, split = tl.program_id(0), tl.program_id(1)
-    PARTS: tl.constexpr = 2 if GATED else (BLOCK_N + 127) // 128    # of a tile: half of it gate's rows, half of it up's
-    EACH: tl.constexpr = BLOCK_N // PARTS
-    first = tile * (EACH if GATED else BLOCK_N)
-    apart = N // 2 if GATED else EACH
-    r = tl.arange(0, BLOCK_N)
-    n = first + r // EACH * apart + r % EACH
+    n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
     m = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)
     blocks = tl.cdiv(K, BLOCK_K)
     lo, hi = split * blocks // splits, (split + 1) * blocks // splits
@@ -250,14 +243,14 @@ def _skinny_kernel(x, packed, scales, zeros, bias, out, partial, counters, M, N,
     scale = _load_groups(scales, n, lo, stride_n, stride_g, N, K, GROUP, BLOCK_K, PIECE, DTYPE)
     zero = _load_zeros(zeros, n, lo, stride_n, stride_g, N, K, GROUP, BLOCK_K, PIECE, DTYPE, ZERO)
     if OVERLAP:
-        _prefetch_words(packed, lo, units, first, apart, PARTS, BLOCK_N)
+        _prefetch_words(packed, lo, units, tile * BLOCK_N, BLOCK_N)
     after(OVERLAP)
     acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     for block in range(lo, hi):
         if EARLY:
             next_scale = _load_groups(scales, n, block + 1, stride_n, stride_g, N, K, GROUP, BLOCK_K, PIECE, DTYPE)
             next_zero = _load_zeros(zeros, n, block + 1, stride_n, stride_g, N, K, GROUP, BLOCK_K, PIECE, DTYPE, ZERO)
-        words = _load_words(packed, block, units, first, apart, PARTS, BLOCK_N)
+        words = _load_words(packed, block, units, tile * BLOCK_N, BLOCK_N)
         parts = _unpack(words, zero, BITS, PIECE, WHOLE, DTYPE, ASM)
         for p in tl.static_range(BLOCK_K // PIECE):
             k = block * BLOCK_K + p * PIECE + tl.arange(0, PIECE)
@@ -269,15 +262,7 @@ def _skinny_kernel(x, packed, scales, zeros, bias, out, partial, counters, M, N,
             next_scale = _load_groups(scales, n, block + 1, stride_n, stride_g, N, K, GROUP, BLOCK_K, PIECE, DTYPE)
             next_zero = _load_zeros(zeros, n, block + 1, stride_n, stride_g, N, K, GROUP, BLOCK_K, PIECE, DTYPE, ZERO)
         scale, zero = next_scale, next_zero
-    if GATED:       # rounded where the product and the activation by themselves are
-        acc, last = total(acc, bias, partial, counters, n, m, M, N, splits, BIAS, SPLIT, WARPS)
-        if last:
-            low, up = tl.split(tl.permute(tl.reshape(acc.to(DTYPE), [2, EACH, BLOCK_M]), [1, 2, 0]))
-            column = first + tl.arange(0, EACH)
-            tl.store(out + m[None, :] * (N // 2) + column[:, None], gate(low.to(tl.float32), up.to(tl.float32), GELU, DTYPE),
-                     mask=(column < N // 2)[:, None] & (m < M)[None, :])
-    else:
-        finish(acc, bias, out, partial, counters, n, m, M, N, splits, BIAS, SPLIT, WARPS)
+    finish(acc, bias, out, partial, counters, n, m, M, N, splits, BIAS, SPLIT, WARPS)
 
 
 @cache
@@ -313,8 +298,6 @@ MANY_OUTPUTS = 1 << 14
 MOST_ROWS = 320
 MOST_BESIDE_COPY = 128      # where the weights are there unpacked too: 157 against 187 us at 128 rows, 230 against 193 at 160
 
-MOST_GATED = 64             # rows up to which the gated activation folds in
-
 
 def _tile(rows: int, features: int) -> Tile:
     tiles = next(tiles for most, tiles in TILES.items() if rows <= most)
@@ -322,9 +305,9 @@ def _tile(rows: int, features: int) -> Tile:
 
 
 def _skinny(x: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor | None, group: int, bias: Tensor | None, bits: int,
-            tile: Tile, activation: str = "") -> Tensor:
+            tile: Tile) -> Tensor:
     (rows, width), features = x.shape, scales.shape[0]
-    out = torch.empty((rows, features // 2 if activation else features), dtype=x.dtype, device=x.device)
+    out = torch.empty((rows, features), dtype=x.dtype, device=x.device)
     grid = tile.grid(rows, features, packed.shape[0])
     splits = grid[1]
     limit = {"maxnreg": 128} if tile.warps == 8 else {}         # so that two programs share a multiprocessor
@@ -333,8 +316,8 @@ def _skinny(x: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor | None, gro
         x, packed, scales, scales if zeros is None else zeros, x if bias is None else bias, out, partial, counters(x.device),
         rows, features, width, x.stride(0), *scales.stride(), packed.shape[1], splits, BIAS=bias is not None, SPLIT=splits > 1,
         EVEN_K=width % (WORDS * 16 // bits) == 0, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
-        **_format(scales, zeros, group, bits, width), GATED=bool(activation), GELU=activation == "gelu_tanh", WARPS=tile.warps,
-        num_warps=tile.warps, num_stages=tile.stages, **limit, **launch_options(overlaps(x.device)))
+        **_format(scales, zeros, group, bits, width), WARPS=tile.warps, num_warps=tile.warps, num_stages=tile.stages,
+        **limit, **launch_options(overlaps(x.device)))
     return out
 
 
@@ -350,7 +333,7 @@ def _dequantise_kernel(packed, scales, zeros, out, N, K, stride_n, stride_g, uni
     n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
     scale = _load_groups(scales, n, block, stride_n, stride_g, N, K, GROUP, BLOCK_K, PIECE, DTYPE)
     zero = _load_zeros(zeros, n, block, stride_n, stride_g, N, K, GROUP, BLOCK_K, PIECE, DTYPE, ZERO)
-    parts = _unpack(_load_words(packed, block, units, tile * BLOCK_N, BLOCK_N, 1, BLOCK_N), zero, BITS, PIECE, WHOLE, DTYPE, ASM)
+    parts = _unpack(_load_words(packed, block, units, tile * BLOCK_N, BLOCK_N), zero, BITS, PIECE, WHOLE, DTYPE, ASM)
     for p in tl.static_range(BLOCK_K // PIECE):
         k = block * BLOCK_K + p * PIECE + tl.arange(0, PIECE)
         weight = _piece(parts, p, PIECE).to(tl.float32) * scale[p].to(tl.float32)[:, None]
@@ -381,16 +364,6 @@ def _matmul(x: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor | None, gro
     return F.linear(x, _dequantise(packed, scales, zeros, group, bits, x.shape[1]), bias)
 
 
-def _gated(x: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor | None, group: int, bias: Tensor | None, perm: Tensor | None,
-           unpacked: Tensor | None, activation: str, bits: int) -> Tensor:
-    rows, features = x.shape[0], scales.shape[0]
-    if rows > MOST_GATED or features % (2 * ROWS):
-        return pointwise.gated_act(_matmul(x, packed, scales, zeros, group, bias, perm, unpacked, bits), activation)
-    if perm is not None:
-        x = x.index_select(1, perm)
-    return _skinny(x, packed, scales, zeros, group, bias, bits, _tile(rows, features), activation)
-
-
 def _unpack_weight(packed: Tensor, scales: Tensor, zeros: Tensor | None, group: int, perm: Tensor | None, width: int,
                    bits: int) -> Tensor:
     weight = _dequantise(packed, scales, zeros, group, bits, width)
@@ -407,18 +380,6 @@ def w8_matmul(x: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor | None, g
               perm: Tensor | None, unpacked: Tensor | None) -> Tensor:
     """See ref.w8_matmul, and w4_matmul for the strides."""
     return _matmul(x, packed, scales, zeros, group, bias, perm, unpacked, 8)
-
-
-def w4_gated(x: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor | None, group: int, bias: Tensor | None,
-             perm: Tensor | None, unpacked: Tensor | None, activation: str) -> Tensor:
-    """See ref.w4_gated, and w4_matmul for the strides."""
-    return _gated(x, packed, scales, zeros, group, bias, perm, unpacked, activation, 4)
-
-
-def w8_gated(x: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor | None, group: int, bias: Tensor | None,
-             perm: Tensor | None, unpacked: Tensor | None, activation: str) -> Tensor:
-    """See ref.w8_gated, and w4_matmul for the strides."""
-    return _gated(x, packed, scales, zeros, group, bias, perm, unpacked, activation, 8)
 
 
 def w4_weight(packed: Tensor, scales: Tensor, zeros: Tensor | None, group: int, perm: Tensor | None, width: int) -> Tensor:

@@ -93,16 +93,6 @@ def w8_matmul(x: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor | None, g
     return (gemm_w4 if x.is_cuda else ref).w8_matmul(x, packed, scales, zeros, group, bias, perm, unpacked)
 
 
-def w4_gated(x: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor | None, group: int, bias: Tensor | None,
-             perm: Tensor | None, unpacked: Tensor | None, activation: str) -> Tensor:
-    return (gemm_w4 if x.is_cuda else ref).w4_gated(x, packed, scales, zeros, group, bias, perm, unpacked, activation)
-
-
-def w8_gated(x: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor | None, group: int, bias: Tensor | None,
-             perm: Tensor | None, unpacked: Tensor | None, activation: str) -> Tensor:
-    return (gemm_w4 if x.is_cuda else ref).w8_gated(x, packed, scales, zeros, group, bias, perm, unpacked, activation)
-
-
 def w4_weight(packed: Tensor, scales: Tensor, zeros: Tensor | None, group: int, perm: Tensor | None, width: int) -> Tensor:
     return (gemm_w4 if packed.is_cuda else ref).w4_weight(packed, scales, zeros, group, perm, width)
 

@@ -177,12 +177,6 @@ def w4_matmul(x: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor | None, g
     return F.linear(x, w4_weight(packed, scales, zeros, group, perm, x.shape[1]) if unpacked is None else unpacked, bias)
 
 
-def w4_gated(x: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor | None, group: int, bias: Tensor | None,
-             perm: Tensor | None, unpacked: Tensor | None, activation: str) -> Tensor:
-    """gated_act of w4_matmul with the weight of a layer [gate | up]: -> [M, N / 2]."""
-    return gated_act(w4_matmul(x, packed, scales, zeros, group, bias, perm, unpacked), activation)
-
-
 def w4_weight(packed: Tensor, scales: Tensor, zeros: Tensor | None, group: int, perm: Tensor | None, width: int) -> Tensor:
     """The weight [N, K] that w4_matmul multiplies with, in the dtype of scales; K = width."""
     zeros = torch.full_like(scales, 8, dtype=torch.uint8) if zeros is None else zeros
@@ -198,12 +192,6 @@ def w8_matmul(x: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor | None, g
               perm: Tensor | None = None, unpacked: Tensor | None = None) -> Tensor:
     """w4_matmul of 8-bit weights, packed by w8_pack."""
     return F.linear(x, w8_weight(packed, scales, zeros, group, perm, x.shape[1]) if unpacked is None else unpacked, bias)
-
-
-def w8_gated(x: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor | None, group: int, bias: Tensor | None,
-             perm: Tensor | None, unpacked: Tensor | None, activation: str) -> Tensor:
-    """w4_gated of 8-bit weights."""
-    return gated_act(w8_matmul(x, packed, scales, zeros, group, bias, perm, unpacked), activation)
 
 
 def w8_weight(packed: Tensor, scales: Tensor, zeros: Tensor | None, group: int, perm: Tensor | None, width: int) -> Tensor:

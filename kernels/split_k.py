@@ -31,17 +31,16 @@ class Tile(NamedTuple):
 
 
 @triton.jit
-def total(acc, bias, partial, counters, n, m, M, N, splits, BIAS: tl.constexpr, SPLIT: tl.constexpr, WARPS: tl.constexpr):
-    """This program's sums acc, float32 [BLOCK_N, BLOCK_M] of outputs n and rows m -> those of all splits, bias added, and whether
-    it is the one that has them.
+def finish(acc, bias, out, partial, counters, n, m, M, N, splits, BIAS: tl.constexpr, SPLIT: tl.constexpr, WARPS: tl.constexpr):
+    """Write this program's sums acc, float32 [BLOCK_N, BLOCK_M] of outputs n and rows m, to out [M, N], bias added.
 
     Programs are (tile of N, split of K, tile of M). SPLIT: every split leaves its sums in partial, float32 [splits, M, N], and
     the one that finds in `counters` that it is the last adds them all, in their order whoever is last, and sets that back to 0.
     """
+    inside = (n < N)[:, None] & (m < M)[None, :]
+    at = m[None, :] * N + n[:, None]
     last = True
     if SPLIT:
-        inside = (n < N)[:, None] & (m < M)[None, :]
-        at = m[None, :] * N + n[:, None]
         size = M * N
         tl.store(partial + tl.program_id(1) * size + at, acc, mask=inside)
         tl.debug_barrier()      # all of the program's stores come before its ticket
@@ -55,18 +54,10 @@ def total(acc, bias, partial, counters, n, m, M, N, splits, BIAS: tl.constexpr, 
                     there = (n < tl.where(first + i < splits, N, 0))[:, None] & (m < M)[None, :]
                     acc += tl.load(partial + (first + i) * size + at, mask=there, other=0.0, cache_modifier=".cg")
             tl.store(counter, 0)
-    if last and BIAS:
-        acc += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[:, None]
-    return acc, last
-
-
-@triton.jit
-def finish(acc, bias, out, partial, counters, n, m, M, N, splits, BIAS: tl.constexpr, SPLIT: tl.constexpr, WARPS: tl.constexpr):
-    """Write the total, see there, to out [M, N]."""
-    acc, last = total(acc, bias, partial, counters, n, m, M, N, splits, BIAS, SPLIT, WARPS)
     if last:
-        inside = (n < N)[:, None] & (m < M)[None, :]
-        tl.store(out + m[None, :] * N + n[:, None], acc.to(out.dtype.element_ty), mask=inside)
+        if BIAS:
+            acc += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[:, None]
+        tl.store(out + at, acc.to(out.dtype.element_ty), mask=inside)
 
 
 @cache

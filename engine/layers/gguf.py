@@ -63,8 +63,5 @@ class GgufFineMethod(GgufMethod):
     def apply(self, layer: Linear, x: Tensor) -> Tensor:
         return F.linear(x, self.unpacked(layer) if layer.unpacked is None else layer.unpacked, layer.bias)
 
-    def apply_gated(self, layer: Linear, x: Tensor, activation: str) -> Tensor:
-        return ops.gated_act(self.apply(layer, x), activation)
-
     def unpacked(self, layer: Linear) -> Tensor:
         return ops.dequantize_symmetric(layer.codes, layer.scales, layer.in_features // layer.scales.shape[1])

@@ -42,15 +42,13 @@ class IntegerMethod(LinearMethod):
 
     def apply(self, layer: Linear, x: Tensor) -> Tensor:
         matmul = ops.w4_matmul if self.bits == 4 else ops.w8_matmul
-        return matmul(x, layer.codes, layer.scales, layer.zeros, _group(layer), layer.bias, layer.perm, layer.unpacked)
-
-    def apply_gated(self, layer: Linear, x: Tensor, activation: str) -> Tensor:
-        gated = ops.w4_gated if self.bits == 4 else ops.w8_gated
-        return gated(x, layer.codes, layer.scales, layer.zeros, _group(layer), layer.bias, layer.perm, layer.unpacked, activation)
+        group = layer.in_features // layer.scales.shape[1]
+        return matmul(x, layer.codes, layer.scales, layer.zeros, group, layer.bias, layer.perm, layer.unpacked)
 
     def unpacked(self, layer: Linear) -> Tensor:
         weight = ops.w4_weight if self.bits == 4 else ops.w8_weight
-        return weight(layer.codes, layer.scales, layer.zeros, _group(layer), layer.perm, layer.in_features)
+        group = layer.in_features // layer.scales.shape[1]
+        return weight(layer.codes, layer.scales, layer.zeros, group, layer.perm, layer.in_features)
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,10 +140,6 @@ def unpack(words: Tensor, bits: int, order: Sequence[int] | None = None) -> Tens
 def _by_groups(table: Tensor) -> Tensor:
     """Scales or zero points [N, groups], a group's side by side in memory: a kernel reads those of many outputs at once."""
     return table.t().contiguous().t()
-
-
-def _group(layer: Linear) -> int:
-    return layer.in_features // int(layer.scales.shape[1])
 
 
 def _groups(in_features: int, group: int) -> int:
