@@ -32,6 +32,7 @@ from engine.window import Waiting
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
+PULLED = 256                 # requests taken in between two steps, which takes some 8 ms
 DEFAULT_CONTEXT = 8192       # the most taken unasked of what a model was trained for: a row of the table costs as much
 
 
@@ -173,15 +174,19 @@ class Engine:
         self._scheduler.retire(step.plan, *self._runner.wait(step))
 
     def run(self, requests: Iterable[Request]) -> Iterator[Completion]:
-        """Pull requests as there is room for them; yield completions as rows finish, in any order."""
+        """Pull requests as there is room for them; yield completions as rows finish, in any order.
+
+        As many as there are rows before the first step, and then a few at a time: the window fills while the device computes.
+        """
         source, more = iter(requests), True
         while more or self.pending:
-            while more and self.room():
+            few = PULLED if self.pending else self._scheduler.row_limit
+            for _ in range(min(self.room(), few) if more else 0):
                 request = next(source, None)
                 if request is None:
                     more = False
-                else:
-                    self.submit(request)
+                    break
+                self.submit(request)
             yield from self.step()
 
     # --- state ---

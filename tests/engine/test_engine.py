@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import weakref
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +12,7 @@ import pytest
 from engine_cases import finish, make_requests, mixed_requests, random_prompts, running, tokens_of
 from models import TURN_END, VOCAB, tiny_checkpoint, tiny_tokenizer
 
+from engine import engine as engine_module
 from engine.guided.grammar import Grammar
 from engine.guided.llg import LLGuidanceBackend
 from engine.request import Completion, FinishReason, Request, SamplingParams
@@ -306,6 +307,22 @@ def test_run_pulls_requests_as_there_is_room(llama: Path) -> None:
             assert pulled <= len(done) + 5 + 4 + 1, "requests are not read ahead of their admission by more than a window"
         assert sorted(done) == list(range(40))
         assert engine.room() == 5
+
+
+def test_requests_are_pulled_while_the_device_computes(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many as there are rows before the first step, then a few between steps, and all come back."""
+    monkeypatch.setattr(engine_module, "PULLED", 3)
+    requests, pulled = make_requests(random_prompts(40, seed=5), SamplingParams(max_tokens=6, ignore_eos=True)), []
+    with running(llama, max_rows=8) as engine:
+        def source() -> Iterator[Request]:
+            for request in requests:
+                pulled.append(engine.stats().steps)
+                yield request
+
+        done = {completion.id: completion.tokens.tolist() for completion in engine.run(source())}
+    with running(llama, max_rows=8) as engine:
+        assert done == tokens_of(finish(engine, requests))
+    assert pulled.count(0) == 8 and max(pulled.count(step) for step in set(pulled) - {0}) == 3
 
 
 def test_stats(llama: Path) -> None:
