@@ -39,31 +39,30 @@ class LengthPredictor:
         return np.where(exact, left, np.clip(guess, 1, left))
 
 
-def peak_tokens(held: np.ndarray, left: np.ndarray, page: int, lag: int) -> int:
-    """The most KV tokens that pages will be taken for at once when row i holds held[i] now, and ends after left[i] more steps.
+def peak_tokens(held: np.ndarray, left: np.ndarray, page: int) -> int:
+    """The most KV tokens that pages will be taken for at once when row i holds held[i] now, and ends after left[i] more.
 
-    It keeps its pages for `lag` steps after that. The peak is when some row gives them back: all that outlive it then hold what
-    they have now, as much more as steps have passed, and on average half a page (LightLLM's forecast, with pages).
+    The peak is at the end of some row: all that outlive it then hold what they have now, as much more as steps have passed, and
+    on average half a page; those that end then, whole pages (LightLLM's forecast, with pages).
     """
     if held.size == 0:
         return 0
     order = np.argsort(-left, kind="stable")
-    ends = -left[order]                                         # ascending: the last to end comes first
-    grown = np.concatenate([[0], np.cumsum(held[order])])
-    whole = np.concatenate([[0], np.cumsum(-(-(held + left)[order] // page) * page)])
-    time = lag - ends
-    outlive, there = np.searchsorted(ends, -time, side="left"), np.searchsorted(ends, ends, side="right")
-    return int((grown[outlive] + outlive * (time + page // 2) + whole[there] - whole[outlive]).max())
+    held, left = held[order], left[order]
+    grown = np.concatenate([[0], np.cumsum(held)])
+    whole = np.concatenate([[0], np.cumsum(-(-(held + left) // page) * page)])
+    outlive, there = (np.searchsorted(-left, -left, side=side) for side in ("left", "right"))
+    return int((grown[outlive] + outlive * (left + page // 2) + whole[there] - whole[outlive]).max())
 
 
 Rows = tuple[np.ndarray, np.ndarray]        # tokens held now, tokens still to come
 
 
-def admissible(running: Rows, new: Rows, capacity: int, page: int, lag: int) -> int:
+def admissible(running: Rows, new: Rows, capacity: int, page: int) -> int:
     """How many of the new rows, in order, fit beside the running ones so that the forecast peak is at most `capacity` tokens."""
     def fits(n: int) -> bool:
         held, left = (np.concatenate([ours, theirs[:n]]) for ours, theirs in zip(running, new, strict=True))
-        return peak_tokens(held, left, page, lag) <= capacity
+        return peak_tokens(held, left, page) <= capacity
 
     most = int(new[0].size)
     if fits(most):

@@ -17,7 +17,7 @@ class EngineConfig:
     max_rows: int | None = None          # rows running at once; None: 2048 on CUDA, 32 on CPU
     max_step_tokens: int | None = None   # tokens of one step; None: 16384 on CUDA, 1024 on CPU
     gpu_memory: float = 0.92             # share of the GPU's memory for weights, activations and keys and values
-    unpack_share: float = 0.1            # the most of what keys and values have that unpacked copies of packed weights take
+    unpack_share: float = 0.1            # of what keys and values have, the most for unpacked copies of packed weights
     cpu_kv_gib: float = 2.0              # size of the KV pool on CPU
     kv_pages: int | None = None          # fixed size of the KV pool, in pages (tests); None: from the memory left
     page_size: int = 32                  # token slots of a KV page

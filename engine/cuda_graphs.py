@@ -45,7 +45,7 @@ class CudaGraphs(Generic[Key]):
         return result
 
     def launch_and_capture(self, key: Key) -> Tensor:
-        """For the first time: launched as it is, which makes what a capture may not, and captured besides."""
+        """Launched as it is, which makes what a capture of this shape may not, and captured besides."""
         result = self._launch(key)
         self._capture(key)
         return result

@@ -32,14 +32,14 @@ from engine.window import Waiting
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-PULLED = 256                 # requests taken in between two steps, which takes some 8 ms
+TAKEN = 256                  # requests taken in between two steps, some 8 ms, once as many wait as there are rows
 DEFAULT_CONTEXT = 8192       # the most taken unasked of what a model was trained for: a row of the table costs as much
 
 
 class Engine:
     """One model on one device. Not thread-safe: one thread submits and steps.
 
-    `weight_bytes`: what the weights take of its memory.
+    `weight_bytes`: what the weights take of its memory as they are kept, without unpacked copies.
     `guided` compiles and fills grammar masks, `tokenizer` is needed for stop strings, `progress` hears of the start-up.
     Raises ValueError for a configuration that cannot work, saying what to set.
     """
@@ -106,8 +106,9 @@ class Engine:
         self._scheduler.submit(Waiting(request, request.prompt))
 
     def room(self) -> int:
-        """How many more requests it would like to hold ahead of their admission."""
-        return self._scheduler.room()
+        """How many more requests it would like to hold before the next step: the window fills while the device computes."""
+        scheduler = self._scheduler
+        return min(scheduler.room(), max(TAKEN, scheduler.row_limit - len(scheduler.window)))
 
     @property
     def pending(self) -> int:
@@ -174,14 +175,10 @@ class Engine:
         self._scheduler.retire(step.plan, *self._runner.wait(step))
 
     def run(self, requests: Iterable[Request]) -> Iterator[Completion]:
-        """Pull requests as there is room for them; yield completions as rows finish, in any order.
-
-        As many as there are rows before the first step, and then a few at a time: the window fills while the device computes.
-        """
+        """Pull requests as there is room for them; yield completions as rows finish, in any order."""
         source, more = iter(requests), True
         while more or self.pending:
-            few = PULLED if self.pending else self._scheduler.row_limit
-            for _ in range(min(self.room(), few) if more else 0):
+            for _ in range(self.room() if more else 0):
                 request = next(source, None)
                 if request is None:
                     more = False

@@ -37,7 +37,7 @@ def size_pool(config: EngineConfig, model: Decoder, table: RowTable, max_step_to
         others = total - free - reserved
         budget = int(total * config.gpu_memory) - others - peak - GRAPH_RESERVE
         torch.cuda.empty_cache()
-        model.unpack(config.unpack_share * budget)
+        model.unpack(min(config.unpack_share * budget, budget - (table.pages_per_row + 1) * size))
         budget -= model.unpacked_bytes()
         pages, bound = budget // size, f"engine.gpu_memory={config.gpu_memory} of {total / 2**30:.1f} GiB"
     else:

@@ -46,7 +46,8 @@ class Shapes:
         self._rows = [*(n for n in (0, 8, 16, 32, 64, 128, *range(256, max_rows, 256)) if n < max_rows), max_rows]
 
     def of(self, exact: Shape, captured: Collection[Shape]) -> Shape | None:
-        """What to run a step of this size in: a captured shape that is not much larger, or one to capture. None: as it is."""
+        """What to run the next step, of this size, in: a captured shape that is not much larger, or one to capture, once it has
+        come up often enough. None: as it is."""
         total = exact.decode + exact.tokens
         if total > self.most_tokens:
             return None

@@ -83,7 +83,7 @@ class Runner:
         table.sampled_rows.fill_(table.dummy)
         if self._pinned:
             for plan in self._rehearsals():
-                for _ in range(WORTH):
+                for _ in range(WORTH if self._graphs is not None else 1):        # until it has a graph
                     self._mixed(plan)
             self.graph_steps = 0
         if graphs := self._graphs:

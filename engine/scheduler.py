@@ -41,7 +41,6 @@ class Scheduler:
         self.row_limit, self.max_step_tokens = table.max_rows, max_step_tokens      # engine.recovery lowers them
         self.window = Window(pool, config.window, config.prefix_sharing)
         self._window_size = config.window
-        self._lag = config.depth        # steps that a row keeps its pages after its last: until its tokens have come back
         self.rows = Rows(table, end_ids)
         self._pages = RowPages(self.rows, pool, groups)
         self._predictor = LengthPredictor()
@@ -107,7 +106,7 @@ class Scheduler:
         coming = (*ready, *(self.live[row].waiting for row in begun))
         unheld = self._pool.unheld({w.path[-1]: w.path for w in coming if w.path}.values())
         capacity = int(self._pool.usable * KV_SHARE) - self._pool.shared - unheld
-        return admissible((held, left), (new_held, new_left), capacity * page, page, self._lag)
+        return admissible((held, left), (new_held, new_left), capacity * page, page)
 
     # --- the next step ---
 

@@ -294,9 +294,9 @@ TILES = {
     320: (Tile(128, 64, 4, 3, 264),) * 2,
 }
 MANY_OUTPUTS = 1 << 14
-# Up to here the fused product is the faster one: a layer's four take 286 against 377 us at 256 rows, 453 against 427 at 384;
-MOST_ROWS = 320
-MOST_BESIDE_COPY = 128      # where the weights are there unpacked too: 157 against 187 us at 128 rows, 230 against 193 at 160
+# Up to here the fused product is the faster one (of 4 bits): a layer's four take 286 against 377 us at 256 rows, 453 against 427
+# at 384. Where the weights are there unpacked too: 157 against 187 us at 128 rows, 230 against 193 at 160.
+MOST_ROWS, MOST_BESIDE_COPY = max(TILES), 128
 
 
 def _tile(rows: int, features: int) -> Tile:

@@ -79,7 +79,7 @@ class Workload:
 
 
 def seconds(size: ModelSize, device: Device, work: Workload) -> float:
-    room = device.room - (size.weights if device.kind == "cuda" else 0)
+    room = device.room - (size.weights if device.kind == "cuda" else 0)         # unpacked copies of packed weights aside
     fit = max(room, size.token) / (size.token * (work.prompt + work.output))
     steps = work.rows * work.output / max(1.0, min(device.rows, fit, work.rows))
     products = work.rows * (work.fresh + work.output) * 2 * size.params

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from engine.gguf_quants import BLOCK_TYPES, BlockType
-from engine.layers.integer import IntegerMethod
+from engine.layers.integer import IntegerMethod, group_of
 from engine.layers.linear import Linear, ParamSpec, bias_spec
 from kernels import ops
 
@@ -61,7 +61,7 @@ class GgufFineMethod(GgufMethod):
         return codes.contiguous()
 
     def apply(self, layer: Linear, x: Tensor) -> Tensor:
-        return F.linear(x, self.unpacked(layer) if layer.unpacked is None else layer.unpacked, layer.bias)
+        return F.linear(x, self.unpack(layer) if layer.unpacked is None else layer.unpacked, layer.bias)
 
-    def unpacked(self, layer: Linear) -> Tensor:
-        return ops.dequantize_symmetric(layer.codes, layer.scales, layer.in_features // layer.scales.shape[1])
+    def unpack(self, layer: Linear) -> Tensor:
+        return ops.dequantize_symmetric(layer.codes, layer.scales, group_of(layer))

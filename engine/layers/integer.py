@@ -42,13 +42,11 @@ class IntegerMethod(LinearMethod):
 
     def apply(self, layer: Linear, x: Tensor) -> Tensor:
         matmul = ops.w4_matmul if self.bits == 4 else ops.w8_matmul
-        group = layer.in_features // layer.scales.shape[1]
-        return matmul(x, layer.codes, layer.scales, layer.zeros, group, layer.bias, layer.perm, layer.unpacked)
+        return matmul(x, layer.codes, layer.scales, layer.zeros, group_of(layer), layer.bias, layer.perm, layer.unpacked)
 
-    def unpacked(self, layer: Linear) -> Tensor:
+    def unpack(self, layer: Linear) -> Tensor:
         weight = ops.w4_weight if self.bits == 4 else ops.w8_weight
-        group = layer.in_features // layer.scales.shape[1]
-        return weight(layer.codes, layer.scales, layer.zeros, group, layer.perm, layer.in_features)
+        return weight(layer.codes, layer.scales, layer.zeros, group_of(layer), layer.perm, layer.in_features)
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,6 +138,11 @@ def unpack(words: Tensor, bits: int, order: Sequence[int] | None = None) -> Tens
 def _by_groups(table: Tensor) -> Tensor:
     """Scales or zero points [N, groups], a group's side by side in memory: a kernel reads those of many outputs at once."""
     return table.t().contiguous().t()
+
+
+def group_of(layer: Linear) -> int:
+    """Inputs that share a scale."""
+    return layer.in_features // int(layer.scales.shape[1])
 
 
 def _groups(in_features: int, group: int) -> int:

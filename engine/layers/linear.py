@@ -56,7 +56,7 @@ class LinearMethod(Protocol):
     def apply(self, layer: Linear, x: Tensor) -> Tensor:
         """x [T, in_features] -> [T, out_features]."""
 
-    def unpacked(self, layer: Linear) -> Tensor:
+    def unpack(self, layer: Linear) -> Tensor:
         """The weight [out_features, in_features] in the model's dtype; of methods that pack it."""
         raise TypeError(f"{layer.sources[0][0]} is not packed")
 
@@ -113,7 +113,7 @@ class Linear(nn.Module):
         self.in_features, self.out_features = in_features, sum(width for _, width in sources)
         self.sources, self.method, self.dtype, self.device = tuple(sources), method, dtype, torch.empty(0).device
         self.specs = method.specs(in_features, self.out_features, bias, dtype)
-        self.unpacked: Tensor | None = None         # what unpack() keeps
+        self.unpacked: Tensor | None = None
 
     def load(self, checkpoint: Checkpoint) -> None:
         stored = {name: self._read(checkpoint, name, spec) for name, spec in self.specs.items()
@@ -124,9 +124,9 @@ class Linear(nn.Module):
         for name, tensor in self.method.finalize(self, stored).items():
             self.register_buffer(name, tensor, persistent=False)
 
-    def unpack(self) -> None:
+    def keep_unpacked(self) -> None:
         """Keep the weight of a method that packs it unpacked too, for products of many rows."""
-        self.unpacked = self.method.unpacked(self)
+        self.unpacked = self.method.unpack(self)
 
     def _read(self, checkpoint: Checkpoint, name: str, spec: ParamSpec) -> Tensor:
         """One tensor of all parts, on the layer's device."""

@@ -88,13 +88,13 @@ class Decoder(nn.Module):
                    for tensor in module.buffers(recurse=False))
 
     def unpack(self, limit: float) -> None:
-        """Keep packed weights unpacked too, of as many layers as take no more than so many bytes."""
+        """Keep packed weights unpacked too, of the first layers that take no more than so many bytes."""
         for layer in self.modules():
             if isinstance(layer, Linear) and layer.method.packs:
                 limit -= layer.in_features * layer.out_features * layer.dtype.itemsize
                 if limit < 0:
                     return
-                layer.unpack()
+                layer.keep_unpacked()
 
     def unpacked_bytes(self) -> int:
         """Memory of the copies that unpack() has made."""

@@ -80,6 +80,16 @@ def test_large_biases_of_keys_stay_in_range(tmp_path: Path) -> None:
     assert bool(full_logits(model, PROMPT).isfinite().all())
 
 
+def test_a_scale_of_the_checkpoint_leaves_what_remains_of_a_bias_in_range(tmp_path: Path) -> None:
+    path = tiny_checkpoint("qwen2", tmp_path)
+    spec = load_decoder(path, torch.float32).spec
+    bias = torch.zeros(spec.num_kv_heads, spec.head_dim)
+    bias[0, 0] = 500.0
+    with_tensors(path, k_proj__bias=bias.flatten(), k_scale=torch.full((spec.num_kv_heads,), 1.5))
+    found = scales(path)
+    assert found[0, 0] == pytest.approx(1000 / 448, rel=0.05) and found[0, 1:].tolist() == [1.5] * (spec.num_kv_heads - 1)
+
+
 def test_what_all_keys_have_in_common_is_not_stored(tmp_path: Path) -> None:
     """A bias of hundreds where the rotary embedding turns slowly, as Qwen2 has: rounded with it, keys would be alike."""
     path = tiny_checkpoint("qwen2", tmp_path, rope_theta=1e7)

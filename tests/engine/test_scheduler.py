@@ -512,7 +512,7 @@ def test_a_long_trace_preempts_shares_and_learns(depth: int) -> None:
     trace = Trace(Setting(jobs=400, max_rows=8, max_len=40, spare_pages=8, depth=depth, aborts=0.02), seed=depth)
     trace.run()
     stats = trace.scheduler.stats(trace.steps, 0)
-    assert stats.preemptions > 30
+    assert stats.preemptions > 15
     assert stats.cached_tokens > 0.2 * stats.prompt_tokens
     reasons = [c.finish_reason for c in trace.done.values()]
     assert set(reasons) == set(FinishReason)

@@ -49,7 +49,7 @@ def test_every_layer(case: str, dtype: torch.dtype, tmp_path: Path) -> None:
                 close = (0.02 if dtype == torch.float16 else 0.05) * want.std()
                 assert (b(x.cuda()).cpu().float() - want).abs().max() < close, (a.sources, rows)
                 if b.method.packs:
-                    b.unpack()
+                    b.keep_unpacked()
                     assert (b(x.cuda()).cpu().float() - want).abs().max() < close, (a.sources, rows, "unpacked")
                     b.unpacked = None
 
@@ -74,7 +74,7 @@ def test_gguf_blocks(name: str, dtype: torch.dtype) -> None:
         want = layers[0](x).float()
         close = (0.02 if dtype == torch.float16 else 0.05) * want.std()
         assert (layers[1](x.cuda()).cpu().float() - want).abs().max() < close, rows
-        layers[1].unpack()
+        layers[1].keep_unpacked()
         assert (layers[1](x.cuda()).cpu().float() - want).abs().max() < close, (rows, "unpacked")
         layers[1].unpacked = None
 
