@@ -13,7 +13,7 @@ import shutil
 import tempfile
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO, Protocol
@@ -26,6 +26,7 @@ _NO_HARD_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, err
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _DENIED = {errno.EROFS, errno.EACCES, errno.EPERM}
 _TRIES = 6
+_SWEEPS = 64            # workers that may end at one moment
 SUPERSEDED = "_superseded"       # Parquet readers skip folders that begin with an underscore
 
 
@@ -127,17 +128,13 @@ class LocalStore:
         return self.publish(_write_temporary(self.work, name, data), name)
 
     def replace(self, name: str, data: bytes) -> None:
-        for left in reversed(range(_TRIES)):
-            path = _write_temporary(self.work, name, data)
-            try:
-                with storage_errors(self.out):
-                    sync_file(path)
-                    os.replace(path, self.root / name)
-                    sync_folder(self.root)
-                return
-            except StorageError:      # the sweep of a worker that has just finished the run may have taken it
-                if not left or path.exists():
-                    raise
+        def put(path: Path) -> None:
+            with storage_errors(self.out):
+                sync_file(path)
+                os.replace(path, self.root / name)
+                sync_folder(self.root)
+
+        _until_put(self.work, name, data, put)
 
     def supersede(self, path: Path, name: str, kept_as: str) -> None:
         old = self.root / SUPERSEDED
@@ -221,10 +218,12 @@ class ObjectStore:
         return self.publish(_write_temporary(self.work, name, data), name)
 
     def replace(self, name: str, data: bytes) -> None:
-        path = _write_temporary(self.work, name, data)
-        with client_errors(self.out):
-            self._put(path, name, "overwrite")
-            path.unlink(missing_ok=True)
+        def put(path: Path) -> None:
+            with client_errors(self.out):
+                self._put(path, name, "overwrite")
+                path.unlink(missing_ok=True)
+
+        _until_put(self.work, name, data, put)
 
     def supersede(self, path: Path, name: str, kept_as: str) -> None:
         with client_errors(self.out):
@@ -252,6 +251,19 @@ class ObjectStore:
                     raise
                 time.sleep(0.1 * 2**attempt)
         raise AssertionError
+
+
+def _until_put(folder: Path, name: str, data: bytes, put: Callable[[Path], None]) -> None:
+    """`put` a temporary file of the data; once more where the sweep of a worker that has just finished the run has taken it."""
+    for left in reversed(range(_SWEEPS)):
+        path = _write_temporary(folder, name, data)
+        try:
+            put(path)
+            return
+        except StorageError:
+            if not left or path.exists():
+                raise
+            time.sleep(0.01)
 
 
 def _write_temporary(folder: Path, name: str, data: bytes) -> Path:

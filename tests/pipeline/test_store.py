@@ -7,6 +7,7 @@ import os
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from output_cases import assert_whole, contents, fill, open_folder, write_input
@@ -71,6 +72,24 @@ def test_the_first_to_publish_wins(store: Store) -> None:
     (store.work / "left.over").write_bytes(b"")
     sweep(store)
     sweep(store)
+    assert list(store.work.iterdir()) == []
+
+
+def test_what_a_sweep_took_is_written_again(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Workers that end together write the report while others sweep."""
+    write, swept = module._write_temporary, []
+
+    def taken(*args: Any) -> Path:
+        path = write(*args)
+        if len(swept) < 10:
+            swept.append(path)
+            sweep(store)
+        return path
+
+    put(store, "a", b"1")
+    monkeypatch.setattr(module, "_write_temporary", taken)
+    store.replace("a", b"2")
+    assert store.read("a") == b"2" and len(swept) == 10
     assert list(store.work.iterdir()) == []
 
 
