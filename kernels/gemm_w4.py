@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.overlap import after, launch_options, overlaps, prefetch
+from kernels.ref import in_input_order
 from kernels.shapes import cdiv
 from kernels.split_k import Tile, counters, finish
 
@@ -366,8 +367,7 @@ def _matmul(x: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor | None, gro
 
 def _unpack_weight(packed: Tensor, scales: Tensor, zeros: Tensor | None, group: int, perm: Tensor | None, width: int,
                    bits: int) -> Tensor:
-    weight = _dequantise(packed, scales, zeros, group, bits, width)
-    return weight if perm is None else torch.empty_like(weight).index_copy_(1, perm.long(), weight)
+    return in_input_order(_dequantise(packed, scales, zeros, group, bits, width), perm)
 
 
 def w4_matmul(x: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor | None, group: int, bias: Tensor | None,

@@ -174,13 +174,15 @@ def w4_matmul(x: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor | None, g
 
     unpacked: what w4_weight makes of them, for where reading that is faster.
     """
-    return F.linear(x, w4_weight(packed, scales, zeros, group, perm, x.shape[1]) if unpacked is None else unpacked, bias)
+    if unpacked is not None:
+        return F.linear(x, unpacked, bias)
+    zeros = torch.full_like(scales, 8, dtype=torch.uint8) if zeros is None else zeros
+    return w8_matmul(x, w4_unpack(packed), scales, zeros, group, bias, perm)
 
 
 def w4_weight(packed: Tensor, scales: Tensor, zeros: Tensor | None, group: int, perm: Tensor | None, width: int) -> Tensor:
     """The weight [N, K] that w4_matmul multiplies with, in the dtype of scales; K = width."""
-    zeros = torch.full_like(scales, 8, dtype=torch.uint8) if zeros is None else zeros
-    return w8_weight(w4_unpack(packed), scales, zeros, group, perm, width)
+    return in_input_order(dequantize_int(w4_unpack(packed), scales, zeros, group, 8), perm)
 
 
 def w8_pack(codes: Tensor) -> Tensor:
@@ -191,12 +193,20 @@ def w8_pack(codes: Tensor) -> Tensor:
 def w8_matmul(x: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor | None, group: int, bias: Tensor | None = None,
               perm: Tensor | None = None, unpacked: Tensor | None = None) -> Tensor:
     """w4_matmul of 8-bit weights, packed by w8_pack."""
-    return F.linear(x, w8_weight(packed, scales, zeros, group, perm, x.shape[1]) if unpacked is None else unpacked, bias)
+    if unpacked is not None:
+        return F.linear(x, unpacked, bias)
+    if perm is not None:
+        x = x.index_select(1, perm)
+    return F.linear(x, dequantize_int(packed, scales, zeros, group, 128), bias)
 
 
 def w8_weight(packed: Tensor, scales: Tensor, zeros: Tensor | None, group: int, perm: Tensor | None, width: int) -> Tensor:
     """w4_weight of 8-bit weights."""
-    weight = dequantize_int(packed, scales, zeros, group, 128)
+    return in_input_order(dequantize_int(packed, scales, zeros, group, 128), perm)
+
+
+def in_input_order(weight: Tensor, perm: Tensor | None) -> Tensor:
+    """A weight whose columns stand as `perm` says, in the order of its inputs."""
     return weight if perm is None else torch.empty_like(weight).index_copy_(1, perm.long(), weight)
 
 
