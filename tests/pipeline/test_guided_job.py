@@ -121,14 +121,15 @@ def test_a_schema_that_takes_too_long_is_refused_and_the_job_goes_on(job: Job, m
 def test_every_row_brings_its_own_schema(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
     """Grammars live as long as their rows are at hand, and the tables of automata stay within their bound."""
     alive: weakref.WeakSet[LLGrammar] = weakref.WeakSet()
-    made, most, tables = 0, 0, []
+    made, most, tables, counting = 0, 0, [], threading.Lock()      # the pool compiles in several threads
     grammar_init, automata_init = LLGrammar.__init__, automata.Automata.__init__
 
     def count_grammar(self: LLGrammar, *args: Any, **kwargs: Any) -> None:
         nonlocal made, most
         grammar_init(self, *args, **kwargs)
-        alive.add(self)
-        made, most = made + 1, max(most, len(alive))
+        with counting:
+            alive.add(self)
+            made, most = made + 1, max(most, len(alive))
 
     def see_automata(self: automata.Automata, *args: Any) -> None:
         automata_init(self, *args)
