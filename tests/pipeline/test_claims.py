@@ -127,10 +127,9 @@ def test_a_marker_that_nobody_can_read_is_outlived(folder: RunFolder, monkeypatc
     monkeypatch.setattr(module, "_EMPTY_SECONDS", 0.5)
     (folder.store.work / "00003.lease").write_bytes(marker)
     start = time.monotonic()
-    given = [shard.index for shard in Claims(folder, seconds=0.5)]
+    given = {shard.index: time.monotonic() - start for shard in Claims(folder, seconds=0.5)}
     assert sorted(given) == list(range(len(folder.plan.shards)))
-    assert given[-1] == 3
-    assert 0.4 < time.monotonic() - start < 10
+    assert 0.4 < given[3] < 10
 
 
 def test_stop_ends_a_wait(folder: RunFolder) -> None:
