@@ -2,7 +2,7 @@
 
     _run.json        the fingerprint, key by key          _plan.parquet     the plan (_plan.g001.parquet ...: what was appended)
     part-*.parquet   the committed shards                 _work/            journals and parts in the making
-    _manifest.json   the parts and their sums             _SUCCESS          last; names the plan that it stands for
+    _manifest.json   the parts and their sums             _SUCCESS          last; names the plan and parts that it stands for
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from pipeline.input.plan import Plan, Shard
 from pipeline.output.layout import OutputLayout
 from pipeline.output.part import PartInfo, ShardId, read_part
 from pipeline.output.retry import settled_rows
-from pipeline.output.shards import ShardWriter
-from pipeline.output.store import Store, check_writable, open_store, sweep
+from pipeline.output.shards import ShardWriter, is_later
+from pipeline.output.store import SUPERSEDED, Store, check_writable, open_store, sweep
 
 FORMAT = 1
 RUN, PLAN, MANIFEST, SUCCESS = "_run.json", "_plan.parquet", "_manifest.json", "_SUCCESS"
@@ -111,9 +111,13 @@ class RunFolder:
         return ShardWriter(self.store, shard, self.shard_id(shard), self._opened(), before.generation + 1, kept)
 
     def is_complete(self) -> bool:
-        """True when _SUCCESS stands for the plan as it is now and every part is there by name. Cheap: no footer is read."""
+        """True when _SUCCESS stands for the plan and the parts as they are now, and every part is there by name. Cheap: only the
+        footers of parts that took the place of others are read."""
         mark = self.store.read(SUCCESS)
-        return mark == self._mark() and self.store.names().issuperset(shard.name for shard in self.plan.shards)
+        if mark is None or not self.store.names().issuperset(shard.name for shard in self.plan.shards):
+            return False
+        done = self.committed(self._replaced())
+        return mark == self._mark({self.plan.shards[index].name: info.generation for index, info in done.items()})
 
     def manifest(self) -> dict[str, Any]:
         """Check every part's footer and sum up. ShardsMissing (exit 3) says how many and which."""
@@ -142,11 +146,14 @@ class RunFolder:
         }
 
     def finalize(self, manifest: Mapping[str, Any] | None = None) -> Mapping[str, Any]:
-        """Write _manifest.json (`manifest`, or a fresh one), sweep leftovers, write _SUCCESS. Any worker may, and again."""
+        """Write _manifest.json (`manifest`, or a fresh one), sweep leftovers, write _SUCCESS. Any worker may, and again: others
+        may be doing failed rows again meanwhile, or shards that were appended. What is theirs stays, and _SUCCESS does not stand
+        for the parts that they publish later."""
         manifest = manifest or self.manifest()
+        generations = dict(enumerate(part["generation"] for part in manifest["parts"]))
         self.store.replace(MANIFEST, orjson.dumps(manifest, option=orjson.OPT_INDENT_2))
-        sweep(self.store)      # before the mark: a run that finds it looks no further
-        self.store.replace(SUCCESS, self._mark())
+        sweep(self.store, lambda name: is_later(name, generations))      # before the mark: a run that finds it looks no further
+        self.store.replace(SUCCESS, self._mark({shard.name: generations[shard.index] for shard in self._replaced()}))
         return manifest
 
     def _opened(self) -> OutputLayout:
@@ -154,8 +161,15 @@ class RunFolder:
             raise ValueError("this run folder was loaded to be looked at: RunFolder.open it to add to it")
         return self.layout
 
-    def _mark(self) -> bytes:
-        return orjson.dumps({"fingerprint": self.fingerprint, "plan": self.plan.hash()})
+    def _replaced(self) -> list[Shard]:
+        """The shards of which an earlier part is kept: the part there now may be of a later generation than any manifest says."""
+        kept = {name.partition(".")[0] for name in self.store.names(SUPERSEDED)}
+        return [shard for shard in self.plan.shards if shard.name.partition(".")[0] in kept]
+
+    def _mark(self, generations: Mapping[str, int]) -> bytes:
+        """`generations`: of the parts that took the place of others."""
+        again = {"generations": dict(generations)} if generations else {}
+        return orjson.dumps({"fingerprint": self.fingerprint, "plan": self.plan.hash(), **again})
 
 
 def _hash(fingerprint: Mapping[str, str]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import uuid
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
@@ -95,7 +96,8 @@ class ShardWriter:
         with storage_errors(str(self._store.work)):
             self._journal.close()
             for journal in _journals(self._store, self.shard):
-                journal.unlink(missing_ok=True)
+                if not is_later(journal.name, {self.shard.index: self._info.generation}):
+                    journal.unlink(missing_ok=True)
         return won
 
     def _publish(self, path: Path) -> bool:
@@ -114,7 +116,8 @@ class ShardWriter:
         return name in self._store.names() and read_part(self._store, name, info.id).generation >= info.generation
 
     def _path(self, suffix: str) -> Path:
-        return self._store.work / f"{self.shard.index:05d}.{self._info.attempt}.{suffix}"
+        again = f".g{self._info.generation:03d}" if self._info.generation else ""
+        return self._store.work / f"{self.shard.index:05d}{again}.{self._info.attempt}.{suffix}"
 
     def _add(self, result: RowResult) -> None:
         row, sample, samples = result.row, result.sample, result.samples
@@ -138,6 +141,12 @@ def journalled(store: Store, shard: Shard, id: ShardId, generation: int = 0) -> 
                 result = RowResult(*orjson.loads(payload))
                 result.status = Status(result.status)
                 yield result
+
+
+def is_later(name: str, generations: Mapping[int, int]) -> bool:
+    """Whether a file of the work folder is of an attempt at a shard that these generations of parts, by shard, do not settle."""
+    of = re.match(r"(\d+)\.(?:g(\d+)\.)?", name)
+    return of is not None and int(of[2] or 0) > generations.get(int(of[1]), -1)
 
 
 def _journals(store: Store, shard: Shard) -> Iterable[Path]:

@@ -36,8 +36,8 @@ class Store(Protocol):
     out: str
     work: Path
 
-    def names(self) -> set[str]:
-        """The names there are now, not those in subfolders."""
+    def names(self, folder: str = "") -> set[str]:
+        """The names there are now, under the root or in one of its folders; not those in subfolders."""
 
     def read(self, name: str) -> bytes | None:
         """The whole file; None if there is none."""
@@ -99,10 +99,10 @@ class LocalStore:
         self.root = Path(out)
         self.work = self.root / "_work"
 
-    def names(self) -> set[str]:
+    def names(self, folder: str = "") -> set[str]:
         with storage_errors(self.out):
             try:
-                return {entry.name for entry in os.scandir(self.root) if entry.is_file()}
+                return {entry.name for entry in os.scandir(self.root / folder) if entry.is_file()}
             except FileNotFoundError:
                 return set()
 
@@ -185,10 +185,10 @@ class ObjectStore:
         folder = Path(spool) if spool else Path(tempfile.gettempdir()) / "gristmill-spool"
         self.work = folder / hashlib.blake2b(self.out.encode(), digest_size=8).hexdigest()
 
-    def names(self) -> set[str]:
+    def names(self, folder: str = "") -> set[str]:
         with client_errors(self.out):
             try:
-                entries = self.fs.ls(self.root, detail=True)
+                entries = self.fs.ls(self._key(folder).rstrip("/"), detail=True)
             except FileNotFoundError:
                 return set()
         return {entry["name"].rsplit("/", 1)[-1] for entry in entries if entry["type"] == "file"}
@@ -307,9 +307,10 @@ def sync_folder(path: Path) -> None:
             raise
 
 
-def sweep(store: Store) -> None:
-    """Remove what attempts left in the work folder, not the folder itself: a late worker may be about to use it. Only once every
-    part is committed."""
+def sweep(store: Store, keep: Callable[[str], bool] = lambda name: False) -> None:
+    """Remove what attempts left in the work folder, but for names that are to `keep`. Not the folder itself: a late worker may be
+    about to use it."""
     with storage_errors(store.out):
         for path in store.work.glob("*"):
-            path.unlink(missing_ok=True)
+            if not keep(path.name):
+                path.unlink(missing_ok=True)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import re
+import shutil
 import signal
 import time
 from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from output_cases import contents
@@ -22,24 +26,44 @@ AT_ONCE = 4
 
 def test_killed_at_every_step_of_the_protocol(zygote: Zygote, tmp_path: Path) -> None:
     """Before each step that an undisturbed run takes, and in the middle of each write."""
-    whole = make_job(zygote, tmp_path / "whole", rows=40, rows_per_shard=20)
-    assert whole.run(steps=str(tmp_path / "steps")) == 0, whole.said()
-    steps = (tmp_path / "steps").read_text().splitlines()
+    kill_at_every_step(tmp_path, lambda folder: make_job(zygote, folder, rows=40, rows_per_shard=20))
+
+
+def test_killed_at_every_step_of_doing_failed_rows_again(zygote: Zygote, tmp_path: Path) -> None:
+    """Two of three shards hold one. A `_SUCCESS` and a manifest of what was there before are not the end of it."""
+    failed = make_job(zygote, tmp_path / "failed", rows=80, rows_per_shard=30)
+    assert failed.run() == 0, failed.said()
+
+    def make(folder: Path) -> Job:
+        shutil.copytree(failed.folder, folder)
+        return replace(failed, folder=folder, out=folder / "out", env={"SCRIPTED_HEALED": "1"})
+
+    kill_at_every_step(tmp_path, make, "retry_errors=[engine_error]")
+
+
+def statuses(job: Job) -> dict[str, int]:
+    return json.loads((job.out / "_manifest.json").read_bytes())["statuses"]
+
+
+def kill_at_every_step(folder: Path, make: Callable[[Path], Job], *keys: str) -> None:
+    whole = make(folder / "whole")
+    assert whole.run(*keys, steps=str(folder / "steps")) == 0, whole.said()
+    steps = (folder / "steps").read_text().splitlines()
     strikes = [(step, when) for step in range(1, len(steps) + 1) for when in ("before", "half")
                if when == "before" or steps[step - 1].endswith("torn")]
     strikes.append((len(steps), "after"))
     killed: Counter[int] = Counter()
     for start in range(0, len(strikes), AT_ONCE):
-        jobs = [make_job(zygote, tmp_path / f"{step}-{when}", rows=40, rows_per_shard=20)
-                for step, when in strikes[start : start + AT_ONCE]]
-        runs = [job.start(strike={"step": step, "when": when})
+        jobs = [make(folder / f"{step}-{when}") for step, when in strikes[start : start + AT_ONCE]]
+        runs = [job.start(*keys, strike={"step": step, "when": when})
                 for job, (step, when) in zip(jobs, strikes[start : start + AT_ONCE], strict=True)]
         killed.update(run.wait() for run in runs)
         for job in jobs:
             assert_readable(job)
-        for job, run in zip(jobs, [job.start() for job in jobs], strict=True):
+        for job, run in zip(jobs, [job.start(*keys) for job in jobs], strict=True):
             assert run.wait() == 0, job.said()
             assert_same(job, whole)
+            assert statuses(job) == statuses(whole)
     print(f"{killed[-9]} kills at {len(steps)} steps")
     assert killed[-9] + killed[0] == len(strikes)
     assert killed[-9] >= 0.95 * len(strikes)      # threads may make a run a step shorter

@@ -2,7 +2,7 @@
 
 The output depends on the prompt, the seed and the schema alone. What a prompt may say: `FAIL` (the engine
 fails on it, each time), `FAILONCE`, `SLOW` (takes 200 turns), `LONG` (hits max_tokens), `HANG` (the engine answers no more, not
-even to signals), `BREAK` (it gives up).
+even to signals), `BREAK` (it gives up). Where SCRIPTED_HEALED is in the environment, nothing fails.
 """
 
 from __future__ import annotations
@@ -203,7 +203,7 @@ class ScriptedEngine:
             if text not in self._failed_once:
                 self._failed_once.add(text)
                 return Completion(request.id, empty, FinishReason.ERROR, size, error="failed once")
-        elif b"FAIL" in text:
+        elif b"FAIL" in text and "SCRIPTED_HEALED" not in os.environ:
             return Completion(request.id, empty, FinishReason.ERROR, size, error="scripted failure")
         seed = request.params.seed if request.params.temperature > 0 else 0
         draw = random.Random(hashlib.blake2b(text + seed.to_bytes(8, "big"), digest_size=8).digest())

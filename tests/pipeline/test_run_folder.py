@@ -247,7 +247,7 @@ def test_failed_rows_are_done_again_and_the_rest_is_kept(tmp_path: Path) -> None
         kept = out / "_superseded" / shard.name.replace(".parquet", ".g000.parquet")
         assert contents(kept) == first[shard.index]
     assert folder.failed_shards(["prompt_null"]) == []
-    assert folder.is_complete()
+    assert not folder.is_complete()      # _SUCCESS stands for the parts that were there before
     manifest = folder.finalize()
     assert set(manifest["statuses"]) == {"ok"}
     assert [part["generation"] for part in manifest["parts"]] == [int(shard in shards) for shard in folder.plan.shards]
@@ -264,3 +264,46 @@ def test_of_two_that_do_the_same_rows_again_one_wins(tmp_path: Path) -> None:
         writer.append(*todo)
     assert [writer.commit(tables(folder.plan, shard)) for writer in writers] == [True, False]
     assert_whole(tmp_path / "out", files)
+
+
+def test_a_worker_that_ends_takes_nothing_from_one_that_does_rows_again(tmp_path: Path) -> None:
+    """All parts are there all the time, so that each may finish the run; and a part that comes later unsettles it."""
+    files = write_input(tmp_path / "in", 200)
+    folder = finish(tmp_path / "out", files, rows_per_shard=40)
+    shard = folder.failed_shards(["prompt_null"])[0]
+
+    def again() -> list[RowResult]:
+        return [result for result in make_results(shard) if (result.row, result.sample) not in writer.recovered()]
+
+    def tables_while_others_end():
+        folder.finalize()
+        yield from tables(folder.plan, shard)
+
+    writer = folder.reopen_shard(shard, ["prompt_null"])
+    writer.append(*again()[:1])
+    folder.finalize()
+    missing = writer.missing()
+    writer = folder.reopen_shard(shard, ["prompt_null"])      # it was killed
+    assert writer.missing() == missing
+    writer.append(*again())
+    manifest = folder.manifest()      # of one that ends slowly
+    assert writer.commit(tables_while_others_end())
+    assert not folder.is_complete()
+    folder.finalize(manifest)
+    assert not folder.is_complete()
+    folder.finalize()
+    assert folder.is_complete()
+    assert list((tmp_path / "out" / "_work").iterdir()) == []
+    shutil.rmtree(tmp_path / "out" / "_superseded")      # nobody needs it
+    folder.finalize()
+    assert folder.is_complete()
+
+
+def test_a_worker_that_ends_takes_nothing_of_shards_that_were_appended(tmp_path: Path) -> None:
+    late = finish(tmp_path / "out", write_input(tmp_path / "in", 60))
+    shutil.copy(tmp_path / "in" / "in-0.parquet", tmp_path / "in" / "in-8.parquet")
+    now = open_folder(tmp_path / "out", found(tmp_path / "in"), on_change="append")
+    shard = now.pending_shards()[0]
+    now.open_shard(shard).append(*list(make_results(shard))[:5])
+    late.finalize()
+    assert len(now.open_shard(shard).recovered()) == 5
