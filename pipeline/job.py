@@ -68,6 +68,8 @@ def _run(config: RunConfig, model: Model, stop: Stop, progress: Progress) -> int
         return say_done(config, folder)
 
     shards = folder.pending_shards(*workers)
+    if config.cluster.lease and not shards and not again:
+        shards = folder.pending_shards()      # of others, who may have died on them
     if shards or again:
         try:
             progress.phase("loading the tokenizer" + (" and compiling the schema" if spec else ""))

@@ -398,6 +398,14 @@ def test_leased_shards_are_taken_over(run: Run, table: Any) -> None:
     assert [row["prompt"] for row in ran.rows()] == [f"q{i}" for i in range(40)]
 
 
+def test_leased_shards_are_taken_over_by_one_that_has_done_its_own(run: Run, table: Any) -> None:
+    words = (f"data={table(prompt=['a', 'b', 'c', 'd'])}", "plan.rows_per_shard=1", "cluster.worker=0", "cluster.workers=2")
+    assert run(*words).code == 3
+    ran = run(*words, "cluster.lease=true")
+    assert (ran.code, len(ran.engines[0].submitted)) == (0, 2)
+    assert [row["prompt"] for row in ran.rows()] == ["a", "b", "c", "d"]
+
+
 def test_failed_rows_may_be_tried_again(run: Run, table: Any) -> None:
     data = table(prompt=["a", "FAIL", None, "b"])
     assert [row["status"] for row in run(f"data={data}").rows()] == ["ok", "engine_error", "prompt_null", "ok"]
