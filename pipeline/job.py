@@ -113,10 +113,10 @@ def label(config: RunConfig, source: Input, builder: PromptBuilder, folder: RunF
             raise Interrupted(reason)
         progress.phase(name)
 
-    collect.start()
     feed.start()    # prompts are made ready while the weights are read
     try:
         engine = model.load(phase)
+        collect.start()    # not before: what a model refuses has journalled no row, and so the configuration can be mended
         try:
             stop.install()
             gpus = find_gpus()
