@@ -5,8 +5,10 @@ from __future__ import annotations
 import itertools
 import queue
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,9 +19,11 @@ from engine.request import Completion, FinishReason
 from pipeline.input.feed import OpenShard, Work, aimed
 from pipeline.input.prompts import Tokenizer
 from pipeline.input.sources import Input
+from pipeline.output.journal import SYNC_SECONDS
 from pipeline.output.rows import RowResult, Status
 
 _BATCH = 1024
+_IDLE_SECONDS = 0.4
 
 
 class Collect(threading.Thread):
@@ -39,6 +43,7 @@ class Collect(threading.Thread):
         self._open: dict[OpenShard, int] = {}  # rows missing
         self._publisher = ThreadPoolExecutor(1, thread_name_prefix="publish")
         self._publishing: list[Future[None]] = []
+        self._flushed = time.monotonic()
         self._failure: BaseException | None = None
         self.results = self.done = self.recovered = 0
 
@@ -84,11 +89,13 @@ class Collect(threading.Thread):
             self._failure = error  # raised again by the loop's next `check`
 
     def _turn(self) -> bool:
-        """Take what is there, at least one item; False once the end was taken."""
-        items = [self._queue.get()]
-        while items[-1] is not None and len(items) < _BATCH and not self._queue.empty():
+        """Take what is there, within a moment; False once the end was taken."""
+        items: list[Any] = []
+        with suppress(queue.Empty):
+            items.append(self._queue.get(timeout=_IDLE_SECONDS))
+        while items and items[-1] is not None and len(items) < _BATCH and not self._queue.empty():
             items.append(self._queue.get())
-        going = items[-1] is not None
+        going = None not in items
         results: dict[OpenShard, list[RowResult]] = {}
         made: list[tuple[Work, RowResult]] = []
         finished: list[tuple[Work, Completion]] = []
@@ -107,6 +114,7 @@ class Collect(threading.Thread):
             results.setdefault(work.state, []).extend(aimed(result, target) for target in targets)
         for state, rows in results.items():
             self._journal(state, rows)
+        self._flush()
         return going
 
     def _decoded(self, finished: list[tuple[Work, Completion]]) -> Iterator[tuple[Work, RowResult]]:
@@ -158,7 +166,15 @@ class Collect(threading.Thread):
         self.done += missing - self._open[state]
         if not self._open[state]:
             del self._open[state]
+            state.writer.flush()    # it may wait for others to be published
             self._publishing.append(self._publisher.submit(self._publish, state))
+
+    def _flush(self) -> None:
+        """A journal syncs itself while rows come; where they come seldom, here."""
+        if time.monotonic() - self._flushed >= SYNC_SECONDS:
+            for state in self._open:
+                state.writer.flush()
+            self._flushed = time.monotonic()
 
     def _publish(self, state: OpenShard) -> None:
         state.writer.commit(chunk.table for chunk in self._cursor.read(state.shard))

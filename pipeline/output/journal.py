@@ -21,7 +21,8 @@ SYNC_SECONDS = 1.5
 class Journal:
     """Append-only. The file is made by the first append and begins with `header`, which says whose rows these are.
 
-    Records reach the kernel with each append (a killed process loses none) and the disk within SYNC_SECONDS of steady appends.
+    Records reach the kernel with each append (a killed process loses none) and the disk within SYNC_SECONDS of steady appends;
+    who appends seldom has to `sync`.
     """
 
     def __init__(self, path: Path, header: bytes) -> None:

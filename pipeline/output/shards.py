@@ -6,6 +6,7 @@ import re
 import uuid
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from operator import attrgetter
 from pathlib import Path
@@ -59,16 +60,12 @@ class ShardWriter:
         payloads = [_encode(result) for result in results]
         for result in results:
             self._add(result)
-        try:
-            with storage_errors(str(self._store.work)):
-                self._journal.append(payloads)
-        except StorageError:
-            if not self._is_committed():
-                raise
+        with self._unless_committed():
+            self._journal.append(payloads)
 
     def flush(self) -> None:
-        """Force what was appended to disk: on drain, and now and then while few rows finish."""
-        with storage_errors(str(self._store.work)):
+        """Force what was appended to disk: to be called now and then, and before a commit that may take long to come."""
+        with self._unless_committed():
             self._journal.sync()
 
     def close(self) -> None:
@@ -109,6 +106,16 @@ class ShardWriter:
             return True
         # A link or PUT that was sent twice is told "exists" of its own first try: the footer knows whose part it is.
         return self._store.publish(path, name) or read_part(self._store, name, info.id).attempt == info.attempt
+
+    @contextmanager
+    def _unless_committed(self) -> Iterator[None]:
+        """What becomes of the journal matters until another worker has committed this shard."""
+        try:
+            with storage_errors(str(self._store.work)):
+                yield
+        except StorageError:
+            if not self._is_committed():
+                raise
 
     def _is_committed(self) -> bool:
         """Another worker has committed this shard, and its sweep may have taken our journal or part from under us."""
