@@ -64,7 +64,14 @@ class Store(Protocol):
 def open_store(out: str, spool: str | None = None) -> Store:
     """The store of an output folder: a path, or an fsspec URL. `spool`: local folder of an object store's journals."""
     protocol, path = fsspec.core.split_protocol(out)
-    return LocalStore(path) if protocol in (None, "file", "local") else ObjectStore(out, spool)
+    return LocalStore(str(_expanded(path))) if protocol in (None, "file", "local") else ObjectStore(out, spool)
+
+
+def _expanded(path: str) -> Path:
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise ConfigError(f"{path}: nobody knows that home folder; write the path out (output.dir)") from error
 
 
 @contextmanager

@@ -118,6 +118,15 @@ def test_a_path_and_a_file_url_are_folders(tmp_path: Path, url: str) -> None:
     assert isinstance(open_store("memory://x"), ObjectStore)
 
 
+def test_a_home_folder_is_meant_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    store = open_store("~/out")
+    store.create("a", b"")
+    assert (store.out, (tmp_path / "out" / "a").exists()) == (str(tmp_path / "out"), True)
+    with pytest.raises(ConfigError, match=r"~nobody-of-that-name/out: .*write the path out"):
+        open_store("~nobody-of-that-name/out")
+
+
 # --- POSIX ---
 
 
