@@ -168,6 +168,7 @@ class InputKeys(Strict):
 class OutputKeys(Strict):
     dir: str = Field(min_length=1)
     flatten: bool = False  # a typed column for each top-level property of the schema
+    spool: str | None = Field(None, min_length=1)  # local folder of the journals, where dir is in an object store
 
 
 class PlanKeys(Strict):

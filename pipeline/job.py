@@ -59,9 +59,9 @@ def _run(config: RunConfig, model: Model, stop: Stop, progress: Progress) -> int
         return preview(config, source, plan, make_builder(config, form, spec, model), model)
 
     identity = model.fingerprint()
-    fresh = open_store(config.output.dir).read(RUN) is None
+    fresh = open_store(config.output.dir, config.output.spool).read(RUN) is None
     keys, info = fingerprint(config, spec, identity), provenance(config, identity)
-    folder = RunFolder.open(config.output.dir, keys, plan, layout, config.plan.on_change, info)
+    folder = RunFolder.open(config.output.dir, keys, plan, layout, config.plan.on_change, info, config.output.spool)
     workers = (config.cluster.worker, config.cluster.workers)
     again = folder.failed_shards(config.retry_errors, *workers) if config.retry_errors else []
     if folder.is_complete() and not again:

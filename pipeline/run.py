@@ -28,7 +28,7 @@ HOME = Path(__file__).resolve().parent.parent  # conf/ and jobs/ stand beside th
 CONF = HOME / "conf"
 GROUPS = tuple(sorted(p.name for p in CONF.iterdir() if p.is_dir() and not p.name.startswith("_")))
 # Their values are text that Hydra's grammar would trip over (globs, URLs, braces, equal signs): quoted for the user.
-TEXT_KEYS = ("data", "out", "output.dir", "model.source", "model.tokenizer", "model.chat_template",
+TEXT_KEYS = ("data", "out", "output.dir", "output.spool", "model.source", "model.tokenizer", "model.chat_template",
              "task.prompt", "task.system", "task.schema", "task.guided_json", "task.guided_regex", "task.tools",
              "task.tool_choice")  # fmt: skip
 OPEN_KEYS = ("input.columns.", "task.schema.", "task.guided_json.")  # mappings whose keys are the user's own
@@ -63,6 +63,7 @@ Keys (KEY=VALUE; python -m pipeline.run --cfg prints all of them with their valu
   sampling.max_tokens  .temperature  .top_p  .top_k  .n  .stop      engine.max_rows  .max_model_len  .gpu_memory  .device
   output.dir        a folder or URL; default out/<task>-<model>-<data>
   output.flatten    true: one typed column for each property of the schema
+  output.spool      where output.dir is a URL: local folder that keeps finished rows of unfinished shards, from run to run
   limits.max_seconds  .max_tokens  .max_gpu_hours                   stop cleanly and exit 75; the same command goes on
   limits.on_budget  finish: complete the run at those three, what is not done becomes rows with the status aborted
   limits.row_seconds                                                a row that runs longer is cut: status timeout

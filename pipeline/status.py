@@ -116,7 +116,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--missing", metavar="WORKERS", nargs="?", type=int, const=0,
                         help="only print which workers, of so many, have shards left, as an array expression for sbatch; "
                              "without a number, which shards are missing")
-    parser.add_argument("--spool", help="local folder of the journals, for an output in an object store")
+    parser.add_argument("--spool", help="the job's output.spool, where it has set one")
     return parser
 
 

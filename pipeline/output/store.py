@@ -10,7 +10,6 @@ import errno
 import hashlib
 import os
 import shutil
-import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -62,16 +61,19 @@ class Store(Protocol):
 
 
 def open_store(out: str, spool: str | None = None) -> Store:
-    """The store of an output folder: a path, or an fsspec URL. `spool`: local folder of an object store's journals."""
+    """The store of an output folder: a path, or an fsspec URL. `spool`: local folder of an object store's journals; by default
+    one of the user's own, which outlasts the process, its scratch folder and the next start of the machine."""
     protocol, path = fsspec.core.split_protocol(out)
-    return LocalStore(str(_expanded(path))) if protocol in (None, "file", "local") else ObjectStore(out, spool)
+    if protocol in (None, "file", "local"):
+        return LocalStore(str(_expanded(path)))
+    return ObjectStore(out, _expanded(spool or f"{os.environ.get('XDG_CACHE_HOME') or '~/.cache'}/gristmill/spool"))
 
 
 def _expanded(path: str) -> Path:
     try:
         return Path(path).expanduser()
     except RuntimeError as error:
-        raise ConfigError(f"{path}: nobody knows that home folder; write the path out (output.dir)") from error
+        raise ConfigError(f"{path}: nobody knows that home folder; write the path out (output.dir, output.spool)") from error
 
 
 @contextmanager
@@ -186,11 +188,10 @@ class LocalStore:
 class ObjectStore:
     """Through fsspec. Parts are spooled locally and sent in one PUT; nothing is renamed or appended to."""
 
-    def __init__(self, out: str, spool: str | None = None) -> None:
+    def __init__(self, out: str, spool: Path) -> None:
         self.out = out.rstrip("/")
         self.fs, self.root = fsspec.url_to_fs(self.out, use_listings_cache=False)
-        folder = Path(spool) if spool else Path(tempfile.gettempdir()) / "gristmill-spool"
-        self.work = folder / hashlib.blake2b(self.out.encode(), digest_size=8).hexdigest()
+        self.work = spool / hashlib.blake2b(self.out.encode(), digest_size=8).hexdigest()
 
     def names(self, folder: str = "") -> set[str]:
         with client_errors(self.out):
@@ -288,13 +289,14 @@ def _write_temporary(folder: Path, name: str, data: bytes) -> Path:
 def check_writable(store: Store) -> None:
     """Raises ConfigError unless a file can be made and removed in the store's work folder."""
     try:
-        with storage_errors(store.out):
+        with storage_errors(str(store.work)):
             store.work.mkdir(parents=True, exist_ok=True)
             probe = store.work / f"probe.{uuid.uuid4().hex}"
             probe.write_bytes(b"")
             probe.unlink(missing_ok=True)
     except StorageError as error:
-        raise ConfigError(str(error)) from error
+        other = "" if isinstance(store, LocalStore) else ", or set output.spool to another folder"
+        raise ConfigError(f"{error}{other}") from error
 
 
 def sync_file(path: Path) -> None:
@@ -317,7 +319,7 @@ def sync_folder(path: Path) -> None:
 def sweep(store: Store, keep: Callable[[str], bool] = lambda name: False) -> None:
     """Remove what attempts left in the work folder, but for names that are to `keep`. Not the folder itself: a late worker may be
     about to use it."""
-    with storage_errors(store.out):
+    with storage_errors(str(store.work)):
         for path in store.work.glob("*"):
             if not keep(path.name):
                 path.unlink(missing_ok=True)

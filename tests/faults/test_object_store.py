@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +11,7 @@ import pytest
 from output_cases import contents
 from s3_server import S3Server, serve_s3
 
-from pipeline.output.store import ObjectStore, open_store
+from pipeline.output.store import open_store
 from tests.faults.jobs import Job, Zygote, make_job
 
 
@@ -22,11 +21,10 @@ def s3() -> Iterator[S3Server]:
 
 
 @pytest.fixture
-def job(zygote: Zygote, tmp_path: Path, s3: S3Server) -> Iterator[Job]:
+def job(zygote: Zygote, tmp_path: Path, s3: S3Server) -> Job:
     to_server = {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
-    job = replace(make_job(zygote, tmp_path), url=f"s3://bucket/{tmp_path.name}", env=to_server)
-    yield job
-    shutil.rmtree(ObjectStore(job.url).work, ignore_errors=True)
+    to_server["XDG_CACHE_HOME"] = str(tmp_path / "cache")
+    return replace(make_job(zygote, tmp_path), url=f"s3://bucket/{tmp_path.name}", env=to_server)
 
 
 def assert_same(job: Job, whole: Job) -> None:

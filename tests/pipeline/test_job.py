@@ -319,7 +319,7 @@ def test_another_configuration_on_the_same_folder_is_refused(run: Run, table: An
 
 
 @pytest.mark.parametrize("words", [["engine.max_rows=3"], ["limits.max_seconds=100"], ["input.threads=1"], ["engine.depth=1"],
-                                   ["guided.threads=1"], ["guided.compile_seconds=5"]])
+                                   ["guided.threads=1"], ["guided.compile_seconds=5"], ["output.spool=~/spool"]])
 def test_speed_and_limits_are_no_other_configuration(run: Run, table: Any, words: list[str]) -> None:
     data = table(prompt=["a", "b"])
     assert run(f"data={data}").code == 0

@@ -15,7 +15,7 @@ from s3_server import S3Server, serve_s3
 
 from pipeline.exits import ConfigError, StorageError
 from pipeline.output import store as module
-from pipeline.output.store import LocalStore, ObjectStore, Store, open_store, sweep
+from pipeline.output.store import LocalStore, ObjectStore, Store, check_writable, open_store, sweep
 
 
 @pytest.fixture(params=["local", "s3"])
@@ -123,8 +123,29 @@ def test_a_home_folder_is_meant_by_its_name(tmp_path: Path, monkeypatch: pytest.
     store = open_store("~/out")
     store.create("a", b"")
     assert (store.out, (tmp_path / "out" / "a").exists()) == (str(tmp_path / "out"), True)
+    assert open_store("memory://x", "~/spool").work.parent == tmp_path / "spool"
     with pytest.raises(ConfigError, match=r"~nobody-of-that-name/out: .*write the path out"):
         open_store("~nobody-of-that-name/out")
+
+
+def test_the_spool_is_the_users_own_and_outlasts_scratch_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "scratch"))
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    assert open_store("memory://x").work.parent == tmp_path / "home/.cache/gristmill/spool"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    assert open_store("memory://x").work.parent == tmp_path / "cache/gristmill/spool"
+    assert open_store("memory://x", str(tmp_path / "spool")).work.parent == tmp_path / "spool"
+
+
+def test_a_spool_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Path, data: bytes) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr(Path, "write_bytes", refuse)
+    spool = tmp_path / "spool"
+    with pytest.raises(ConfigError, match=rf"^{spool}/\w+ cannot be written \(Permission denied\).*, or set output.spool"):
+        check_writable(open_store("memory://x", str(spool)))
 
 
 # --- POSIX ---
