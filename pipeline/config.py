@@ -19,8 +19,11 @@ from engine.request import SamplingParams
 from pipeline.exits import ConfigError
 from pipeline.output.rows import Status
 
-_SECRET = re.compile(r"(^|_)(token|secret|password|passwd|credentials?|api_?key|access_?key)$", re.IGNORECASE)
-_URL_PASSWORD = re.compile(r"^\w+://[^/@\s]*:[^/@\s]+@")
+_SECRETS = "token|secret|password|passwd|credentials?|api_?key|access_?key"
+_SECRET = re.compile(rf"(^|_)({_SECRETS})$", re.IGNORECASE)
+# An address, or several chained by `::`, with a password (keys of S3 have slashes in them) or a signature.
+_SECRET_URL = re.compile(
+    rf"^(\S+::)?[\w+.-]+://([^/@\s]*:(?!\d+/)[^@\s]+@|\S*[?&]([\w-]*[_-])?({_SECRETS}|sig|signature)=)", re.IGNORECASE)
 
 
 Config = TypeVar("Config", bound=BaseModel)
@@ -260,14 +263,16 @@ def validate(model: type[Config], raw: Mapping[str, Any]) -> Config:
 def refuse_secrets(raw: Mapping[str, Any]) -> None:
     """Secrets come from the environment alone, since the configuration is written beside the results."""
     for key, value in flatten(raw):
-        data = key.startswith(("task.schema", "task.guided_json", "task.tools"))
+        data = key.startswith(("input.columns.", "task.schema", "task.guided_json", "task.tools"))  # keys of the user's own
         if value is not None and not data and _SECRET.search(key.rpartition(".")[2]):
             raise ConfigError(
                 f"{key}: secrets do not belong in the configuration, which is written beside the results; "
                 "set them in the environment (HF_TOKEN, AWS_SECRET_ACCESS_KEY, ...)"
             )
-        if isinstance(value, str) and _URL_PASSWORD.match(value):
-            raise ConfigError(f"{key}: the address holds a password; set it in the environment instead")
+        for item in value if isinstance(value, list) else [value]:
+            if isinstance(item, str) and _SECRET_URL.match(item):
+                raise ConfigError(f"{key}: the address holds a password or a signature, which would be written beside the "
+                                  "results; leave it out, and set it in the environment")
 
 
 def flatten(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -49,7 +49,8 @@ def test_conf_shows_every_key() -> None:
 
 
 @pytest.mark.parametrize("data", ["x.parquet", "raw/2026-11/*.parquet", "dt=2026-11/x.parquet", "s3://b/a?x=1", "hf://org/name@main",
-                                  "a b/c(1).parquet", "it's.csv", "a,b.csv", "back\\slash"])  # fmt: skip
+                                  "a b/c(1).parquet", "s3://b/10:30@v1/x.csv", "http://host:80/a@b.csv",
+                                  "it's.csv", "a,b.csv", "back\\slash"])  # fmt: skip
 def test_data_is_taken_as_it_is_typed(data: str) -> None:
     assert read_config([f"data={data}"]).data == data
 
@@ -68,8 +69,9 @@ def test_a_template_needs_no_quoting() -> None:
     assert read_config(["data=x.csv", f"task.prompt={prompt}"]).task.prompt == prompt
 
 
-def test_columns_are_mapped_without_a_plus() -> None:
-    assert read_config(["input.columns.message=body"]).input.columns == {"message": "body"}
+@pytest.mark.parametrize("name", ["message", "token"])
+def test_columns_are_mapped_without_a_plus(name: str) -> None:
+    assert read_config([f"input.columns.{name}=body"]).input.columns == {name: "body"}
 
 
 def test_sampling_overlays_the_tasks() -> None:
@@ -142,6 +144,12 @@ def test_a_wrong_task_file_is_one_line(tmp_path: Path, text: str | None, line: s
     ("+model.hf_token=abc", "model.hf_token: secrets do not belong in the configuration"),
     ("+password=abc", "password: secrets do not belong in the configuration"),
     ("data=s3://key:secret@bucket/x.csv", "data: the address holds a password"),
+    ("data=[a.csv,s3://key:secret@bucket/x.csv]", "data: the address holds a password"),
+    ("data=s3://key:sec/ret@bucket/x.csv", "data: the address holds a password"),
+    ("data=zip://x.csv::ftp://me:secret@host/x.zip", "data: the address holds a password"),
+    ("data=https://bucket/x.csv?X-Amz-Date=1&X-Amz-Signature=ab", "data: the address holds a password or a signature"),
+    ("data=https://host/x.csv?sv=1&sig=ab", "data: the address holds a password or a signature"),
+    ("output.dir=s3://key:secret@bucket/out", "output.dir: the address holds a password"),
 ])  # fmt: skip
 def test_a_wrong_word_is_one_line_and_exit_code_2(word: str, line: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([word]) == 2
