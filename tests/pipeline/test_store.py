@@ -48,7 +48,7 @@ def put(store: Store, name: str, data: bytes) -> bool:
 
 
 def test_the_first_to_publish_wins(store: Store) -> None:
-    assert store.names() == set()
+    assert store.names() == store.names("_superseded") == set()
     assert store.read("a") is None
     assert put(store, "a", b"1")
     assert not put(store, "a", b"2")
@@ -65,6 +65,7 @@ def test_the_first_to_publish_wins(store: Store) -> None:
     store.supersede(path, "a", "a.old")
     assert store.read("a") == b"6"
     assert store.names() == {"a", "b"}      # what it replaced is kept where readers do not look
+    assert store.names("_superseded") == {"a.old"}
     assert store.read("_superseded/a.old") == b"5"
     for _ in range(2):
         store.delete("a")
