@@ -151,8 +151,9 @@ def _conversation(value: Any) -> list[dict[str, Any]]:
     for index, message in enumerate(value):
         if not isinstance(message, dict):
             _bad(f"messages.{index} is not an object")
-        if message.get("role") not in ROLES:
-            _bad(f"messages.{index}.role is {message.get('role')!r}; there are {', '.join(sorted(ROLES))}")
+        role = message.get("role")
+        if not isinstance(role, str) or role not in ROLES:
+            _bad(f"messages.{index}.role is {role!r}; there are {', '.join(sorted(ROLES))}")
         content = message.get("content") or ""
         if isinstance(content, list):  # parts, as the chat completions API writes them
             for part in content:
