@@ -33,6 +33,18 @@ class Refused(Exception):
         self.status, self.error = status, error
 
 
+def refused(error: Exception) -> Refused:
+    """What a row is refused with, whatever it ran into: the type of an error tells a mistake of ours from one of the row."""
+    return error if isinstance(error, Refused) else Refused(Status.TEMPLATE_ERROR, f"{type(error).__name__}: {first_line(error)}")
+
+
+def given(row: dict[str, Any] | Refused) -> dict[str, Any]:
+    """A row of Form.rows as its values. Raises Refused."""
+    if isinstance(row, Refused):
+        raise row
+    return row
+
+
 class Form:
     """Which columns a prompt is made of, and how: checked against the input's schema before anything is loaded."""
 
@@ -58,9 +70,17 @@ class Form:
         # One column at least, to count the rows by.
         self.columns = list(dict.fromkeys(map(self._of, self._names))) or schema.names[:1]
 
-    def rows(self, table: pa.Table) -> Iterator[dict[str, Any]]:
-        """The values of the names in use, row by row."""
-        columns = [self._values(name, table.column(self._of(name))) for name in self._names]
+    def rows(self, table: pa.Table) -> Iterator[dict[str, Any] | Refused]:
+        """The values of the names in use, row by row; Refused in place of a row that has one which Python does not hold."""
+        try:
+            columns = [self._values(name, table.column(self._of(name))) for name in self._names]
+        except Refused as error:
+            if table.num_rows == 1:
+                yield error
+            else:                                        # of some row: read alone, it gets the error as its status
+                for row in range(table.num_rows):
+                    yield from self.rows(table.slice(row, 1))
+            return
         for values in zip(*columns, strict=True) if columns else ((),) * table.num_rows:
             yield dict(zip(self._names, values, strict=True))
 
@@ -88,10 +108,14 @@ class Form:
         return column
 
     def _values(self, name: str, column: pa.ChunkedArray) -> list[Any]:
-        values = column.to_pylist()
-        if name in self._json:
-            return [None if value is None else orjson.loads(value) for value in values]
-        return [_prune(value) for value in values] if name in self._pruned and pa.types.is_nested(column.type) else values
+        """Raises Refused where one of them cannot be had: a date beyond the year 9999, say."""
+        try:
+            values = column.to_pylist()
+            if name in self._json:
+                return [None if value is None else orjson.loads(value) for value in values]
+            return [_prune(value) for value in values] if name in self._pruned and pa.types.is_nested(column.type) else values
+        except Exception as error:
+            raise Refused(Status.TEMPLATE_ERROR, f"the column {self._of(name)} cannot be read: {refused(error)}") from None
 
     def _compile(self, key: str, text: str, used: set[str]) -> jinja2.Template | str:
         """The template, or what it renders to where it uses no column; the names it uses are added to `used`."""
@@ -137,7 +161,7 @@ def _render(template: jinja2.Template | str, row: dict[str, Any]) -> str:
         return template.render(row)
     except Exception as error:
         # Whatever an expression of the user's template runs into is an error of this row, not of the job.
-        raise Refused(Status.TEMPLATE_ERROR, f"{type(error).__name__}: {first_line(error)}") from None
+        raise refused(error) from None
 
 
 def _conversation(value: Any) -> list[dict[str, Any]]:

@@ -167,7 +167,7 @@ def test_chat_without_a_template_stops_the_job() -> None:
     ({"prompt": ["x"], "schema": ['{"type": "objekt"}']}, {}, Status.SCHEMA_ERROR, "schema: "),
     ({"prompt": ["x"], "schema": ["{}"], "sampling": ['{"max_tokens": 2}']}, {},
      Status.SCHEMA_ERROR, "max_tokens=2 is below the 4 "),
-    *(({"prompt": ["x"], "guided_choice": [value]}, {}, Status.SCHEMA_ERROR, "guided_choice: /: a choice must be a list of one or more")
+    *(({"prompt": ["x"], "guided_choice": [value]}, {}, Status.SCHEMA_ERROR, "guided_choice: /: a choice must be a list of one")
       for value in ("5", "true", '"yes"', '{"a": 1}', "[1]")),
     ({"prompt": ["x"], "tools": ["{}"]}, {}, Status.SCHEMA_ERROR, "tools: tools must be a list"),
     ({"prompt": ["x"], "tools": ['[{"name": "f", "parameters": 7}]']}, {}, Status.SCHEMA_ERROR, "tools/0/parameters: "),
@@ -209,6 +209,17 @@ def test_a_template_that_refuses_is_an_error_of_the_row() -> None:
     prompts = build({"messages": rows}, chat_template=strict)
     assert prompts[0].status is Status.OK
     assert (prompts[1].status, prompts[1].error) == (Status.TEMPLATE_ERROR, "the chat template refuses: division by zero")
+
+
+@pytest.mark.parametrize("column, task, error", [
+    (pa.array([0, 10**18, 1], pa.timestamp("us")), "At {{ a }}", "the column a cannot be read: OverflowError: "),
+    (pa.array([97, 0xD800, 98]), "{{ '%c' % a }}", "UnicodeEncodeError: "),
+])  # fmt: skip
+def test_one_row_of_a_chunk_that_cannot_be_converted_is_the_only_one(column: pa.Array, task: str, error: str) -> None:
+    prompts = build({"a": column}, {"prompt": task})
+    assert [prompt.status for prompt in prompts] == [Status.OK, Status.TEMPLATE_ERROR, Status.OK]
+    assert str(prompts[1].error).startswith(error), prompts[1].error
+    assert [prompt.tokens is None for prompt in prompts] == [False, True, False]
 
 
 def test_repaired_text_runs_and_says_so() -> None:
