@@ -57,12 +57,13 @@ class Form:
         self._column = {name: name for name in schema.names} | dict(mapping)
         used: set[str] = set()
         self._parts = [(role, self._compile(key, text, used)) for key, role, text in _sources(task)]
-        self.base = None if task.prompt is not None or task.messages is not None else self._base_column()
+        self.base = None if task.prompt is not None or task.messages is not None else self._base_column(mapping)
         self._fields = sorted(used)
         self.overrides = frozenset(name for name in OVERRIDES if self._column.get(name) is not None and name not in used)
         self._names = list(dict.fromkeys([*self._fields, *filter(None, [self.base]), *sorted(self.overrides)]))
-        for name in mapping:
-            if name not in (*self._names, *OVERRIDES, "messages", "prompt"):
+        for name, column in mapping.items():
+            ignored = column is None and name in (*OVERRIDES, "messages", "prompt")
+            if name not in self._names and not ignored:
                 uses = ", ".join(self._names) or "no column"
                 raise ConfigError(f"input.columns.{name}: nothing uses the name {name}; the task uses {uses}")
         self._json = {name for name in self._names if schema.field(self._of(name)).metadata == JSON_TEXT}
@@ -137,8 +138,9 @@ class Form:
         used |= names
         return template if constant is None else constant
 
-    def _base_column(self) -> str:
-        for name in ("messages", "prompt"):
+    def _base_column(self, mapping: Mapping[str, str | None]) -> str:
+        """What the user maps goes before what is found by name."""
+        for name in sorted(("messages", "prompt"), key=lambda name: mapping.get(name) is None):
             if self._column.get(name) is not None:
                 return name
         there, first = ", ".join(self._there), self._there[0]

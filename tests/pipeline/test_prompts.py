@@ -81,6 +81,12 @@ def test_messages_come_before_prompt_and_may_be_json() -> None:
         assert [text(p) for p in build({"messages": [value], "prompt": ["no"]})] == [expected]
 
 
+def test_a_mapped_prompt_comes_before_messages_found_by_name() -> None:
+    columns = {"prompt": ["no"], "body": ["hi"], "messages": ['[{"role": "user", "content": "no"}]']}
+    for mapping in ({"prompt": "body"}, {"prompt": "body", "messages": None}):
+        assert text(build(columns, mapping=mapping)[0]) == user("hi")
+
+
 def test_templates_see_columns_by_name_or_mapping() -> None:
     task = {"system": "Label for {{ shop }}.", "prompt": "{{ message }}{% if extra %} ({{ extra }}){% endif %}"}
     prompts = build({"body": ["hi", "ho"], "shop": ["A", None], "extra": [None, 7]}, task, {"message": "body"})
@@ -119,6 +125,9 @@ def test_lists_and_objects_of_jsonl_are_lists_and_objects_in_a_template() -> Non
     (["a"], {"prompt": "{{ a | nofilter }}"}, {}, "task.prompt: "),
     (["a"], {}, {"prompt": "c"}, "input.columns.prompt=c: the input has no such column; it has a"),
     (["prompt"], {}, {"mesage": "prompt"}, "input.columns.mesage: nothing uses the name mesage; the task uses prompt"),
+    (["a", "b"], {"prompt": "{{ a }}"}, {"prompt": "b"}, "input.columns.prompt: nothing uses the name prompt; the task uses a"),
+    (["a", "b"], {}, {"prompt": "a", "messages": "b"},
+     "input.columns.prompt: nothing uses the name prompt; the task uses messages"),
 ])  # fmt: skip
 def test_what_is_wrong_for_every_row_stops_the_job(
     columns: list[str], task: dict[str, Any], mapping: dict[str, str | None], line: str
