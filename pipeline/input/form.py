@@ -20,8 +20,10 @@ GUIDES = ("schema", "guided_json", "guided_regex", "guided_choice")
 OVERRIDES = (*GUIDES, "tools", "tool_choice", "sampling", "adapter")
 ROLES = frozenset({"system", "developer", "user", "assistant", "tool", "function"})
 
+_BYTES = (pa.binary(), pa.large_binary())
+
 _JINJA = jinja2.sandbox.ImmutableSandboxedEnvironment(
-    undefined=jinja2.StrictUndefined, finalize=lambda value: "" if value is None else value, keep_trailing_newline=True)
+    undefined=jinja2.StrictUndefined, finalize=lambda value: "" if value is None else _decode(value), keep_trailing_newline=True)
 _JINJA.filters["json"] = lambda value: orjson.dumps(value).decode()
 
 
@@ -101,7 +103,8 @@ class Form:
             return [*messages, *_conversation(value)]
         if _blank(value):
             raise Refused(Status.PROMPT_NULL, "the prompt is null or empty")
-        return [*messages, {"role": "user", "content": str(value)}] if messages else str(value)
+        text = str(_decode(value))
+        return [*messages, {"role": "user", "content": text}] if messages else text
 
     def _of(self, name: str) -> str:
         column = self._column[name]
@@ -114,7 +117,9 @@ class Form:
             values = column.to_pylist()
             if name in self._json:
                 return [None if value is None else orjson.loads(value) for value in values]
-            return [_prune(value) for value in values] if name in self._pruned and pa.types.is_nested(column.type) else values
+            if pa.types.is_nested(column.type):
+                return [_prune(value) for value in values] if name in self._pruned else values
+            return [_decode(value) for value in values] if column.type in _BYTES else values
         except Exception as error:
             raise Refused(Status.TEMPLATE_ERROR, f"the column {self._of(name)} cannot be read: {refused(error)}") from None
 
@@ -204,10 +209,15 @@ def json_value(value: Any, name: str, status: Status) -> Any:
 
 
 def _prune(value: Any) -> Any:
-    """Without nulls: an Arrow struct has every key of every row."""
+    """Without nulls, since an Arrow struct has every key of every row, and bytes as text."""
     if isinstance(value, dict):
         return {key: _prune(item) for key, item in value.items() if item is not None}
-    return [_prune(item) for item in value] if isinstance(value, list) else value
+    return [_prune(item) for item in value] if isinstance(value, list) else _decode(value)
+
+
+def _decode(value: Any) -> Any:
+    """Bytes as the text that they are: some writers of Parquet do not mark it as such. Raises UnicodeDecodeError."""
+    return value.decode() if isinstance(value, bytes) else value
 
 
 def _blank(value: Any) -> bool:

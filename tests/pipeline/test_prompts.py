@@ -231,6 +231,22 @@ def test_one_row_of_a_chunk_that_cannot_be_converted_is_the_only_one(column: pa.
     assert [prompt.tokens is None for prompt in prompts] == [False, True, False]
 
 
+def test_bytes_are_text_where_they_are_utf8() -> None:
+    rows = pa.array(["é".encode(), b"\xff", None])
+    for task in ({}, {"prompt": "{{ prompt | upper | lower }}"}):
+        prompts = build({"prompt": rows}, task)
+        assert text(prompts[0]) == user("é")
+        assert [prompt.status for prompt in prompts[1:]] == [Status.TEMPLATE_ERROR, Status.PROMPT_NULL]
+        assert str(prompts[1].error).startswith("the column prompt cannot be read: UnicodeDecodeError: ")
+    assert text(build({"prompt": pa.array([b"hi"], pa.binary(2))})[0]) == user("hi")
+    messages = [[{"role": b"user", "content": content}] for content in (b"hi", b"\xff")]
+    first, second = build({"messages": messages})
+    assert (text(first), second.status) == (user("hi"), Status.TEMPLATE_ERROR)
+    first, second = build({"image": [{"bytes": b"\xff", "path": b"a.png"}, {"bytes": b"\xff", "path": b"\xff"}]},
+                          {"prompt": "{{ image.path }}"})
+    assert (text(first), second.status) == (user("a.png"), Status.TEMPLATE_ERROR)
+
+
 def test_repaired_text_runs_and_says_so() -> None:
     table = pa.table({"prompt": ["a�", "b"]})
     keys = TaskKeys()
