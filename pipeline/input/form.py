@@ -103,6 +103,8 @@ class Form:
             return [*messages, *_conversation(value)]
         if _blank(value):
             raise Refused(Status.PROMPT_NULL, "the prompt is null or empty")
+        if isinstance(value, (dict, list)):
+            _bad(f"the prompt is not text; where it is a conversation, set input.columns.messages={self._of(self.base)}")
         text = str(_decode(value))
         return [*messages, {"role": "user", "content": text}] if messages else text
 

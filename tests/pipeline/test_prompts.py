@@ -231,6 +231,13 @@ def test_one_row_of_a_chunk_that_cannot_be_converted_is_the_only_one(column: pa.
     assert [prompt.tokens is None for prompt in prompts] == [False, True, False]
 
 
+@pytest.mark.parametrize("value", [[{"role": "user", "content": "hi"}], {"role": "user"}, ["hi"]])
+def test_a_prompt_that_is_no_text_is_refused(value: Any) -> None:
+    prompt = build({"ask": [value]}, mapping={"prompt": "ask"})[0]
+    assert prompt.status is Status.TEMPLATE_ERROR
+    assert prompt.error == "the prompt is not text; where it is a conversation, set input.columns.messages=ask"
+
+
 def test_bytes_are_text_where_they_are_utf8() -> None:
     rows = pa.array(["é".encode(), b"\xff", None])
     for task in ({}, {"prompt": "{{ prompt | upper | lower }}"}):
