@@ -14,7 +14,7 @@ import pytest
 from engine.request import EngineStats
 from pipeline.observe import metrics as metrics_module
 from pipeline.observe import progress as progress_module
-from pipeline.observe.metrics import SCHEMA, Metrics, find_gpu, merge_metrics, read_metrics
+from pipeline.observe.metrics import SCHEMA, Metrics, find_gpu, merge_metrics, peak_memory, read_metrics
 from pipeline.observe.progress import Progress, duration
 from pipeline.observe.report import render, speed
 from pipeline.output.store import open_store
@@ -167,6 +167,16 @@ def test_without_a_driver_there_are_no_figures(monkeypatch: pytest.MonkeyPatch, 
     assert not caplog.records
     assert find_gpu("ab") is None
     assert [record.getMessage() for record in caplog.records] == ["metrics.parquet has no figures of the GPU: Not Found"]
+
+
+@pytest.mark.parametrize("status", ["Name:\tpython\n", None])
+def test_memory_is_told_where_the_system_does_not_write_it_down(
+    status: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if status is not None:
+        (tmp_path / "status").write_text(status)
+    monkeypatch.setattr(metrics_module, "Path", lambda path: tmp_path / "status")
+    assert peak_memory() > 2**20
 
 
 def test_the_report_stands_alone_and_escapes_what_it_shows(tmp_path: Path, clock: list[float]) -> None:
