@@ -126,6 +126,7 @@ def test_a_wrong_task_file_is_one_line(tmp_path: Path, text: str | None, line: s
     ("engine.max_rows=many", "engine.max_rows=many: "),
     ("sampling.temperature=-1", "sampling.temperature must be 0 or more"),
     ("sampling.n=0", "sampling.n=0: "),
+    ("sampling.logprobs=3", "sampling.logprobs: no such key; there are "),
     ("input.limit=0", "input.limit=0: "),
     ("limits.max_error_rate=2", "limits.max_error_rate=2: "),
     ("sampling.stop=[a", "sampling.stop=[a: cannot be read"),

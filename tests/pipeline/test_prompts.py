@@ -187,6 +187,7 @@ def test_chat_without_a_template_stops_the_job() -> None:
      Status.TEMPLATE_ERROR, "sampling.stop_token_ids must lie between"),
     ({"prompt": ["x"], "sampling": ['{"n": 0}']}, {}, Status.TEMPLATE_ERROR, "sampling.n: "),
     ({"prompt": ["x"], "sampling": ['{"heat": 1}']}, {}, Status.TEMPLATE_ERROR, "sampling.heat: no such key"),
+    ({"prompt": ["x"], "sampling": ['{"logprobs": 3}']}, {}, Status.TEMPLATE_ERROR, "sampling.logprobs: no such key"),
     ({"prompt": ["x"], "sampling": ['{"seed": -5}']}, {}, Status.TEMPLATE_ERROR, "sampling.seed=-5: "),
     ({"prompt": ["x"], "sampling": ["7"]}, {}, Status.TEMPLATE_ERROR, "sampling is not an object"),
     ({"prompt": ["x"], "sampling": ["{"]}, {}, Status.TEMPLATE_ERROR, "sampling is not JSON: "),
