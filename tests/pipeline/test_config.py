@@ -68,6 +68,14 @@ def test_a_template_needs_no_quoting() -> None:
     assert read_config(["data=x.csv", f"task.prompt={prompt}"]).task.prompt == prompt
 
 
+def test_a_dollar_before_a_brace_may_be_meant(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "t.yaml").write_text(r"prompt: For \${{ price }}")
+    for word in (f"task={tmp_path}/t.yaml", r"task.prompt=For \${{ price }}"):
+        assert read_config(["data=x.csv", word]).task.prompt == "For ${{ price }}"
+        assert main(["--cfg", "data=x.csv", word]) == 0
+        assert "For ${{ price }}" in capsys.readouterr().out
+
+
 def test_columns_are_mapped_without_a_plus() -> None:
     assert read_config(["input.columns.message=body"]).input.columns == {"message": "body"}
 
@@ -98,6 +106,7 @@ def test_a_task_may_be_a_file_of_ones_own(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text, line", [
+    ("prompt: 'For ${{ price }}'", "task.prompt: Hydra takes ${...} for the name of another key"),
     (None, "cannot be read (No such file or directory)"), ("a: [", "not YAML ("), ("promt: x", "task.promt: no such key"),
     ("- a", "the task file holds no keys"),
 ])  # fmt: skip
@@ -129,6 +138,9 @@ def test_a_wrong_task_file_is_one_line(tmp_path: Path, text: str | None, line: s
     ("sampling.logprobs=3", "sampling.logprobs: no such key; there are "),
     ("input.limit=0", "input.limit=0: "),
     ("limits.max_error_rate=2", "limits.max_error_rate=2: "),
+    ("task.prompt=For ${{ price }}", "task.prompt: Hydra takes ${...} for the name of another key"),
+    ("task.prompt=For ${price}", "task.prompt: Hydra takes ${...} for the name of another key (Interpolation key 'price' not "
+                                 "found); where ${ is meant as text, write \\${"),
     ("sampling.stop=[a", "sampling.stop=[a: cannot be read"),
     ("sampling.stop=a,b", "sampling.stop=a,b: a comma makes a list of runs"),
     ("--multirun", "--multirun: no such option"),
