@@ -120,7 +120,24 @@ def read_config(argv: Sequence[str]) -> RunConfig:
             chosen["model"] = raw["model"]["source"]
         data = raw["data"][0] if isinstance(raw.get("data"), list) and raw["data"] else raw.get("data")
         raw["output"]["dir"] = "out/" + "-".join(_label(str(part)) for part in (chosen["task"], chosen["model"], data))
-    return check(raw)
+    config = check(raw)
+    for key in ("schema", "guided_json"):
+        if _words_as_booleans(raw.get("task", {}).get(key)):
+            print(f"note: task.{key}: an enum holds true or false; YAML reads yes, no, on and off as these: quote words",
+                  file=sys.stderr)
+    return config
+
+
+def _words_as_booleans(schema: Any) -> bool:
+    """A schema written in YAML has an enum of truth values, alone or beside strings, that is not said to be of booleans."""
+    if isinstance(schema, list):
+        return any(map(_words_as_booleans, schema))
+    if not isinstance(schema, dict):
+        return False
+    options = schema.get("enum")
+    if isinstance(options, list) and schema.get("type") != "boolean" and {bool} <= {*map(type, options)} <= {bool, str}:
+        return True
+    return any(map(_words_as_booleans, schema.values()))
 
 
 def compose_tree(name: str, words: Sequence[str], model: type[BaseModel]) -> dict[str, Any]:

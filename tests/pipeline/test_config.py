@@ -76,6 +76,19 @@ def test_a_dollar_before_a_brace_may_be_meant(tmp_path: Path, capsys: pytest.Cap
         assert "For ${{ price }}" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("schema, noted", [
+    ("{enum: [yes, no]}", True), ("{enum: [yes, no, maybe]}", True), ("{enum: ['yes', 'no']}", False),
+    ("{enum: [1, true]}", False), ("{type: boolean, enum: [true]}", False), ("{type: boolean}", False),
+])  # fmt: skip
+def test_words_that_yaml_reads_as_booleans_are_noted(
+    schema: str, noted: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "t.yaml").write_text(f"schema: {{type: object, properties: {{a: {schema}}}}}")
+    read_config(["data=x.csv", f"task={tmp_path}/t.yaml"])
+    note = "note: task.schema: an enum holds true or false; YAML reads yes, no, on and off as these: quote words\n"
+    assert capsys.readouterr().err == (note if noted else "")
+
+
 def test_columns_are_mapped_without_a_plus() -> None:
     assert read_config(["input.columns.message=body"]).input.columns == {"message": "body"}
 
