@@ -188,6 +188,11 @@ class Engine:
 
     # --- state ---
 
+    @property
+    def gpu(self) -> str | None:
+        """UUID of the GPU that it computes on; None: it computes on the CPU."""
+        return str(torch.cuda.get_device_properties(self.device).uuid) if self.device.type == "cuda" else None
+
     def stats(self) -> EngineStats:
         return self._scheduler.stats(self._runner.steps, self._runner.graph_steps)
 

@@ -12,6 +12,8 @@ import numpy as np
 if TYPE_CHECKING:
     from engine.guided.grammar import Grammar
 
+MOST = 2**30    # numbers of tokens and their ids are int32 in the engine, sums of two as well
+
 
 class EngineError(RuntimeError):
     """The engine cannot go on; one line says why. What was returned before stands."""
@@ -52,14 +54,17 @@ class SamplingParams:
         checks = (
             (self.max_tokens >= 1, "max_tokens must be at least 1"),
             (0 <= self.min_tokens <= self.max_tokens, "min_tokens must lie between 0 and max_tokens"),
-            (0.0 <= self.temperature < float("inf"), "temperature must be 0 or more and finite"),
+            (self.min_tokens <= MOST, f"min_tokens must be at most {MOST}"),
+            # The hotter, the nearer its inverse comes to 0, where masked logits would be NaN.
+            (0.0 <= self.temperature <= 1e6, "temperature must be 0 or more, and at most 1000000"),
             (0.0 < self.top_p <= 1.0, "top_p must lie in (0, 1]"),
-            (self.top_k >= 0, "top_k must be 0 (all) or more"),
+            (0 <= self.top_k <= MOST, f"top_k must be 0 (all) or more, and at most {MOST}"),
             (0.0 <= self.min_p <= 1.0, "min_p must lie in [0, 1]"),
-            (self.repetition_penalty > 0.0, "repetition_penalty must be above 0"),
+            (0.01 <= self.repetition_penalty <= 100.0, "repetition_penalty must lie in [0.01, 100]"),
             (-2.0 <= self.presence_penalty <= 2.0, "presence_penalty must lie in [-2, 2]"),
             (-2.0 <= self.frequency_penalty <= 2.0, "frequency_penalty must lie in [-2, 2]"),
             (all(self.stop), "stop strings must not be empty"),
+            (all(0 <= token <= MOST for token in self.stop_token_ids), f"stop_token_ids must lie between 0 and {MOST}"),
             (self.logprobs is None or 0 <= self.logprobs <= 20, "logprobs must lie between 0 and 20"),
         )
         for ok, message in checks:

@@ -46,8 +46,8 @@ def mirror(name: str, source: type, *, drop: tuple[str, ...] = (), optional: boo
     return create_model(name, __base__=Strict, **fields)
 
 
-# `seed` is left out: a row's seed is derived from the run's seed and the row's id.
-SamplingKeys: Any = mirror("SamplingKeys", SamplingParams, drop=("seed",), optional=True)
+# `seed` is left out: a row's seed is derived from the run's seed and the row's id. `logprobs`: no column would hold them.
+SamplingKeys: Any = mirror("SamplingKeys", SamplingParams, drop=("seed", "logprobs"), optional=True)
 EngineKeys: Any = mirror("EngineKeys", EngineConfig)
 
 

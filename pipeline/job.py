@@ -26,7 +26,7 @@ from pipeline.input.sources import Input, open_input
 from pipeline.input.tools import ToolReader
 from pipeline.loop import Loop
 from pipeline.model import EngineFactory, Model, RealModel
-from pipeline.observe.metrics import Metrics, find_gpus
+from pipeline.observe.metrics import Metrics, find_gpu
 from pipeline.observe.progress import Progress
 from pipeline.observe.provenance import provenance
 from pipeline.observe.report import finish, say_done
@@ -119,10 +119,10 @@ def label(config: RunConfig, source: Input, builder: PromptBuilder, folder: RunF
         collect.start()    # not before: what a model refuses has journalled no row, and so the configuration can be mended
         try:
             stop.install()
-            gpus = find_gpus()
-            stop.gpus = len(gpus) if gpus else 0
+            stop.gpus = int(engine.gpu is not None)
             rows = sum(shard.num_rows for shard in [*shards, *again])
-            return Loop(engine, feed, collect, stop, progress, Metrics(folder.store, gpus), rows).run(config.limits)
+            metrics = Metrics(folder.store, find_gpu(engine.gpu))
+            return Loop(engine, feed, collect, stop, progress, metrics, rows).run(config.limits)
         finally:
             engine.close()
     except Interrupted as interrupted:

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from omegaconf import OmegaConf
+import yaml
 from pydantic import Field
 from tqdm import tqdm
 
@@ -119,7 +119,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         config = read_config([word for word in argv if word != "--cfg"])
         if "--cfg" in argv:
-            print(OmegaConf.to_yaml(OmegaConf.create(config.model_dump(mode="json", by_alias=True))), end="")
+            print(yaml.safe_dump(config.model_dump(mode="json", by_alias=True), sort_keys=False, allow_unicode=True), end="")
             return Exit.COMPLETE
         run(config)
         return Exit.COMPLETE

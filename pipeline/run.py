@@ -15,7 +15,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import GrammarParseError, InterpolationResolutionError, OmegaConfBaseException
 from pydantic import BaseModel
 
 from pipeline.config import RunConfig, check, did_you_mean, unknown_key
@@ -88,7 +88,7 @@ def main(argv: Sequence[str] | None = None, engine_factory: EngineFactory | None
     try:
         config = read_config([word for word in argv if word != "--cfg"])
         if "--cfg" in argv:
-            print(OmegaConf.to_yaml(OmegaConf.create(config.resolved())), end="")
+            print(yaml.safe_dump(config.resolved(), sort_keys=False, allow_unicode=True), end="")
             return Exit.COMPLETE
         from pipeline.job import run_job  # after the check, so that a mistyped key is answered at once
 
@@ -121,7 +121,24 @@ def read_config(argv: Sequence[str]) -> RunConfig:
             chosen["model"] = raw["model"]["source"]
         data = raw["data"][0] if isinstance(raw.get("data"), list) and raw["data"] else raw.get("data")
         raw["output"]["dir"] = "out/" + "-".join(_label(str(part)) for part in (chosen["task"], chosen["model"], data))
-    return check(raw)
+    config = check(raw)
+    for key in ("schema", "guided_json"):
+        if _words_as_booleans(raw.get("task", {}).get(key)):
+            print(f"note: task.{key}: an enum holds true or false; YAML reads yes, no, on and off as these: quote words",
+                  file=sys.stderr)
+    return config
+
+
+def _words_as_booleans(schema: Any) -> bool:
+    """A schema written in YAML has an enum of truth values, alone or beside strings, that is not said to be of booleans."""
+    if isinstance(schema, list):
+        return any(map(_words_as_booleans, schema))
+    if not isinstance(schema, dict):
+        return False
+    options = schema.get("enum")
+    if isinstance(options, list) and schema.get("type") != "boolean" and {bool} <= {*map(type, options)} <= {bool, str}:
+        return True
+    return any(map(_words_as_booleans, schema.values()))
 
 
 def compose_tree(name: str, words: Sequence[str], model: type[BaseModel]) -> dict[str, Any]:
@@ -151,6 +168,8 @@ def _with_task_file(name: str, path: str, words: Sequence[str]) -> DictConfig:
         raise ConfigError(f"task={path}: cannot be read ({error.strerror})") from None
     except yaml.YAMLError as error:
         raise ConfigError(f"task={path}: not YAML ({' '.join(str(error).split())})") from None
+    except GrammarParseError as error:
+        raise _reference(f"task.{error.full_key}", error) from None
     if not isinstance(task, DictConfig):
         raise ConfigError(f"task={path}: the task file holds no keys; write prompt: and schema:, as in conf/task/classify.yaml")
     schema = task.get("schema")
@@ -216,7 +235,15 @@ def _explain(error: Exception, words: Sequence[str], model: type[BaseModel]) -> 
         )
     if (key := getattr(error, "full_key", None)) and "Missing mandatory value" in text:
         return ConfigError(f"{key}: not set; give {key}=VALUE")
+    for reason in (error, error.__cause__):
+        if isinstance(reason, (GrammarParseError, InterpolationResolutionError)):
+            return _reference(reason.full_key or "configuration", reason)
     return ConfigError(f"{getattr(error, 'full_key', None) or 'configuration'}: {text.splitlines()[0]}")
+
+
+def _reference(key: str, error: Exception) -> ConfigError:
+    return ConfigError(f"{key}: Hydra takes ${{...}} for the name of another key ({str(error).splitlines()[0]}); "
+                       "where ${ is meant as text, write \\${")
 
 
 if __name__ == "__main__":

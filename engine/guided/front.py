@@ -31,7 +31,7 @@ class GuideSpec:
 
     @classmethod
     def choice(cls, options: list[str] | tuple[str, ...]) -> GuideSpec:
-        if not options or not all(isinstance(o, str) and o for o in options):
+        if not isinstance(options, (list, tuple)) or not options or not all(isinstance(o, str) and o for o in options):
             raise SchemaError("", "a choice must be a list of one or more strings, none of them empty")
         return cls("choice", _text(list(dict.fromkeys(options))))
 

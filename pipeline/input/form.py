@@ -20,8 +20,10 @@ GUIDES = ("schema", "guided_json", "guided_regex", "guided_choice")
 OVERRIDES = (*GUIDES, "tools", "tool_choice", "sampling", "adapter")
 ROLES = frozenset({"system", "developer", "user", "assistant", "tool", "function"})
 
+_BYTES = (pa.binary(), pa.large_binary())
+
 _JINJA = jinja2.sandbox.ImmutableSandboxedEnvironment(
-    undefined=jinja2.StrictUndefined, finalize=lambda value: "" if value is None else value, keep_trailing_newline=True)
+    undefined=jinja2.StrictUndefined, finalize=lambda value: "" if value is None else _decode(value), keep_trailing_newline=True)
 _JINJA.filters["json"] = lambda value: orjson.dumps(value).decode()
 
 
@@ -31,6 +33,18 @@ class Refused(Exception):
     def __init__(self, status: Status, error: str) -> None:
         super().__init__(error)
         self.status, self.error = status, error
+
+
+def refused(error: Exception) -> Refused:
+    """What a row is refused with, whatever it ran into: the type of an error tells a mistake of ours from one of the row."""
+    return error if isinstance(error, Refused) else Refused(Status.TEMPLATE_ERROR, f"{type(error).__name__}: {first_line(error)}")
+
+
+def given(row: dict[str, Any] | Refused) -> dict[str, Any]:
+    """A row of Form.rows as its values. Raises Refused."""
+    if isinstance(row, Refused):
+        raise row
+    return row
 
 
 class Form:
@@ -45,12 +59,13 @@ class Form:
         self._column = {name: name for name in schema.names} | dict(mapping)
         used: set[str] = set()
         self._parts = [(role, self._compile(key, text, used)) for key, role, text in _sources(task)]
-        self.base = None if task.prompt is not None or task.messages is not None else self._base_column()
+        self.base = None if task.prompt is not None or task.messages is not None else self._base_column(mapping)
         self._fields = sorted(used)
         self.overrides = frozenset(name for name in OVERRIDES if self._column.get(name) is not None and name not in used)
         self._names = list(dict.fromkeys([*self._fields, *filter(None, [self.base]), *sorted(self.overrides)]))
-        for name in mapping:
-            if name not in (*self._names, *OVERRIDES, "messages", "prompt"):
+        for name, column in mapping.items():
+            ignored = column is None and name in (*OVERRIDES, "messages", "prompt")
+            if name not in self._names and not ignored:
                 uses = ", ".join(self._names) or "no column"
                 raise ConfigError(f"input.columns.{name}: nothing uses the name {name}; the task uses {uses}")
         self._json = {name for name in self._names if schema.field(self._of(name)).metadata == JSON_TEXT}
@@ -58,9 +73,17 @@ class Form:
         # One column at least, to count the rows by.
         self.columns = list(dict.fromkeys(map(self._of, self._names))) or schema.names[:1]
 
-    def rows(self, table: pa.Table) -> Iterator[dict[str, Any]]:
-        """The values of the names in use, row by row."""
-        columns = [self._values(name, table.column(self._of(name))) for name in self._names]
+    def rows(self, table: pa.Table) -> Iterator[dict[str, Any] | Refused]:
+        """The values of the names in use, row by row; Refused in place of a row that has one which Python does not hold."""
+        try:
+            columns = [self._values(name, table.column(self._of(name))) for name in self._names]
+        except Refused as error:
+            if table.num_rows == 1:
+                yield error
+            else:                                        # of some row: read alone, it gets the error as its status
+                for row in range(table.num_rows):
+                    yield from self.rows(table.slice(row, 1))
+            return
         for values in zip(*columns, strict=True) if columns else ((),) * table.num_rows:
             yield dict(zip(self._names, values, strict=True))
 
@@ -80,7 +103,10 @@ class Form:
             return [*messages, *_conversation(value)]
         if _blank(value):
             raise Refused(Status.PROMPT_NULL, "the prompt is null or empty")
-        return [*messages, {"role": "user", "content": str(value)}] if messages else str(value)
+        if isinstance(value, (dict, list)):
+            _bad(f"the prompt is not text; where it is a conversation, set input.columns.messages={self._of(self.base)}")
+        text = str(_decode(value))
+        return [*messages, {"role": "user", "content": text}] if messages else text
 
     def _of(self, name: str) -> str:
         column = self._column[name]
@@ -88,10 +114,16 @@ class Form:
         return column
 
     def _values(self, name: str, column: pa.ChunkedArray) -> list[Any]:
-        values = column.to_pylist()
-        if name in self._json:
-            return [None if value is None else orjson.loads(value) for value in values]
-        return [_prune(value) for value in values] if name in self._pruned and pa.types.is_nested(column.type) else values
+        """Raises Refused where one of them cannot be had: a date beyond the year 9999, say."""
+        try:
+            values = column.to_pylist()
+            if name in self._json:
+                return [None if value is None else orjson.loads(value) for value in values]
+            if pa.types.is_nested(column.type):
+                return [_prune(value) for value in values] if name in self._pruned else values
+            return [_decode(value) for value in values] if column.type in _BYTES else values
+        except Exception as error:
+            raise Refused(Status.TEMPLATE_ERROR, f"the column {self._of(name)} cannot be read: {refused(error)}") from None
 
     def _compile(self, key: str, text: str, used: set[str]) -> jinja2.Template | str:
         """The template, or what it renders to where it uses no column; the names it uses are added to `used`."""
@@ -113,8 +145,9 @@ class Form:
         used |= names
         return template if constant is None else constant
 
-    def _base_column(self) -> str:
-        for name in ("messages", "prompt"):
+    def _base_column(self, mapping: Mapping[str, str | None]) -> str:
+        """What the user maps goes before what is found by name."""
+        for name in sorted(("messages", "prompt"), key=lambda name: mapping.get(name) is None):
             if self._column.get(name) is not None:
                 return name
         there, first = ", ".join(self._there), self._there[0]
@@ -137,7 +170,7 @@ def _render(template: jinja2.Template | str, row: dict[str, Any]) -> str:
         return template.render(row)
     except Exception as error:
         # Whatever an expression of the user's template runs into is an error of this row, not of the job.
-        raise Refused(Status.TEMPLATE_ERROR, f"{type(error).__name__}: {first_line(error)}") from None
+        raise refused(error) from None
 
 
 def _conversation(value: Any) -> list[dict[str, Any]]:
@@ -151,8 +184,9 @@ def _conversation(value: Any) -> list[dict[str, Any]]:
     for index, message in enumerate(value):
         if not isinstance(message, dict):
             _bad(f"messages.{index} is not an object")
-        if message.get("role") not in ROLES:
-            _bad(f"messages.{index}.role is {message.get('role')!r}; there are {', '.join(sorted(ROLES))}")
+        role = message.get("role")
+        if not isinstance(role, str) or role not in ROLES:
+            _bad(f"messages.{index}.role is {role!r}; there are {', '.join(sorted(ROLES))}")
         content = message.get("content") or ""
         if isinstance(content, list):  # parts, as the chat completions API writes them
             for part in content:
@@ -177,10 +211,15 @@ def json_value(value: Any, name: str, status: Status) -> Any:
 
 
 def _prune(value: Any) -> Any:
-    """Without nulls: an Arrow struct has every key of every row."""
+    """Without nulls, since an Arrow struct has every key of every row, and bytes as text."""
     if isinstance(value, dict):
         return {key: _prune(item) for key, item in value.items() if item is not None}
-    return [_prune(item) for item in value] if isinstance(value, list) else value
+    return [_prune(item) for item in value] if isinstance(value, list) else _decode(value)
+
+
+def _decode(value: Any) -> Any:
+    """Bytes as the text that they are: some writers of Parquet do not mark it as such. Raises UnicodeDecodeError."""
+    return value.decode() if isinstance(value, bytes) else value
 
 
 def _blank(value: Any) -> bool:

@@ -18,7 +18,7 @@ from engine.guided.grammar import SchemaError
 from engine.request import SamplingParams
 from pipeline.config import Sampling, TaskKeys
 from pipeline.exits import ConfigError
-from pipeline.input.form import Form, Refused, json_value
+from pipeline.input.form import Form, Refused, given, json_value, refused
 from pipeline.input.formats import Chunk, first_line
 from pipeline.input.schemas import Guide, Guides
 from pipeline.input.tools import ToolReader
@@ -77,6 +77,10 @@ class Prompt:
     error: str | None = None
     note: str | None = None
 
+    def refuse(self, error: Exception) -> None:
+        why = refused(error)
+        self.status, self.error = why.status, why.error
+
 
 @dataclass(slots=True)
 class _Talk:
@@ -128,17 +132,15 @@ class PromptBuilder:
             if index in chunk.repaired:
                 prompt.note = "text of this row was not Unicode: replaced by U+FFFD"
             try:
-                prompt.ask, tools = self._ask(row) if self._form.overrides else (self.default, self._tools.task.shown)
+                row = given(row)
+                prompt.ask, tools = self._ask(row)
                 talks.append(self._talk(prompt, row, tools))
-            except Refused as refused:
-                prompt.status, prompt.error = refused.status, refused.error
+            except Exception as error:
+                prompt.refuse(error)
             prompts.append(prompt)
         if self._chat:
             self._render(talks)
-        talks = [talk for talk in talks if talk.prompt.status is Status.OK]
-        texts = [talk.text for talk in talks]
-        for talk, ids in zip(talks, self._tokenizer.encode_batch(texts, not self._chat), strict=True):
-            talk.prompt.tokens = np.asarray(self._encode_hidden(talk.text, talk.hidden) if talk.hidden else ids, dtype=np.int32)
+        self._encode([talk for talk in talks if talk.prompt.status is Status.OK])
         return prompts
 
     @property
@@ -151,9 +153,9 @@ class PromptBuilder:
         if self._form.overrides:
             for index, row in enumerate(self._form.rows(chunk.table)):
                 try:
-                    self._ask(row)
-                except Refused as refused:
-                    yield first_row + index, refused
+                    self._ask(given(row))
+                except Exception as error:
+                    yield first_row + index, refused(error)
 
     def _talk(self, prompt: Prompt, row: dict[str, Any], tools: list[dict[str, Any]] | None) -> _Talk:
         content = self._form.content(row)
@@ -191,6 +193,19 @@ class PromptBuilder:
             # Chat templates are code of the model's makers: what one raises on a conversation is an error of this row.
             talk.prompt.status, talk.prompt.error = Status.TEMPLATE_ERROR, f"the chat template refuses: {first_line(error)}"
 
+    def _encode(self, talks: list[_Talk]) -> None:
+        """Fill in the tokens; a row whose text the tokenizer does not take, half a surrogate pair say, gets a status."""
+        try:
+            encoded = self._tokenizer.encode_batch([talk.text for talk in talks], not self._chat)
+            for talk, ids in zip(talks, encoded, strict=True):
+                talk.prompt.tokens = np.asarray(self._encode_hidden(talk) if talk.hidden else ids, dtype=np.int32)
+        except Exception as error:
+            if len(talks) == 1:
+                talks[0].prompt.refuse(error)
+            else:                                        # of some row: encoded alone, it gets the error as its status
+                for talk in talks:
+                    self._encode([talk])
+
     def _hide(self, value: Any, hidden: list[str]) -> Any:
         """`value` with each special token replaced by a mark that the chat template leaves alone."""
         if isinstance(value, str):
@@ -206,19 +221,21 @@ class PromptBuilder:
             return {self._hide(key, hidden): self._hide(item, hidden) for key, item in value.items()}
         return [self._hide(item, hidden) for item in value] if isinstance(value, list) else value
 
-    def _encode_hidden(self, text: str, hidden: list[str]) -> list[int]:
+    def _encode_hidden(self, talk: _Talk) -> list[int]:
         # A special token ends what stands before it anyway, so cutting there changes no other token.
-        parts = re.split(f"([{chr(_MARK)}-{chr(_MARK + len(hidden) - 1)}])", text)
+        parts = re.split(f"([{chr(_MARK)}-{chr(_MARK + len(talk.hidden) - 1)}])", talk.text)
         plain = self._tokenizer.encode_batch(parts[::2], False)
         ids = list(plain[0])
         for mark, rest in zip(parts[1::2], plain[1:], strict=True):
-            ids += self._tokenizer.encode_plain(hidden[ord(mark) - _MARK])
+            ids += self._tokenizer.encode_plain(talk.hidden[ord(mark) - _MARK])
             ids += rest
         return ids
 
     def _ask(self, row: dict[str, Any]) -> tuple[Ask, list[dict[str, Any]] | None]:
         """The task's parameters under the row's own, and the tools that the chat template shows. Raises Refused."""
         ask, shown = self.default, self._tools.task.shown
+        if not self._form.overrides:
+            return ask, shown
         if (value := row.get("sampling")) is not None:
             ask = self._sampled(ask, json_value(value, "sampling", Status.TEMPLATE_ERROR))
         guide, use = self._guides.of_row(row), self._tools.of_row(row)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import io
-import os
+import logging
 import resource
 import socket
 import time
 import uuid
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ import pyarrow.parquet as pq
 
 from engine.request import EngineStats
 from pipeline.output.store import Store
+
+_log = logging.getLogger(__name__)
 
 SECONDS = 5.0  # between samples
 _WRITE_SECONDS = 60.0  # between writes of what was sampled
@@ -34,47 +37,54 @@ SCHEMA = pa.schema([
 ])  # fmt: skip
 
 
-class NvidiaGpus:
-    """Mean use, summed memory and power of the GPUs this process may see."""
+class NvidiaGpu:
+    """Use, memory and power of one GPU, as far as its driver tells them. `uuid`: as torch writes it."""
 
-    def __init__(self) -> None:
+    def __init__(self, uuid: str) -> None:
         import pynvml
 
         self._nvml = pynvml
+        self._missed: set[str] = set()
         pynvml.nvmlInit()
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-        names = visible.split(",") if visible else [str(i) for i in range(pynvml.nvmlDeviceGetCount())]
-        self._handles = [
-            pynvml.nvmlDeviceGetHandleByIndex(int(n)) if n.isdigit() else pynvml.nvmlDeviceGetHandleByUUID(n) for n in names
-        ]
+        try:
+            self._handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")
+        except pynvml.NVMLError:
+            self._handle = pynvml.nvmlDeviceGetHandleByUUID(f"MIG-{uuid}")
 
-    def __len__(self) -> int:
-        return len(self._handles)
-
-    def sample(self) -> dict[str, float]:
-        n = self._nvml
+    def sample(self) -> dict[str, float | None]:
+        n, handle = self._nvml, self._handle
         return {
-            "gpu_use": sum(n.nvmlDeviceGetUtilizationRates(h).gpu for h in self._handles) / len(self._handles) / 100,
-            "gpu_memory_gib": sum(n.nvmlDeviceGetMemoryInfo(h).used for h in self._handles) / 2**30,
-            "gpu_watts": sum(n.nvmlDeviceGetPowerUsage(h) for h in self._handles) / 1000,
+            "gpu_use": self._read("gpu_use", lambda: n.nvmlDeviceGetUtilizationRates(handle).gpu / 100),
+            "gpu_memory_gib": self._read("gpu_memory_gib", lambda: n.nvmlDeviceGetMemoryInfo(handle).used / 2**30),
+            "gpu_watts": self._read("gpu_watts", lambda: n.nvmlDeviceGetPowerUsage(handle) / 1000),
         }
 
+    def _read(self, name: str, figure: Callable[[], float]) -> float | None:
+        """None where it cannot be read, as the use of a slice of a GPU: no figure is worth a job."""
+        try:
+            return figure()
+        except Exception as error:
+            if name not in self._missed:
+                self._missed.add(name)
+                _log.warning("metrics.parquet has no %s while that cannot be read: %s", name, error)
+            return None
 
-def find_gpus() -> NvidiaGpus | None:
-    """None on a machine without an NVIDIA driver."""
+
+def find_gpu(uuid: str | None) -> NvidiaGpu | None:
+    """None where there is none, or where its driver does not tell of it."""
     try:
-        gpus = NvidiaGpus()
-    except Exception:
+        return NvidiaGpu(uuid) if uuid is not None else None
+    except Exception as error:
         # pynvml raises its own errors for a missing library, driver or device: all mean that there is nothing to sample.
+        _log.warning("metrics.parquet has no figures of the GPU: %s", error)
         return None
-    return gpus if len(gpus) else None
 
 
 class Metrics:
     """Samples of this attempt. `tick` may be called as often as one likes; it works each few seconds."""
 
-    def __init__(self, store: Store, gpus: NvidiaGpus | None) -> None:
-        self._store, self._gpus = store, gpus
+    def __init__(self, store: Store, gpu: NvidiaGpu | None) -> None:
+        self._store, self._gpu = store, gpu
         self._attempt, self._host = uuid.uuid4().hex[:12], socket.gethostname()
         self._started = self._written = time.monotonic()
         self._samples: list[dict[str, Any]] = []
@@ -92,7 +102,7 @@ class Metrics:
             "kv_use": stats.kv_pages_used / max(stats.kv_pages_total, 1), "preemptions": stats.preemptions,
             "steps": stats.steps, "graph_steps": stats.graph_steps,
             "memory_gib": peak_memory() / 2**30,
-            **(self._gpus.sample() if self._gpus else {}),
+            **(self._gpu.sample() if self._gpu else {}),
         }  # fmt: skip
         past = last or {"seconds": 0.0, "rows": 0, "prompt_tokens": 0, "generated_tokens": 0}
         for name in ("rows", "prompt_tokens", "generated_tokens"):
@@ -136,6 +146,7 @@ def merge_metrics(store: Store) -> pa.Table:
 def peak_memory() -> int:
     """Most resident bytes of this process so far. Linux tells it of the program alone; getrusage also counts what started it."""
     status = Path("/proc/self/status")
-    if status.exists():
-        return next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith("VmHWM:")) * 1024
+    for line in status.read_text().splitlines() if status.exists() else ():
+        if line.startswith("VmHWM:"):    # a sandbox may leave it out
+            return int(line.split()[1]) * 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

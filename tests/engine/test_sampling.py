@@ -228,10 +228,23 @@ def test_special_tokens_are_no_text() -> None:
     ({"top_k": -1}, "top_k"), ({"min_p": 1.5}, "min_p"), ({"repetition_penalty": 0.0}, "repetition_penalty"),
     ({"presence_penalty": 2.5}, "presence_penalty"), ({"frequency_penalty": -3.0}, "frequency_penalty"),
     ({"stop": ("",)}, "stop strings must not be empty"), ({"logprobs": 21}, "logprobs must lie between 0 and 20"),
+    ({"top_k": 2**32}, "top_k"), ({"stop_token_ids": (2**40,)}, "stop_token_ids"), ({"stop_token_ids": (-1,)}, "stop_token_ids"),
+    ({"min_tokens": 2**33, "max_tokens": 2**34}, "min_tokens"), ({"temperature": 1e308}, "temperature"),
+    ({"repetition_penalty": 1e-320}, "repetition_penalty"), ({"repetition_penalty": 1e308}, "repetition_penalty"),
 ])
 def test_bad_parameters_are_named(bad: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         SamplingParams(**bad)
+
+
+def test_the_largest_parameters_run(engine: Engine) -> None:
+    """As the numbers that the device holds: int32 and float32."""
+    largest = [SamplingParams(max_tokens=2**62, min_tokens=2**30, top_k=2**30, temperature=1e6, stop_token_ids=(2**30,),
+                              seed=2**63),
+               SamplingParams(max_tokens=9, top_p=1e-300, min_p=1e-300, temperature=1e-300, repetition_penalty=100.0)]
+    filled, short = generate(engine, random_prompts(2, seed=11), largest)
+    assert (filled.prompt_tokens + filled.tokens.size, filled.finish_reason) == (engine.max_model_len, FinishReason.LENGTH)
+    assert short.finish_reason is not FinishReason.ERROR
 
 
 def test_greedy_takes_the_likeliest(model: Path, engine: Engine) -> None:

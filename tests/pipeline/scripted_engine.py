@@ -114,9 +114,10 @@ class ScriptedEngine:
     """Holds `max_rows` rows, each for `turns` turns; a turn sleeps `delay` seconds."""
 
     def __init__(
-        self, max_model_len: int = 4096, max_rows: int = 32, turns: int = 2, delay: float = 0.0, window: int = 256
+        self, max_model_len: int = 4096, max_rows: int = 32, turns: int = 2, delay: float = 0.0, window: int = 256,
+        gpu: str | None = None,
     ) -> None:
-        self.max_model_len, self.max_rows = max_model_len, max_rows
+        self.max_model_len, self.max_rows, self.gpu = max_model_len, max_rows, gpu
         self._turns, self._delay, self._window = turns, delay, window
         self._waiting: deque[Request] = deque()
         self._running: dict[Hashable, tuple[Request, int]] = {}

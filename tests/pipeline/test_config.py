@@ -74,6 +74,27 @@ def test_columns_are_mapped_without_a_plus(name: str) -> None:
     assert read_config([f"input.columns.{name}=body"]).input.columns == {name: "body"}
 
 
+def test_a_dollar_before_a_brace_may_be_meant(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "t.yaml").write_text(r"prompt: For \${{ price }}")
+    for word in (f"task={tmp_path}/t.yaml", r"task.prompt=For \${{ price }}"):
+        assert read_config(["data=x.csv", word]).task.prompt == "For ${{ price }}"
+        assert main(["--cfg", "data=x.csv", word]) == 0
+        assert "For ${{ price }}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("schema, noted", [
+    ("{enum: [yes, no]}", True), ("{enum: [yes, no, maybe]}", True), ("{enum: ['yes', 'no']}", False),
+    ("{enum: [1, true]}", False), ("{type: boolean, enum: [true]}", False), ("{type: boolean}", False),
+])  # fmt: skip
+def test_words_that_yaml_reads_as_booleans_are_noted(
+    schema: str, noted: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "t.yaml").write_text(f"schema: {{type: object, properties: {{a: {schema}}}}}")
+    read_config(["data=x.csv", f"task={tmp_path}/t.yaml"])
+    note = "note: task.schema: an enum holds true or false; YAML reads yes, no, on and off as these: quote words\n"
+    assert capsys.readouterr().err == (note if noted else "")
+
+
 def test_sampling_overlays_the_tasks() -> None:
     assert read_config(["task=classify"]).effective_sampling.max_tokens == 160
     assert read_config(["task=classify", "sampling.max_tokens=9"]).effective_sampling.max_tokens == 9
@@ -100,6 +121,7 @@ def test_a_task_may_be_a_file_of_ones_own(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text, line", [
+    ("prompt: 'For ${{ price }}'", "task.prompt: Hydra takes ${...} for the name of another key"),
     (None, "cannot be read (No such file or directory)"), ("a: [", "not YAML ("), ("promt: x", "task.promt: no such key"),
     ("- a", "the task file holds no keys"),
 ])  # fmt: skip
@@ -128,8 +150,12 @@ def test_a_wrong_task_file_is_one_line(tmp_path: Path, text: str | None, line: s
     ("engine.max_rows=many", "engine.max_rows=many: "),
     ("sampling.temperature=-1", "sampling.temperature must be 0 or more"),
     ("sampling.n=0", "sampling.n=0: "),
+    ("sampling.logprobs=3", "sampling.logprobs: no such key; there are "),
     ("input.limit=0", "input.limit=0: "),
     ("limits.max_error_rate=2", "limits.max_error_rate=2: "),
+    ("task.prompt=For ${{ price }}", "task.prompt: Hydra takes ${...} for the name of another key"),
+    ("task.prompt=For ${price}", "task.prompt: Hydra takes ${...} for the name of another key (Interpolation key 'price' not "
+                                 "found); where ${ is meant as text, write \\${"),
     ("sampling.stop=[a", "sampling.stop=[a: cannot be read"),
     ("sampling.stop=a,b", "sampling.stop=a,b: a comma makes a list of runs"),
     ("--multirun", "--multirun: no such option"),

@@ -441,6 +441,14 @@ def test_a_budget_of_tokens_drains_and_the_same_command_goes_on(run: Run, table:
     assert submitted < 1000  # rows in flight at a stop may be computed again, journalled ones are not
 
 
+def test_a_budget_of_gpu_hours_counts_the_gpu_that_the_engine_uses(run: Run, table: Any) -> None:
+    """Whatever the driver tells of it, or of others."""
+    data = table(prompt=["a", "b"])
+    assert run(f"data={data}", "limits.max_gpu_hours=1e-9", out="cpu").code == 0
+    ran = run(f"data={data}", "limits.max_gpu_hours=1e-9", out="gpu", gpu="ab")
+    assert (ran.code, "limits.max_gpu_hours=1e-09" in ran.err) == (75, True)
+
+
 def test_a_signal_drains(tmp_path: Path, table: Any) -> None:
     """As the command line does it; tests/faults/test_drain.py has each signal."""
     data = table(prompt=[f"q{i}" for i in range(2000)])

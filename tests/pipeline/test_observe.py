@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import logging
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pyarrow.parquet as pq
 import pytest
@@ -12,7 +14,7 @@ import pytest
 from engine.request import EngineStats
 from pipeline.observe import metrics as metrics_module
 from pipeline.observe import progress as progress_module
-from pipeline.observe.metrics import SCHEMA, Metrics, merge_metrics, read_metrics
+from pipeline.observe.metrics import SCHEMA, Metrics, find_gpu, merge_metrics, peak_memory, read_metrics
 from pipeline.observe.progress import Progress, duration
 from pipeline.observe.report import render, speed
 from pipeline.output.store import open_store
@@ -113,6 +115,68 @@ def test_a_killed_attempt_leaves_its_metrics_of_a_minute_ago(tmp_path: Path, clo
         metrics.tick(second, stats())
         clock[0] += 1
     assert max(read_metrics(store).column("seconds").to_pylist()) >= 60
+
+
+class NVMLError(Exception):
+    pass
+
+
+def nvml(*there: str) -> SimpleNamespace:
+    """A driver that knows these devices. It tells nothing of use, and of power at the first look alone."""
+    watts = iter([250_000])
+
+    def handle(name: str) -> str:
+        if name not in there:
+            raise NVMLError("Not Found")
+        return name
+
+    def power(handle: str) -> int:
+        if (milliwatts := next(watts, None)) is None:
+            raise NVMLError("Unknown Error")
+        return milliwatts
+
+    def use(handle: str) -> SimpleNamespace:
+        raise NVMLError("Not Supported")
+
+    return SimpleNamespace(NVMLError=NVMLError, nvmlInit=lambda: None, nvmlDeviceGetHandleByUUID=handle,
+                           nvmlDeviceGetUtilizationRates=use, nvmlDeviceGetPowerUsage=power,
+                           nvmlDeviceGetMemoryInfo=lambda handle: SimpleNamespace(used=3 * 2**30))
+
+
+@pytest.mark.parametrize("name", ["GPU-ab", "MIG-ab"])
+def test_figures_of_the_gpu_that_cannot_be_read_are_null(
+    name: str, tmp_path: Path, clock: list[float], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setitem(sys.modules, "pynvml", nvml(name, "GPU-other"))
+    (tmp_path / "out").mkdir()
+    store = open_store(str(tmp_path / "out"))
+    metrics = Metrics(store, find_gpu("ab"))
+    for second in range(3):
+        metrics.tick(second, stats(), force=True)
+        clock[0] += 1
+    rows = read_metrics(store).select(["gpu_use", "gpu_memory_gib", "gpu_watts"]).to_pylist()
+    assert [tuple(row.values()) for row in rows] == [(None, 3, 250), (None, 3, None), (None, 3, None)]
+    assert [record.getMessage() for record in caplog.records] == [
+        "metrics.parquet has no gpu_use while that cannot be read: Not Supported",
+        "metrics.parquet has no gpu_watts while that cannot be read: Unknown Error"]
+
+
+def test_without_a_driver_there_are_no_figures(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setitem(sys.modules, "pynvml", nvml())
+    assert find_gpu(None) is None
+    assert not caplog.records
+    assert find_gpu("ab") is None
+    assert [record.getMessage() for record in caplog.records] == ["metrics.parquet has no figures of the GPU: Not Found"]
+
+
+@pytest.mark.parametrize("status", ["Name:\tpython\n", None])
+def test_memory_is_told_where_the_system_does_not_write_it_down(
+    status: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if status is not None:
+        (tmp_path / "status").write_text(status)
+    monkeypatch.setattr(metrics_module, "Path", lambda path: tmp_path / "status")
+    assert peak_memory() > 2**20
 
 
 def test_the_report_stands_alone_and_escapes_what_it_shows(tmp_path: Path, clock: list[float]) -> None:

@@ -81,6 +81,12 @@ def test_messages_come_before_prompt_and_may_be_json() -> None:
         assert [text(p) for p in build({"messages": [value], "prompt": ["no"]})] == [expected]
 
 
+def test_a_mapped_prompt_comes_before_messages_found_by_name() -> None:
+    columns = {"prompt": ["no"], "body": ["hi"], "messages": ['[{"role": "user", "content": "no"}]']}
+    for mapping in ({"prompt": "body"}, {"prompt": "body", "messages": None}):
+        assert text(build(columns, mapping=mapping)[0]) == user("hi")
+
+
 def test_templates_see_columns_by_name_or_mapping() -> None:
     task = {"system": "Label for {{ shop }}.", "prompt": "{{ message }}{% if extra %} ({{ extra }}){% endif %}"}
     prompts = build({"body": ["hi", "ho"], "shop": ["A", None], "extra": [None, 7]}, task, {"message": "body"})
@@ -119,6 +125,9 @@ def test_lists_and_objects_of_jsonl_are_lists_and_objects_in_a_template() -> Non
     (["a"], {"prompt": "{{ a | nofilter }}"}, {}, "task.prompt: "),
     (["a"], {}, {"prompt": "c"}, "input.columns.prompt=c: the input has no such column; it has a"),
     (["prompt"], {}, {"mesage": "prompt"}, "input.columns.mesage: nothing uses the name mesage; the task uses prompt"),
+    (["a", "b"], {"prompt": "{{ a }}"}, {"prompt": "b"}, "input.columns.prompt: nothing uses the name prompt; the task uses a"),
+    (["a", "b"], {}, {"prompt": "a", "messages": "b"},
+     "input.columns.prompt: nothing uses the name prompt; the task uses messages"),
 ])  # fmt: skip
 def test_what_is_wrong_for_every_row_stops_the_job(
     columns: list[str], task: dict[str, Any], mapping: dict[str, str | None], line: str
@@ -156,6 +165,7 @@ def test_chat_without_a_template_stops_the_job() -> None:
     ({"messages": ['{"role": "user"}']}, {}, Status.TEMPLATE_ERROR, "messages is not a list"),
     ({"messages": ['["hi"]']}, {}, Status.TEMPLATE_ERROR, "messages.0 is not an object"),
     ({"messages": ['[{"role": "robot", "content": "hi"}]']}, {}, Status.TEMPLATE_ERROR, "messages.0.role is 'robot'; there are "),
+    ({"messages": ['[{"role": ["user"], "content": "hi"}]']}, {}, Status.TEMPLATE_ERROR, "messages.0.role is ['user']; "),
     ({"messages": ['[{"role": "user", "content": 5}]']}, {}, Status.TEMPLATE_ERROR, "messages.0.content is not text"),
     ({"messages": ['[{"role": "user", "content": [{"type": "image_url"}]}]']}, {},
      Status.TEMPLATE_ERROR, "messages.0.content has a part"),
@@ -166,12 +176,18 @@ def test_chat_without_a_template_stops_the_job() -> None:
     ({"prompt": ["x"], "schema": ['{"type": "objekt"}']}, {}, Status.SCHEMA_ERROR, "schema: "),
     ({"prompt": ["x"], "schema": ["{}"], "sampling": ['{"max_tokens": 2}']}, {},
      Status.SCHEMA_ERROR, "max_tokens=2 is below the 4 "),
+    *(({"prompt": ["x"], "guided_choice": [value]}, {}, Status.SCHEMA_ERROR, "guided_choice: /: a choice must be a list of one")
+      for value in ("5", "true", '"yes"', '{"a": 1}', "[1]")),
     ({"prompt": ["x"], "tools": ["{}"]}, {}, Status.SCHEMA_ERROR, "tools: tools must be a list"),
     ({"prompt": ["x"], "tools": ['[{"name": "f", "parameters": 7}]']}, {}, Status.SCHEMA_ERROR, "tools/0/parameters: "),
     ({"prompt": ["x"], "tools": ["["]}, {}, Status.SCHEMA_ERROR, "tools is not JSON: "),
     ({"prompt": ["x"], "sampling": ['{"temperature": -1}']}, {}, Status.TEMPLATE_ERROR, "sampling.temperature must be 0 or more"),
+    ({"prompt": ["x"], "sampling": ['{"top_k": 4294967296}']}, {}, Status.TEMPLATE_ERROR, "sampling.top_k must be 0 (all)"),
+    ({"prompt": ["x"], "sampling": ['{"stop_token_ids": [1099511627776]}']}, {},
+     Status.TEMPLATE_ERROR, "sampling.stop_token_ids must lie between"),
     ({"prompt": ["x"], "sampling": ['{"n": 0}']}, {}, Status.TEMPLATE_ERROR, "sampling.n: "),
     ({"prompt": ["x"], "sampling": ['{"heat": 1}']}, {}, Status.TEMPLATE_ERROR, "sampling.heat: no such key"),
+    ({"prompt": ["x"], "sampling": ['{"logprobs": 3}']}, {}, Status.TEMPLATE_ERROR, "sampling.logprobs: no such key"),
     ({"prompt": ["x"], "sampling": ['{"seed": -5}']}, {}, Status.TEMPLATE_ERROR, "sampling.seed=-5: "),
     ({"prompt": ["x"], "sampling": ["7"]}, {}, Status.TEMPLATE_ERROR, "sampling is not an object"),
     ({"prompt": ["x"], "sampling": ["{"]}, {}, Status.TEMPLATE_ERROR, "sampling is not JSON: "),
@@ -203,6 +219,40 @@ def test_a_template_that_refuses_is_an_error_of_the_row() -> None:
     prompts = build({"messages": rows}, chat_template=strict)
     assert prompts[0].status is Status.OK
     assert (prompts[1].status, prompts[1].error) == (Status.TEMPLATE_ERROR, "the chat template refuses: division by zero")
+
+
+@pytest.mark.parametrize("column, task, error", [
+    (pa.array([0, 10**18, 1], pa.timestamp("us")), "At {{ a }}", "the column a cannot be read: OverflowError: "),
+    (pa.array([97, 0xD800, 98]), "{{ '%c' % a }}", "UnicodeEncodeError: "),
+])  # fmt: skip
+def test_one_row_of_a_chunk_that_cannot_be_converted_is_the_only_one(column: pa.Array, task: str, error: str) -> None:
+    prompts = build({"a": column}, {"prompt": task})
+    assert [prompt.status for prompt in prompts] == [Status.OK, Status.TEMPLATE_ERROR, Status.OK]
+    assert str(prompts[1].error).startswith(error), prompts[1].error
+    assert [prompt.tokens is None for prompt in prompts] == [False, True, False]
+
+
+@pytest.mark.parametrize("value", [[{"role": "user", "content": "hi"}], {"role": "user"}, ["hi"]])
+def test_a_prompt_that_is_no_text_is_refused(value: Any) -> None:
+    prompt = build({"ask": [value]}, mapping={"prompt": "ask"})[0]
+    assert prompt.status is Status.TEMPLATE_ERROR
+    assert prompt.error == "the prompt is not text; where it is a conversation, set input.columns.messages=ask"
+
+
+def test_bytes_are_text_where_they_are_utf8() -> None:
+    rows = pa.array(["é".encode(), b"\xff", None])
+    for task in ({}, {"prompt": "{{ prompt | upper | lower }}"}):
+        prompts = build({"prompt": rows}, task)
+        assert text(prompts[0]) == user("é")
+        assert [prompt.status for prompt in prompts[1:]] == [Status.TEMPLATE_ERROR, Status.PROMPT_NULL]
+        assert str(prompts[1].error).startswith("the column prompt cannot be read: UnicodeDecodeError: ")
+    assert text(build({"prompt": pa.array([b"hi"], pa.binary(2))})[0]) == user("hi")
+    messages = [[{"role": b"user", "content": content}] for content in (b"hi", b"\xff")]
+    first, second = build({"messages": messages})
+    assert (text(first), second.status) == (user("hi"), Status.TEMPLATE_ERROR)
+    first, second = build({"image": [{"bytes": b"\xff", "path": b"a.png"}, {"bytes": b"\xff", "path": b"\xff"}]},
+                          {"prompt": "{{ image.path }}"})
+    assert (text(first), second.status) == (user("a.png"), Status.TEMPLATE_ERROR)
 
 
 def test_repaired_text_runs_and_says_so() -> None:
