@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from pipeline.exits import ConfigError
 from pipeline.input import formats, jsonl
 from pipeline.input.plan import make_plan
 from pipeline.input.sources import Input, open_input
+from pipeline.output.layout import OutputLayout
 
 
 def opened(data: Any, **keys: Any) -> Input:
@@ -191,6 +193,40 @@ def test_dictionaries_differ_from_file_to_file(tmp_path: Path) -> None:
     parquet(tmp_path / "a.parquet", {"c": pa.array(["x", "y"]).dictionary_encode()})
     parquet(tmp_path / "b.parquet", {"c": pa.array(["z"])})
     assert everything(opened(tmp_path)) == [{"c": c} for c in "xyz"]
+
+
+def test_types_that_parquet_has_not_are_read_as_those_it_has() -> None:
+    at, zoned = pa.timestamp("s"), pa.timestamp("s", "Europe/Berlin")
+    word = pa.dictionary(pa.int32(), pa.string())
+    schema = pa.schema([
+        ("at", at), ("zoned", zoned), ("time", pa.time32("s")), ("day", pa.date64()), ("list", pa.list_(at)),
+        ("large", pa.large_list(pa.date64())), ("pair", pa.list_(zoned, 2)), ("struct", pa.struct([("at", at), ("word", word)])),
+        ("map", pa.map_(at, pa.struct([("times", pa.list_(pa.time32("s")))]))),
+    ])  # fmt: skip
+    rows = [{"at": 1, "zoned": 2, "time": 3, "day": 86_400_000, "list": [4, None], "large": [0], "pair": [5, 6],
+             "struct": {"at": 7, "word": "w"}, "map": [(8, {"times": [9]})]}, dict.fromkeys(schema.names)]  # fmt: skip
+    table = pa.table({field.name: pa.array([row[field.name] for row in rows], field.type) for field in schema})
+    kept = formats.plain_schema(schema)
+    OutputLayout.make(kept)  # refuses what does not come back from a part as it was
+    assert formats.cast(table, kept, "x").to_pylist() == table.to_pylist()
+    assert [str(kept.field(name).type) for name in ("zoned", "time", "day")] == [
+        "timestamp[ms, tz=Europe/Berlin]", "time32[ms]", "date32[day]"]  # fmt: skip
+
+
+def test_times_of_a_dataset_come_through(tmp_path: Path) -> None:
+    seconds, times = pa.timestamp("s"), [datetime.datetime(2024, 1, 2, 3, 4, 5), None]
+    table = pa.table({"a": [1, 2], "at": pa.array(times, seconds), "all": pa.array([times, None], pa.list_(seconds))})
+    datasets.Dataset(table).save_to_disk(tmp_path / "saved")
+    source = opened(tmp_path / "saved")
+    OutputLayout.make(source.schema)
+    assert everything(source) == table.to_pylist()
+
+
+def test_a_value_that_no_longer_fits_names_its_column() -> None:
+    table = pa.table({"a": [1], "at": pa.array([2**62], pa.timestamp("s"))})
+    reader = formats.HfReader(datasets.Dataset(table), "saved", "1")
+    with pytest.raises(ConfigError, match=r"^saved: column at holds what does not fit timestamp\[ms\] \("):
+        list(reader.rows(0, ["a", "at"]))
 
 
 def test_text_that_is_not_unicode_is_repaired_once(tmp_path: Path) -> None:
