@@ -178,6 +178,37 @@ def test_jsonl_types(tmp_path: Path) -> None:
     assert rows[1] == {"i": None, "f": 2.5, "s": None, "b": None, "o": '{"y":null}', "l": None, "n": None}
 
 
+@pytest.mark.parametrize("values, line", [
+    (["1", str(2**63)], f"line 3: column a holds {2**63}, which int64 cannot hold; write the column as text"),
+    (["1", str(-(2**63) - 1)], f"line 3: column a holds {-(2**63) - 1}, which int64 cannot hold; write the column as text"),
+    (["1", "1" * 30], f"line 3: column a holds {'1' * 30}, which int64 cannot hold; write the column as text"),
+    (["1.5", str(2**53 + 1)], f"line 3: column a holds {2**53 + 1}, which loses digits beside the fractions of other rows"),
+    ([str(2**60 + 1), "1.5"], f"line 1: column a holds {2**60 + 1}, which loses digits beside the fractions of other rows"),
+    (["1.5", "1" * 30], f"line 3: column a holds {'1' * 30}, which loses digits beside the fractions of other rows"),
+    (["1", "1" * 400], "line 3: not JSON (a number of 400 digits)"),
+    (["1", "[" * 9999 + "]" * 9999], "line 3: not JSON (maximum recursion depth exceeded"),
+])  # fmt: skip
+@pytest.mark.parametrize("block", [8 << 20, 10])
+def test_jsonl_numbers_that_no_column_holds_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, values: list[str], line: str, block: int
+) -> None:
+    monkeypatch.setattr(jsonl, "BLOCK", block)
+    (tmp_path / "x.jsonl").write_text("\n\n".join(f'{{"a": {value}}}' for value in values))
+    with pytest.raises(ConfigError) as caught:
+        opened(tmp_path / "x.jsonl")
+    assert str(caught.value).startswith(f"{tmp_path}/x.jsonl, {line}")
+
+
+def test_jsonl_numbers_keep_every_digit(tmp_path: Path) -> None:
+    lines = [f'{{"i": {-(2**63)}, "f": 0.5, "o": {{"x": {2**64}}}, "t": "{2**70}"}}',
+             f'{{"i": {2**63 - 1}, "f": {2**70}, "o": [{-(2**63) - 1}, "\\ud800"], "t": ""}}', '{"f": 1e300}']  # fmt: skip
+    (tmp_path / "x.jsonl").write_text("\n".join(lines))
+    rows = everything(opened(tmp_path / "x.jsonl"))
+    assert rows[0] == {"i": -(2**63), "f": 0.5, "o": f'{{"x":{2**64}}}', "t": str(2**70)}
+    assert rows[1] == {"i": 2**63 - 1, "f": float(2**70), "o": f'[{-(2**63) - 1},"�"]', "t": ""}
+    assert rows[2]["f"] == 1e300
+
+
 def test_jsonl_files_agree_on_types_that_json_leaves_open(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"x": 1, "y": null}\n')
     (tmp_path / "b.jsonl").write_text('{"x": 1.5, "y": "t"}\n')
