@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.csv
 
 from pipeline.exits import ConfigError
-from pipeline.input.formats import Chunk, Scan, first_line, select
+from pipeline.input.formats import Chunk, Scan, check_names, first_line, select
 
 
 class CsvReader:
@@ -23,7 +23,9 @@ class CsvReader:
             self.schema, self.row_groups = scan
             return
         with self._open({}) as reader:
-            self.schema = pa.schema([(column, pa.string()) for column in reader.schema.names])
+            columns = reader.schema.names
+        check_names(name, columns)
+        self.schema = pa.schema([(column, pa.string()) for column in columns])
         self.row_groups = (sum(chunk.table.num_rows for chunk in self.rows(0, self.schema.names)),)
 
     def rows(self, row_group: int, columns: Sequence[str]) -> Iterator[Chunk]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, BinaryIO, NamedTuple, Protocol
@@ -53,6 +54,7 @@ class ParquetReader:
             self._file = pq.ParquetFile(handle, pre_buffer=False)
         except (pa.ArrowException, OSError) as error:
             raise ConfigError(f"{name}: not a whole Parquet file ({first_line(error)}); write it again or leave it out") from None
+        check_names(name, self._file.schema_arrow.names)
         meta = self._file.metadata
         self.schema = plain_schema(self._file.schema_arrow)
         self.row_groups = tuple(meta.row_group(index).num_rows for index in range(meta.num_row_groups))
@@ -90,6 +92,13 @@ class HfReader:
         for start in range(first, first + self.row_groups[row_group], CHUNK_ROWS):
             table = self._data[start : min(start + CHUNK_ROWS, first + self.row_groups[row_group])]
             yield repair(cast(table.select(schema.names), schema, self._name))
+
+
+def check_names(name: str, columns: Sequence[str]) -> None:
+    """Raises ConfigError where two columns of the file `name` have one name."""
+    for column, count in Counter(columns).items():
+        if count > 1:
+            raise ConfigError(f"{name}: has {count} columns named {column or repr(column)}; give each a name of its own")
 
 
 def select(schema: pa.Schema, columns: Sequence[str]) -> pa.Schema:

@@ -100,6 +100,9 @@ def test_remote_urls(tmp_path: Path) -> None:
     (["prompts.parquet", "other.parquet"], "prompts.parquet: has no column b, which other.parquet has; it has a"),
     (["prompts.parquet", "text_a.parquet"], "text_a.parquet: column a is string, but int64 in prompts.parquet"),
     (["prompts.parquet", "prompts.parquet"], "two input files have the same name"),
+    (["twice.parquet"], "twice.parquet: has 2 columns named a; give each a name of its own"),
+    ("twice.csv", "twice.csv: has 2 columns named a; give each a name of its own"),
+    ("unnamed.csv", "unnamed.csv: has 2 columns named ''; give each a name of its own"),
     ("nosuch://x/y", "data=nosuch://x/y: "),
     ([], "data: give a path"),
     ("dangling", "data=dangling: cannot be read (No such file or directory"),
@@ -120,6 +123,9 @@ def test_a_bad_input_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     Path("drift.jsonl").write_text('{"a": 1}\n{"a": 2.5}\n{"a": "x"}\n')
     Path("latin.csv").write_bytes("a,b\n1,é\n".encode("latin-1"))
     Path("ragged.csv").write_text("a,b\n1,2\n1,2,3\n")
+    pq.write_table(pa.Table.from_arrays([pa.array([1]), pa.array([2])], names=["a", "a"]), "twice.parquet")
+    Path("twice.csv").write_text("a,a\n1,2\n")
+    Path("unnamed.csv").write_text("a,,\n1,2,3\n")
     Path("dangling").mkdir()
     Path("dangling/x.parquet").symlink_to("gone.parquet")
     with pytest.raises(ConfigError) as caught:
