@@ -17,9 +17,9 @@ import pyarrow as pa
 
 from pipeline.exits import ConfigError
 from pipeline.input.csv import CsvReader
-from pipeline.input.formats import JSON_TEXT, Chunk, HfReader, ParquetReader, Reader, Scan, first_line, select
+from pipeline.input.formats import JSON_TEXT, Chunk, HfReader, ParquetReader, Reader, Scan, cast, first_line, select
 from pipeline.input.jsonl import JsonlReader
-from pipeline.input.plan import InputFile, Piece, Shard, check_unchanged
+from pipeline.input.plan import InputFile, Piece, Shard, check_unchanged, make_plan
 
 READERS: dict[str, type] = {"parquet": ParquetReader, "jsonl": JsonlReader, "csv": CsvReader}
 SUFFIXES = {
@@ -64,6 +64,17 @@ class Input:
         self._open: dict[str, Callable[[], Reader]] = {
             item.key: partial(item.open, scan) for item, scan in zip(found, scans, strict=True)
         }
+        with ThreadPoolExecutor(min(16, len(found))) as pool:
+            list(pool.map(self._check_numbers, *zip(*looked, strict=True)))
+
+    def _check_numbers(self, file: InputFile, own: pa.Schema) -> None:
+        """Read the columns that hold whole numbers here and fractions in other files: ConfigError where a number loses digits."""
+        mixed = [field.name for field in self.schema if field.type == pa.float64() and own.field(field.name).type == pa.int64()]
+        if mixed:
+            cursor = self.cursor(mixed)
+            for shard in make_plan([file], max(file.num_rows, 1)).shards:
+                for _ in cursor.read(shard):
+                    pass
 
     def cursor(self, columns: Sequence[str] | None = None) -> Cursor:
         """Reads `columns` (all by default) of shards, cheapest in the order of the plan."""
@@ -106,7 +117,7 @@ class Cursor:
             self._at = (piece.file, piece.row_group, at)
             if first < last:
                 part = _slice(chunk, first, last)
-                yield Chunk(part.table.cast(self._schema), part.repaired)
+                yield Chunk(cast(part.table, self._schema, self._files[piece.file].uri), part.repaired)
 
     def _open(self, key: str) -> Reader:
         planned = self._files[key]
@@ -271,12 +282,13 @@ def _common(first_uri: str, first: pa.Schema, uri: str, schema: pa.Schema) -> pa
             raise ConfigError(f"{uri}: has a column {field.name} that {first_uri} has not; all files need the same columns")
         before = first.field(field.name)
         if pa.types.is_null(before.type) or {before.type, field.type} == {pa.int64(), pa.float64()}:
-            fields.append(field if pa.types.is_null(before.type) else field.with_type(pa.float64()))
+            common = field if pa.types.is_null(before.type) else field.with_type(pa.float64())
         elif pa.types.is_null(field.type) or (field.type == before.type and field.metadata == before.metadata):
-            fields.append(before)
+            common = before
         else:
             was, now = (JSON_WORD if f.metadata == JSON_TEXT else str(f.type) for f in (before, field))
             raise ConfigError(f"{uri}: column {field.name} is {now}, but {was} in {first_uri}; write them with one type")
+        fields.append(common.with_nullable(before.nullable or field.nullable))
     found = {field.name: field for field in fields}
     return pa.schema([found[name] for name in first.names])
 

@@ -103,6 +103,8 @@ def test_remote_urls(tmp_path: Path) -> None:
     (["twice.parquet"], "twice.parquet: has 2 columns named a; give each a name of its own"),
     ("twice.csv", "twice.csv: has 2 columns named a; give each a name of its own"),
     ("unnamed.csv", "unnamed.csv: has 2 columns named ''; give each a name of its own"),
+    (["large.parquet", "fraction.parquet"], "large.parquet: column a holds what does not fit double ("),
+    (["large.jsonl", "fraction.jsonl"], "large.jsonl: column a holds what does not fit double ("),
     ("nosuch://x/y", "data=nosuch://x/y: "),
     ([], "data: give a path"),
     ("dangling", "data=dangling: cannot be read (No such file or directory"),
@@ -126,6 +128,10 @@ def test_a_bad_input_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     pq.write_table(pa.Table.from_arrays([pa.array([1]), pa.array([2])], names=["a", "a"]), "twice.parquet")
     Path("twice.csv").write_text("a,a\n1,2\n")
     Path("unnamed.csv").write_text("a,,\n1,2,3\n")
+    parquet(Path("large.parquet"), {"a": [1, 2**60 + 1]})
+    parquet(Path("fraction.parquet"), {"a": [1.5]})
+    Path("large.jsonl").write_text(f'{{"a": {2**53 + 1}}}\n')
+    Path("fraction.jsonl").write_text('{"a": 1.5}\n')
     Path("dangling").mkdir()
     Path("dangling/x.parquet").symlink_to("gone.parquet")
     with pytest.raises(ConfigError) as caught:
@@ -219,6 +225,15 @@ def test_jsonl_files_agree_on_types_that_json_leaves_open(tmp_path: Path) -> Non
     (tmp_path / "a.jsonl").write_text('{"x": 1, "y": null}\n')
     (tmp_path / "b.jsonl").write_text('{"x": 1.5, "y": "t"}\n')
     assert everything(opened(tmp_path)) == [{"x": 1.0, "y": None}, {"x": 1.5, "y": "t"}]
+
+
+def test_a_column_may_be_null_in_some_files_and_never_in_others(tmp_path: Path) -> None:
+    for name, values, nullable in (("a", [1], False), ("b", [None], True), ("c", [0.5], False)):
+        kind = pa.float64() if name == "c" else pa.int64()
+        parquet(tmp_path / f"{name}.parquet", pa.table([values], schema=pa.schema([pa.field("x", kind, nullable)])))
+    source = opened(tmp_path)
+    assert everything(source) == [{"x": 1.0}, {"x": None}, {"x": 0.5}]
+    assert source.schema.field("x").nullable
 
 
 def test_csv_is_taken_as_it_stands(tmp_path: Path) -> None:
