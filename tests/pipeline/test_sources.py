@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from pipeline.config import InputKeys
 from pipeline.exits import ConfigError
-from pipeline.input import formats, jsonl
+from pipeline.input import csv, formats, jsonl
 from pipeline.input.plan import make_plan
 from pipeline.input.sources import Input, open_input
 from pipeline.output.layout import OutputLayout
@@ -239,6 +239,17 @@ def test_a_column_may_be_null_in_some_files_and_never_in_others(tmp_path: Path) 
 def test_csv_is_taken_as_it_stands(tmp_path: Path) -> None:
     (tmp_path / "x.csv").write_text('id,text\n007,""\n1e5,\n')
     assert everything(opened(tmp_path / "x.csv")) == [{"id": "007", "text": ""}, {"id": "1e5", "text": None}]
+
+
+def test_csv_fields_may_be_long_but_a_quote_must_be_closed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [{"id": str(i), "text": "line\n" * (60_000 if i in (0, 300, 301) else 1)} for i in range(600)]
+    path = tmp_path / "x.csv"
+    path.write_text("id,text\n" + "".join(f'{row["id"]},"{row["text"]}"\n' for row in rows))
+    monkeypatch.setattr(csv, "BLOCK", 1 << 10)
+    assert everything(opened(path), 250, backwards=True) == rows
+    monkeypatch.setattr(csv, "LARGEST_BLOCK", 1 << 16)
+    with pytest.raises(ConfigError, match=r"x.csv: a row is longer than 0 MiB, which a quote that is never closed also looks"):
+        opened(path)
 
 
 def test_dictionaries_differ_from_file_to_file(tmp_path: Path) -> None:
