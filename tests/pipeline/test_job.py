@@ -343,6 +343,16 @@ def test_changed_input_is_refused_and_new_files_may_be_appended(run: Run, tmp_pa
     assert "a.parquet has changed" in run(f"data={folder}", "plan.on_change=append").line
 
 
+def test_appending_never_does_a_planned_file_twice(run: Run, tmp_path: Path, table: Any) -> None:
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        Path(table(prompt=[name])).rename(tmp_path / name / "x.parquet")
+    assert run(f"data={tmp_path}/one/*.parquet").code == 0
+    ran = run(f"data=[{tmp_path}/one/*.parquet,{tmp_path}/two/*.parquet]", "plan.on_change=append")
+    assert (ran.code, [row["prompt"] for row in ran.rows()]) == (2, ["one"])
+    assert f"input file x.parquet of the plan of this output is named {tmp_path}/one/x.parquet now" in ran.line
+
+
 def test_a_schema_that_cannot_be_kept_stops_the_job_and_leaves_the_folder_free(run: Run, table: Any) -> None:
     data = table(prompt=["a"])
     ran = run(f"data={data}", 'task.schema={"properties": {"REFUSED": {}}}')
