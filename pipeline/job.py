@@ -69,6 +69,7 @@ def _run(config: RunConfig, model: Model, stop: Stop, progress: Progress) -> int
 
     shards = folder.pending_shards(*workers)
     if shards or again:
+        source.check_there([*shards, *again])
         try:
             progress.phase("loading the tokenizer" + (" and compiling the schema" if spec else ""))
             builder = make_builder(config, form, spec, model)

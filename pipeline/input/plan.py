@@ -242,6 +242,11 @@ def _take(pieces: Iterable[Piece], limit: int | None) -> Iterator[Piece]:
             return
 
 
+def gone(key: str) -> ConfigError:
+    return ConfigError(f"input file {key} is in the plan of this output but no longer in the input, and rows of it are still to"
+                       " do: restore it, or set another output.dir")
+
+
 def check_unchanged(planned: InputFile, now: InputFile) -> None:
     """Raises ConfigError, naming the file and what differs, when a file is not the one that was planned."""
     for what in ("num_rows", "size", "version"):

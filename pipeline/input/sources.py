@@ -6,7 +6,7 @@ import difflib
 import fnmatch
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -19,7 +19,7 @@ from pipeline.exits import ConfigError
 from pipeline.input.csv import CsvReader
 from pipeline.input.formats import JSON_TEXT, Chunk, HfReader, ParquetReader, Reader, Scan, cast, first_line, select
 from pipeline.input.jsonl import JsonlReader
-from pipeline.input.plan import InputFile, Piece, Shard, check_unchanged, make_plan
+from pipeline.input.plan import InputFile, Piece, Shard, check_unchanged, gone, make_plan
 
 READERS: dict[str, type] = {"parquet": ParquetReader, "jsonl": JsonlReader, "csv": CsvReader}
 SUFFIXES = {
@@ -66,6 +66,13 @@ class Input:
         }
         with ThreadPoolExecutor(min(16, len(found))) as pool:
             list(pool.map(self._check_numbers, *zip(*looked, strict=True)))
+
+    def check_there(self, shards: Iterable[Shard]) -> None:
+        """Raises ConfigError where a file of these shards is no longer in the input."""
+        for shard in shards:
+            for piece in shard.pieces:
+                if piece.file not in self._open:
+                    raise gone(piece.file)
 
     def _check_numbers(self, file: InputFile, own: pa.Schema) -> None:
         """Read the columns that hold whole numbers here and fractions in other files: ConfigError where a number loses digits."""
@@ -120,6 +127,8 @@ class Cursor:
                 yield Chunk(cast(part.table, self._schema, self._files[piece.file].uri), part.repaired)
 
     def _open(self, key: str) -> Reader:
+        if key not in self._files:
+            raise gone(key)
         planned = self._files[key]
         reader = _guard(planned.uri, self._openers[key])
         if (reader.version, sum(reader.row_groups)) != (planned.version, planned.num_rows):

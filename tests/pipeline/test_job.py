@@ -353,6 +353,21 @@ def test_appending_never_does_a_planned_file_twice(run: Run, tmp_path: Path, tab
     assert f"input file x.parquet of the plan of this output is named {tmp_path}/one/x.parquet now" in ran.line
 
 
+def test_a_planned_file_that_is_gone_is_missed_only_where_rows_of_it_are_to_do(run: Run, tmp_path: Path, table: Any) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for name in ("a", "b"):
+        Path(table(prompt=[name])).rename(folder / f"{name}.parquet")
+    words = (f"data={folder}", "plan.on_change=append")
+    ran = run(*words, "plan.rows_per_shard=1")
+    (folder / "a.parquet").unlink()
+    assert run(*words).code == 0
+    (ran.folder / "part-00000-of-00002.parquet").unlink()
+    again = run(*words)
+    assert (again.code, again.engines) == (2, [])
+    assert again.line.startswith("input file a.parquet is in the plan of this output but no longer in the input, and rows of it")
+
+
 def test_a_schema_that_cannot_be_kept_stops_the_job_and_leaves_the_folder_free(run: Run, table: Any) -> None:
     data = table(prompt=["a"])
     ran = run(f"data={data}", 'task.schema={"properties": {"REFUSED": {}}}')
