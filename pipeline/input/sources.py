@@ -33,6 +33,7 @@ SUFFIXES = {
 }
 JSON_WORD = "a list or an object"
 _MAGIC = re.compile(r"[*?\[]")
+_NOTHING = re.compile(r"(?!)")
 _HUB = re.compile(r"hf://(?!datasets/|buckets/|models/|spaces/)[\w.-]+(/[\w.-]+)?(@[\w./-]+)?$")
 
 
@@ -138,29 +139,30 @@ class Cursor:
         return reader
 
 
-def open_input(data: str | Sequence[str], keys: Any) -> Input:
-    """Find and look into every file of `data`. `keys`: the `input` section of the configuration.
+def open_input(data: str | Sequence[str], keys: Any, output: str | None = None) -> Input:
+    """Find and look into every file of `data`. `keys`: the `input` section of the configuration. `output`: the job's output
+    folder; what the job itself writes there is in none of the folders and globs of `data`.
 
     Raises ConfigError, one line: nothing there, not readable, damaged, or of different schemas.
     """
     entries = [data] if isinstance(data, str) else list(data)
     if not entries or not all(entries):
         raise ConfigError("data: give a path, a glob, a folder, a URL or a list of them")
-    found = [item for entry in entries for item in _find(entry, keys)]
+    found = [item for entry in entries for item in _find(entry, keys, output)]
     names = [item.key for item in found]
     if len(set(names)) < len(names):  # a/x.parquet and b/x.parquet given one by one: only their whole addresses tell them apart
         found = [Found(item.uri, item.uri, item.size, item.open) if names.count(item.key) > 1 else item for item in found]
     return Input(sorted(found, key=lambda item: item.key))
 
 
-def _find(entry: str, keys: Any) -> list[Found]:
+def _find(entry: str, keys: Any, output: str | None) -> list[Found]:
     if _HUB.match(entry):
         return [_hub(entry, keys)]
     try:
         fs, path = fsspec.core.url_to_fs(os.path.expanduser(entry))
         if os.path.exists(os.path.join(path, "state.json")) or os.path.exists(os.path.join(path, "dataset_dict.json")):
             return [_saved(entry, path, keys)]
-        return _files(entry, fs, path, keys)
+        return _files(entry, fs, path, keys, output)
     except ImportError as error:
         raise ConfigError(f"data={entry}: {first_line(error)}") from None
     except ConfigError:
@@ -171,17 +173,19 @@ def _find(entry: str, keys: Any) -> list[Found]:
         raise ConfigError(f"data={entry}: cannot be read ({getattr(error, 'strerror', None) or first_line(error)})") from None
 
 
-def _files(entry: str, fs: fsspec.AbstractFileSystem, path: str, keys: Any) -> list[Found]:
+def _files(entry: str, fs: fsspec.AbstractFileSystem, path: str, keys: Any, output: str | None) -> list[Found]:
+    ours = _own_files(fs, output)
     magic = _MAGIC.search(path)
     if magic and not fs.exists(path):
         root = path[: magic.start()].rpartition("/")[0]
-        infos = {p: info for p, info in fs.glob(path, detail=True).items() if info["type"] == "file" and not _hidden(p, root)}
+        infos = {p: info for p, info in fs.glob(path, detail=True).items()
+                 if info["type"] == "file" and not _hidden(p, root) and not ours.fullmatch(p)}
         if not infos:
             raise ConfigError(f"data={entry}: no file matches")
     elif fs.isdir(path):
         root = path.rstrip("/")
         infos = {p: info for p, info in fs.find(path, detail=True).items()
-                 if not _hidden(p, root) and (keys.format != "auto" or _kind(p) is not None)}
+                 if not _hidden(p, root) and not ours.fullmatch(p) and (keys.format != "auto" or _kind(p) is not None)}
         if not infos:
             raise ConfigError(f"data={entry}: the folder holds no .parquet, .jsonl or .csv file")
     elif fs.exists(path):
@@ -217,6 +221,15 @@ def _stamp(info: dict[str, Any]) -> str:
 
 def _hidden(path: str, root: str) -> bool:
     return any(part.startswith(("_", ".")) for part in path[len(root) :].split("/"))
+
+
+def _own_files(fs: fsspec.AbstractFileSystem, output: str | None) -> re.Pattern[str]:
+    """Matches the paths of what a job writes into its output folder under names that readers see, where that lies in `fs`."""
+    protocol = fsspec.core.split_protocol(output or "")[0] or "file"
+    if output is None or protocol not in ([fs.protocol] if isinstance(fs.protocol, str) else fs.protocol):
+        return _NOTHING
+    folder = re.escape(fs._strip_protocol(output).rstrip("/"))
+    return re.compile(rf"{folder}/(part-\d+-of-\d+\.parquet|metrics\.parquet|report\.html)")
 
 
 def _near(fs: fsspec.AbstractFileSystem, path: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -341,6 +342,18 @@ def test_changed_input_is_refused_and_new_files_may_be_appended(run: Run, tmp_pa
     assert len(ran.engines[0].submitted) == 2
     Path(table(prompt=["z"])).rename(folder / "a.parquet")
     assert "a.parquet has changed" in run(f"data={folder}", "plan.on_change=append").line
+
+
+def test_the_output_may_lie_inside_the_data(run: Run, tmp_path: Path, table: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    table(prompt=["a", "b"])
+    monkeypatch.chdir(tmp_path)
+    for out in ("labels", "."):
+        words = ("data=.", "plan.rows_per_shard=1")
+        ran = run(*words, out=out)
+        assert run(*words, out=out).out.startswith("All is done")
+        (ran.folder / "part-00001-of-00002.parquet").unlink()
+        assert (run(*words, out=out).code, [row["prompt"] for row in ran.rows()]) == (0, ["a", "b"])
+        shutil.rmtree(tmp_path / "labels", ignore_errors=True)
 
 
 def test_appending_never_does_a_planned_file_twice(run: Run, tmp_path: Path, table: Any) -> None:

@@ -82,6 +82,20 @@ def test_remote_urls(tmp_path: Path) -> None:
     assert everything(opened("memory://box/c.jsonl")) == [{"a": "c"}]
 
 
+def test_what_a_job_writes_itself_is_not_its_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    part, metrics = "part-00000-of-00001.parquet", "metrics.parquet"
+    theirs = ["a.parquet", metrics, f"other/{part}", "out/b.parquet", f"out/deep/{part}"]
+    for name in (*theirs, f"out/{part}", f"out/{metrics}", "out/report.html"):
+        parquet(Path(name), {"a": [name]})
+    for data in (".", "**/*.parquet", str(tmp_path), f"file://{tmp_path}"):
+        for output in ("out", "./out/", f"{tmp_path}/out", f"file://{tmp_path}/out"):
+            source = open_input(data, InputKeys(format="parquet"), output)  # of any name, then
+            assert sorted(row["a"] for row in everything(source)) == sorted(theirs)
+    assert len(open_input(".", InputKeys(), "memory://out").files) == len(theirs) + 2
+    assert everything(open_input(f"out/{part}", InputKeys(), "out")) == [{"a": f"out/{part}"}]  # asked for by its name
+
+
 @pytest.mark.parametrize("data, line", [
     ("nowhere.parquet", "data=nowhere.parquet: no such file or folder"),
     ("promts.parquet", "data=promts.parquet: no such file or folder; did you mean prompts.parquet?"),
