@@ -49,7 +49,7 @@ def run_job(config: RunConfig, factory: EngineFactory = RealModel) -> int:
 
 
 def _run(config: RunConfig, model: Model, stop: Stop, progress: Progress) -> int:
-    source = open_input(config.data, config.input)
+    source = open_input(config.data, config.input, config.output.dir)
     form = Form(config.task, config.input.columns, source.schema)
     plan = make_plan(source.files, config.plan.rows_per_shard, config.input.limit)
     spec = task_spec(config)
@@ -71,6 +71,7 @@ def _run(config: RunConfig, model: Model, stop: Stop, progress: Progress) -> int
     if config.cluster.lease and not shards and not again:
         shards = folder.pending_shards()      # of others, who may have died on them
     if shards or again:
+        source.check_there([*shards, *again])
         try:
             progress.phase("loading the tokenizer" + (" and compiling the schema" if spec else ""))
             builder = make_builder(config, form, spec, model)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import threading
 from collections.abc import Iterator, Sequence
 from typing import BinaryIO
 
@@ -10,7 +11,9 @@ import pyarrow as pa
 import pyarrow.csv
 
 from pipeline.exits import ConfigError
-from pipeline.input.formats import Chunk, Scan, first_line, select
+from pipeline.input.formats import CHUNK_ROWS, Chunk, Scan, check_names, first_line, select
+
+BLOCK, LARGEST_BLOCK = 1 << 20, 64 << 20  # bytes read at once, the second where rows are long: one may stand in two blocks
 
 
 class CsvReader:
@@ -18,48 +21,71 @@ class CsvReader:
     null, an empty pair of quotes is empty text."""
 
     def __init__(self, handle: BinaryIO, name: str, stamp: str, scan: Scan | None = None) -> None:
-        self._handle, self._name, self.version = handle, name, stamp
+        self._handle, self._lock, self._block = handle, threading.Lock(), BLOCK
+        self._name, self.version = name, stamp
         if scan is not None:
             self.schema, self.row_groups = scan
             return
         with self._open({}) as reader:
-            self.schema = pa.schema([(column, pa.string()) for column in reader.schema.names])
+            columns = reader.schema.names
+        check_names(name, columns)
+        self.schema = pa.schema([(column, pa.string()) for column in columns])
         self.row_groups = (sum(chunk.table.num_rows for chunk in self.rows(0, self.schema.names)),)
 
     def rows(self, row_group: int, columns: Sequence[str]) -> Iterator[Chunk]:
-        reader = self._open(dict.fromkeys(self.schema.names, pa.string()))
         schema = select(self.schema, columns)
+        given = 0
         while True:
+            at = 0
             try:
-                batch = reader.read_next_batch()
-            except StopIteration:
+                for batch in self._open(dict.fromkeys(self.schema.names, pa.string())):
+                    for start in range(max(given - at, 0), batch.num_rows, CHUNK_ROWS):
+                        part = batch.slice(start, CHUNK_ROWS)
+                        given += part.num_rows
+                        yield Chunk(pa.Table.from_batches([part]).select(schema.names))
+                    at += batch.num_rows
                 return
             except pa.ArrowException as error:
-                raise ConfigError(f"{self._name}: not CSV in UTF-8 ({first_line(error)})") from None
-            yield Chunk(pa.Table.from_batches([batch]).select(schema.names))
+                self._grow(error)
 
     def _open(self, types: dict[str, pa.DataType]) -> pyarrow.csv.CSVStreamingReader:
-        self._handle.seek(0)
-        try:
-            return pyarrow.csv.open_csv(
-                # The reader closes what it is given, and the file is read more than once.
-                pa.PythonFile(_Unclosed(self._handle), "rb"),
-                pyarrow.csv.ReadOptions(use_threads=False, block_size=1 << 20),
-                pyarrow.csv.ParseOptions(newlines_in_values=True),
-                pyarrow.csv.ConvertOptions(
-                    column_types=types, null_values=[""], strings_can_be_null=True, quoted_strings_can_be_null=False
-                ),
-            )
-        except pa.ArrowException as error:
+        while True:
+            try:
+                return pyarrow.csv.open_csv(
+                    pa.PythonFile(_View(self._handle, self._lock), "rb"),
+                    pyarrow.csv.ReadOptions(use_threads=False, block_size=self._block),
+                    pyarrow.csv.ParseOptions(newlines_in_values=True),
+                    pyarrow.csv.ConvertOptions(
+                        column_types=types, null_values=[""], strings_can_be_null=True, quoted_strings_can_be_null=False
+                    ),
+                )
+            except pa.ArrowException as error:
+                self._grow(error)
+
+    def _grow(self, error: pa.ArrowException) -> None:
+        """Larger blocks where a row was too long for these; the file is then read from its start again. Raises ConfigError
+        where that is not what is wrong."""
+        if not str(error).startswith("straddling object"):
             raise ConfigError(f"{self._name}: not CSV in UTF-8 ({first_line(error)})") from None
+        if self._block == LARGEST_BLOCK:
+            raise ConfigError(f"{self._name}: a row is longer than {LARGEST_BLOCK >> 20} MiB, which a quote that is never closed "
+                              "also looks like; mend it, or write the file as Parquet") from None
+        self._block = min(8 * self._block, LARGEST_BLOCK)
 
 
-class _Unclosed(io.RawIOBase):
-    def __init__(self, handle: BinaryIO) -> None:
-        self._handle = handle
+class _View(io.RawIOBase):
+    """The file from its start, for one of pyarrow's readers, which closes what it is given. It has its own place in the file: a
+    reader reads ahead in a thread of its own, for a while also after it was given up for another."""
+
+    def __init__(self, handle: BinaryIO, lock: threading.Lock) -> None:
+        self._handle, self._lock, self._at = handle, lock, 0
 
     def readable(self) -> bool:
         return True
 
     def read(self, size: int = -1) -> bytes:
-        return self._handle.read(size)
+        with self._lock:
+            self._handle.seek(self._at)
+            data = self._handle.read(size)
+            self._at += len(data)
+            return data

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, BinaryIO, NamedTuple, Protocol
@@ -53,6 +54,7 @@ class ParquetReader:
             self._file = pq.ParquetFile(handle, pre_buffer=False)
         except (pa.ArrowException, OSError) as error:
             raise ConfigError(f"{name}: not a whole Parquet file ({first_line(error)}); write it again or leave it out") from None
+        check_names(name, self._file.schema_arrow.names)
         meta = self._file.metadata
         self.schema = plain_schema(self._file.schema_arrow)
         self.row_groups = tuple(meta.row_group(index).num_rows for index in range(meta.num_row_groups))
@@ -73,7 +75,7 @@ class ParquetReader:
                 ) from None
             if batch is None:
                 return
-            yield repair(pa.Table.from_batches([batch]).select(schema.names).cast(schema))
+            yield repair(cast(pa.Table.from_batches([batch]).select(schema.names), schema, self._name))
 
 
 class HfReader:
@@ -89,7 +91,14 @@ class HfReader:
         first = row_group * HF_GROUP
         for start in range(first, first + self.row_groups[row_group], CHUNK_ROWS):
             table = self._data[start : min(start + CHUNK_ROWS, first + self.row_groups[row_group])]
-            yield repair(table.select(schema.names).cast(schema))
+            yield repair(cast(table.select(schema.names), schema, self._name))
+
+
+def check_names(name: str, columns: Sequence[str]) -> None:
+    """Raises ConfigError where two columns of the file `name` have one name."""
+    for column, count in Counter(columns).items():
+        if count > 1:
+            raise ConfigError(f"{name}: has {count} columns named {column or repr(column)}; give each a name of its own")
 
 
 def select(schema: pa.Schema, columns: Sequence[str]) -> pa.Schema:
@@ -97,8 +106,12 @@ def select(schema: pa.Schema, columns: Sequence[str]) -> pa.Schema:
 
 
 def plain_schema(schema: pa.Schema) -> pa.Schema:
-    """Without dictionaries (files have different ones) and views, which change how values are stored and not what they are."""
-    return pa.schema([pa.field(field.name, plain(field.type), field.nullable) for field in schema])
+    """Without dictionaries (files have different ones) and views, which change how values are stored and not what they are, and
+    without the types that Parquet has not: they would come back from a part as others."""
+    kinds = [(field.type, plain(field.type)) for field in schema]
+    # Of equal types the file's own: they may differ in names that do not count, and the fingerprint of an output holds those too.
+    kept = [own if own == kind else kind for own, kind in kinds]
+    return pa.schema([pa.field(field.name, kind, field.nullable) for field, kind in zip(schema, kept, strict=True)])
 
 
 def plain(kind: pa.DataType) -> pa.DataType:
@@ -108,7 +121,41 @@ def plain(kind: pa.DataType) -> pa.DataType:
         return pa.string()
     if pa.types.is_binary_view(kind):
         return pa.binary()
+    if pa.types.is_timestamp(kind) and kind.unit == "s":
+        return pa.timestamp("ms", kind.tz)
+    if pa.types.is_time32(kind):
+        return pa.time32("ms")
+    if pa.types.is_date64(kind):  # whole days, counted in milliseconds
+        return pa.date32()
+    if pa.types.is_list(kind):
+        return pa.list_(_plain_field(kind.value_field))
+    if pa.types.is_large_list(kind):
+        return pa.large_list(_plain_field(kind.value_field))
+    if pa.types.is_fixed_size_list(kind):
+        return pa.list_(_plain_field(kind.value_field), kind.list_size)
+    if pa.types.is_struct(kind):
+        return pa.struct([_plain_field(field) for field in kind])
+    if pa.types.is_map(kind):
+        return pa.map_(_plain_field(kind.key_field), _plain_field(kind.item_field), kind.keys_sorted)
     return kind
+
+
+def _plain_field(field: pa.Field) -> pa.Field:
+    return field.with_type(plain(field.type))
+
+
+def cast(table: pa.Table, schema: pa.Schema, name: str) -> pa.Table:
+    """`table`, a part of the file `name`, with the types of `schema`. Raises ConfigError naming the column that loses values."""
+    try:
+        return table.cast(schema)
+    except pa.ArrowInvalid as error:
+        for field in schema:
+            try:
+                table.column(field.name).cast(field.type)
+            except pa.ArrowInvalid as lost:
+                raise ConfigError(f"{name}: column {field.name} holds what does not fit {field.type} ({first_line(lost)}); "
+                                  "write it as one type, or as text") from None
+        raise ConfigError(f"{name}: {first_line(error)}") from None
 
 
 def repair(table: pa.Table) -> Chunk:

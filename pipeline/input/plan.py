@@ -55,6 +55,11 @@ class InputFile:
         if sum(self.row_groups) != self.num_rows:
             raise ValueError(f"{self.key}: {self.num_rows} rows, but its row groups hold {sum(self.row_groups)}")
 
+    @property
+    def content(self) -> tuple[int, str, int]:
+        """What two names of one file have in common."""
+        return self.size, self.version, self.num_rows
+
 
 @dataclass(frozen=True, slots=True)
 class Piece:
@@ -130,16 +135,21 @@ class Plan:
     def reconcile(self, found: Plan, on_change: Literal["refuse", "append"] = "refuse") -> Plan:
         """This plan, made sure of against what the input holds now; with "append", plus shards for the files it does not know.
 
-        Raises ConfigError naming the first file that changed, or (refuse) went or came.
+        Raises ConfigError naming the first file that changed or has another key, or (refuse) went or came.
         """
+        new = [file for file in found.files if file.key not in self.file]
+        renamed = {mark: file for file in new for mark in (file.uri, file.content)}
         for file in self.files:
             now = found.file.get(file.key)
             if now is not None:
                 check_unchanged(file, now)
+            elif (same := renamed.get(file.uri) or renamed.get(file.content)) is not None:
+                raise ConfigError(f"input file {file.key} of the plan of this output is named {same.key} now (it was moved, or"
+                                  " data is written another way), and its rows would be done twice: undo that, or set another"
+                                  " output.dir")
             elif on_change == "refuse":
                 raise ConfigError(f"input file {file.key} is in the plan of this output but no longer in the input: restore it, "
                                   "or set another output.dir")
-        new = [file for file in found.files if file.key not in self.file]
         if not new:
             return self
         if on_change == "refuse":
@@ -230,6 +240,11 @@ def _take(pieces: Iterable[Piece], limit: int | None) -> Iterator[Piece]:
             left -= piece.num_rows
         else:
             return
+
+
+def gone(key: str) -> ConfigError:
+    return ConfigError(f"input file {key} is in the plan of this output but no longer in the input, and rows of it are still to"
+                       " do: restore it, or set another output.dir")
 
 
 def check_unchanged(planned: InputFile, now: InputFile) -> None:

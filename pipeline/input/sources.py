@@ -6,7 +6,7 @@ import difflib
 import fnmatch
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -17,9 +17,9 @@ import pyarrow as pa
 
 from pipeline.exits import ConfigError
 from pipeline.input.csv import CsvReader
-from pipeline.input.formats import JSON_TEXT, Chunk, HfReader, ParquetReader, Reader, Scan, first_line, select
+from pipeline.input.formats import JSON_TEXT, Chunk, HfReader, ParquetReader, Reader, Scan, cast, first_line, select
 from pipeline.input.jsonl import JsonlReader
-from pipeline.input.plan import InputFile, Piece, Shard, check_unchanged
+from pipeline.input.plan import InputFile, Piece, Shard, check_unchanged, gone, make_plan
 
 READERS: dict[str, type] = {"parquet": ParquetReader, "jsonl": JsonlReader, "csv": CsvReader}
 SUFFIXES = {
@@ -33,6 +33,7 @@ SUFFIXES = {
 }
 JSON_WORD = "a list or an object"
 _MAGIC = re.compile(r"[*?\[]")
+_NOTHING = re.compile(r"(?!)")
 _HUB = re.compile(r"hf://(?!datasets/|buckets/|models/|spaces/)[\w.-]+(/[\w.-]+)?(@[\w./-]+)?$")
 
 
@@ -64,6 +65,24 @@ class Input:
         self._open: dict[str, Callable[[], Reader]] = {
             item.key: partial(item.open, scan) for item, scan in zip(found, scans, strict=True)
         }
+        with ThreadPoolExecutor(min(16, len(found))) as pool:
+            list(pool.map(self._check_numbers, *zip(*looked, strict=True)))
+
+    def check_there(self, shards: Iterable[Shard]) -> None:
+        """Raises ConfigError where a file of these shards is no longer in the input."""
+        for shard in shards:
+            for piece in shard.pieces:
+                if piece.file not in self._open:
+                    raise gone(piece.file)
+
+    def _check_numbers(self, file: InputFile, own: pa.Schema) -> None:
+        """Read the columns that hold whole numbers here and fractions in other files: ConfigError where a number loses digits."""
+        mixed = [field.name for field in self.schema if field.type == pa.float64() and own.field(field.name).type == pa.int64()]
+        if mixed:
+            cursor = self.cursor(mixed)
+            for shard in make_plan([file], max(file.num_rows, 1)).shards:
+                for _ in cursor.read(shard):
+                    pass
 
     def cursor(self, columns: Sequence[str] | None = None) -> Cursor:
         """Reads `columns` (all by default) of shards, cheapest in the order of the plan."""
@@ -106,9 +125,11 @@ class Cursor:
             self._at = (piece.file, piece.row_group, at)
             if first < last:
                 part = _slice(chunk, first, last)
-                yield Chunk(part.table.cast(self._schema), part.repaired)
+                yield Chunk(cast(part.table, self._schema, self._files[piece.file].uri), part.repaired)
 
     def _open(self, key: str) -> Reader:
+        if key not in self._files:
+            raise gone(key)
         planned = self._files[key]
         reader = _guard(planned.uri, self._openers[key])
         if (reader.version, sum(reader.row_groups)) != (planned.version, planned.num_rows):
@@ -118,29 +139,30 @@ class Cursor:
         return reader
 
 
-def open_input(data: str | Sequence[str], keys: Any) -> Input:
-    """Find and look into every file of `data`. `keys`: the `input` section of the configuration.
+def open_input(data: str | Sequence[str], keys: Any, output: str | None = None) -> Input:
+    """Find and look into every file of `data`. `keys`: the `input` section of the configuration. `output`: the job's output
+    folder; what the job itself writes there is in none of the folders and globs of `data`.
 
     Raises ConfigError, one line: nothing there, not readable, damaged, or of different schemas.
     """
     entries = [data] if isinstance(data, str) else list(data)
     if not entries or not all(entries):
         raise ConfigError("data: give a path, a glob, a folder, a URL or a list of them")
-    found = [item for entry in entries for item in _find(entry, keys)]
+    found = [item for entry in entries for item in _find(entry, keys, output)]
     names = [item.key for item in found]
     if len(set(names)) < len(names):  # a/x.parquet and b/x.parquet given one by one: only their whole addresses tell them apart
         found = [Found(item.uri, item.uri, item.size, item.open) if names.count(item.key) > 1 else item for item in found]
     return Input(sorted(found, key=lambda item: item.key))
 
 
-def _find(entry: str, keys: Any) -> list[Found]:
+def _find(entry: str, keys: Any, output: str | None) -> list[Found]:
     if _HUB.match(entry):
         return [_hub(entry, keys)]
     try:
         fs, path = fsspec.core.url_to_fs(os.path.expanduser(entry))
         if os.path.exists(os.path.join(path, "state.json")) or os.path.exists(os.path.join(path, "dataset_dict.json")):
             return [_saved(entry, path, keys)]
-        return _files(entry, fs, path, keys)
+        return _files(entry, fs, path, keys, output)
     except ImportError as error:
         raise ConfigError(f"data={entry}: {first_line(error)}") from None
     except ConfigError:
@@ -151,17 +173,19 @@ def _find(entry: str, keys: Any) -> list[Found]:
         raise ConfigError(f"data={entry}: cannot be read ({getattr(error, 'strerror', None) or first_line(error)})") from None
 
 
-def _files(entry: str, fs: fsspec.AbstractFileSystem, path: str, keys: Any) -> list[Found]:
+def _files(entry: str, fs: fsspec.AbstractFileSystem, path: str, keys: Any, output: str | None) -> list[Found]:
+    ours = _own_files(fs, output)
     magic = _MAGIC.search(path)
     if magic and not fs.exists(path):
         root = path[: magic.start()].rpartition("/")[0]
-        infos = {p: info for p, info in fs.glob(path, detail=True).items() if info["type"] == "file" and not _hidden(p, root)}
+        infos = {p: info for p, info in fs.glob(path, detail=True).items()
+                 if info["type"] == "file" and not _hidden(p, root) and not ours.fullmatch(p)}
         if not infos:
             raise ConfigError(f"data={entry}: no file matches")
     elif fs.isdir(path):
         root = path.rstrip("/")
         infos = {p: info for p, info in fs.find(path, detail=True).items()
-                 if not _hidden(p, root) and (keys.format != "auto" or _kind(p) is not None)}
+                 if not _hidden(p, root) and not ours.fullmatch(p) and (keys.format != "auto" or _kind(p) is not None)}
         if not infos:
             raise ConfigError(f"data={entry}: the folder holds no .parquet, .jsonl or .csv file")
     elif fs.exists(path):
@@ -197,6 +221,15 @@ def _stamp(info: dict[str, Any]) -> str:
 
 def _hidden(path: str, root: str) -> bool:
     return any(part.startswith(("_", ".")) for part in path[len(root) :].split("/"))
+
+
+def _own_files(fs: fsspec.AbstractFileSystem, output: str | None) -> re.Pattern[str]:
+    """Matches the paths of what a job writes into its output folder under names that readers see, where that lies in `fs`."""
+    protocol = fsspec.core.split_protocol(output or "")[0] or "file"
+    if output is None or protocol not in ([fs.protocol] if isinstance(fs.protocol, str) else fs.protocol):
+        return _NOTHING
+    folder = re.escape(fs._strip_protocol(output).rstrip("/"))
+    return re.compile(rf"{folder}/(part-\d+-of-\d+\.parquet|metrics\.parquet|report\.html)")
 
 
 def _near(fs: fsspec.AbstractFileSystem, path: str) -> str:
@@ -271,12 +304,13 @@ def _common(first_uri: str, first: pa.Schema, uri: str, schema: pa.Schema) -> pa
             raise ConfigError(f"{uri}: has a column {field.name} that {first_uri} has not; all files need the same columns")
         before = first.field(field.name)
         if pa.types.is_null(before.type) or {before.type, field.type} == {pa.int64(), pa.float64()}:
-            fields.append(field if pa.types.is_null(before.type) else field.with_type(pa.float64()))
+            common = field if pa.types.is_null(before.type) else field.with_type(pa.float64())
         elif pa.types.is_null(field.type) or (field.type == before.type and field.metadata == before.metadata):
-            fields.append(before)
+            common = before
         else:
             was, now = (JSON_WORD if f.metadata == JSON_TEXT else str(f.type) for f in (before, field))
             raise ConfigError(f"{uri}: column {field.name} is {now}, but {was} in {first_uri}; write them with one type")
+        fields.append(common.with_nullable(before.nullable or field.nullable))
     found = {field.name: field for field in fields}
     return pa.schema([found[name] for name in first.names])
 

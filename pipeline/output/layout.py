@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.exits import ConfigError
+from pipeline.input.formats import first_line
 from pipeline.output.flat import Flat
 from pipeline.output.rows import RowResult
 
@@ -94,12 +95,16 @@ class OutputLayout:
 
     def _check_writable(self) -> None:
         for field in self.schema:
+            file = io.BytesIO()
             try:
-                with pq.ParquetWriter(io.BytesIO(), pa.schema([field])) as writer:
-                    writer.write_table(pa.schema([field]).empty_table())
+                pq.write_table(pa.schema([field]).empty_table(), file)
+                kept = pq.read_schema(file).field(0)
+                reason = None if kept.equals(field) else f"it comes back as {kept.type}"
             except pa.ArrowException as error:
-                raise ConfigError(f"input column {field.name} ({field.type}) cannot be written to Parquet: {error}; "
-                                  "leave it out with input.columns") from error
+                reason = first_line(error)
+            if reason is not None:
+                raise ConfigError(f"input column {field.name} ({field.type}) cannot be written to Parquet: {reason}; "
+                                  "give the input without it, or with it as another type")
 
 
 def _document(text: str | None) -> dict[str, Any]:

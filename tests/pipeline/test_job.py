@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -341,6 +342,43 @@ def test_changed_input_is_refused_and_new_files_may_be_appended(run: Run, tmp_pa
     assert len(ran.engines[0].submitted) == 2
     Path(table(prompt=["z"])).rename(folder / "a.parquet")
     assert "a.parquet has changed" in run(f"data={folder}", "plan.on_change=append").line
+
+
+def test_the_output_may_lie_inside_the_data(run: Run, tmp_path: Path, table: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    table(prompt=["a", "b"])
+    monkeypatch.chdir(tmp_path)
+    for out in ("labels", "."):
+        words = ("data=.", "plan.rows_per_shard=1")
+        ran = run(*words, out=out)
+        assert run(*words, out=out).out.startswith("All is done")
+        (ran.folder / "part-00001-of-00002.parquet").unlink()
+        assert (run(*words, out=out).code, [row["prompt"] for row in ran.rows()]) == (0, ["a", "b"])
+        shutil.rmtree(tmp_path / "labels", ignore_errors=True)
+
+
+def test_appending_never_does_a_planned_file_twice(run: Run, tmp_path: Path, table: Any) -> None:
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        Path(table(prompt=[name])).rename(tmp_path / name / "x.parquet")
+    assert run(f"data={tmp_path}/one/*.parquet").code == 0
+    ran = run(f"data=[{tmp_path}/one/*.parquet,{tmp_path}/two/*.parquet]", "plan.on_change=append")
+    assert (ran.code, [row["prompt"] for row in ran.rows()]) == (2, ["one"])
+    assert f"input file x.parquet of the plan of this output is named {tmp_path}/one/x.parquet now" in ran.line
+
+
+def test_a_planned_file_that_is_gone_is_missed_only_where_rows_of_it_are_to_do(run: Run, tmp_path: Path, table: Any) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for name in ("a", "b"):
+        Path(table(prompt=[name])).rename(folder / f"{name}.parquet")
+    words = (f"data={folder}", "plan.on_change=append")
+    ran = run(*words, "plan.rows_per_shard=1")
+    (folder / "a.parquet").unlink()
+    assert run(*words).code == 0
+    (ran.folder / "part-00000-of-00002.parquet").unlink()
+    again = run(*words)
+    assert (again.code, again.engines) == (2, [])
+    assert again.line.startswith("input file a.parquet is in the plan of this output but no longer in the input, and rows of it")
 
 
 def test_a_schema_that_cannot_be_kept_stops_the_job_and_leaves_the_folder_free(run: Run, table: Any) -> None:

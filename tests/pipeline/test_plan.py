@@ -93,7 +93,7 @@ def test_a_limit_and_new_files_exclude_each_other() -> None:
 
 def test_append_keeps_every_earlier_shard_and_its_name() -> None:
     first = make_plan([file("b", 30), file("c", 20)], 25)
-    second = first.reconcile(make_plan([file("a", 30), file("c", 20)], 25), "append")      # b has been archived since
+    second = first.reconcile(make_plan([file("a", 30, version="2"), file("c", 20)], 25), "append")    # b has been archived
     third = second.reconcile(make_plan([file("z", 1)], 25), "append")
     assert third.shards[: len(first.shards)] == first.shards
     assert [shard.name for shard in third.shards] == [
@@ -103,6 +103,17 @@ def test_append_keeps_every_earlier_shard_and_its_name() -> None:
     assert third.hash(3) == first.hash()
     assert third.hash(5) == second.hash()
     assert Plan.from_bytes([first.to_bytes(), second.to_bytes(first), third.to_bytes(second)]) == third
+
+
+@pytest.mark.parametrize("now", [
+    InputFile("d1/b", "folder/b", 30, 10, "1", (30,)),       # the same place
+    InputFile("d1/b", "elsewhere/d1/b", 30, 10, "1", (30,)),  # the same content
+])  # fmt: skip
+def test_a_planned_file_under_another_name_is_not_appended(now: InputFile) -> None:
+    plan = make_plan([file("b", 30), file("c", 20, version="2")], 25)
+    for mode in ("refuse", "append"):
+        with pytest.raises(ConfigError, match="input file b of the plan of this output is named d1/b now"):
+            plan.reconcile(make_plan([now, file("c", 20, version="2"), file("d", 5)], 25), mode)
 
 
 def test_bad_arguments_are_named() -> None:

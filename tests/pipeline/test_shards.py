@@ -108,6 +108,8 @@ def test_an_input_that_cannot_be_kept_is_refused() -> None:
         OutputLayout.make(pa.schema([("a", pa.int8()), ("a", pa.int8())]))
     with pytest.raises(ConfigError, match=r"input column odd .*cannot be written"):
         OutputLayout.make(pa.schema([("odd", pa.month_day_nano_interval())]))
+    with pytest.raises(ConfigError, match=r"input column odd .*it comes back as .*timestamp\[ms\]>; give the input without it"):
+        OutputLayout.make(pa.schema([("odd", pa.list_view(pa.timestamp("s")))]))
 
 
 def test_nested_dictionary_and_large_columns_come_through(tmp_path: Path) -> None:

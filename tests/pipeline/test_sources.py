@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,10 @@ from hypothesis import strategies as st
 
 from pipeline.config import InputKeys
 from pipeline.exits import ConfigError
-from pipeline.input import formats, jsonl
+from pipeline.input import csv, formats, jsonl
 from pipeline.input.plan import make_plan
 from pipeline.input.sources import Input, open_input
+from pipeline.output.layout import OutputLayout
 
 
 def opened(data: Any, **keys: Any) -> Input:
@@ -80,6 +82,20 @@ def test_remote_urls(tmp_path: Path) -> None:
     assert everything(opened("memory://box/c.jsonl")) == [{"a": "c"}]
 
 
+def test_what_a_job_writes_itself_is_not_its_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    part, metrics = "part-00000-of-00001.parquet", "metrics.parquet"
+    theirs = ["a.parquet", metrics, f"other/{part}", "out/b.parquet", f"out/deep/{part}"]
+    for name in (*theirs, f"out/{part}", f"out/{metrics}", "out/report.html"):
+        parquet(Path(name), {"a": [name]})
+    for data in (".", "**/*.parquet", str(tmp_path), f"file://{tmp_path}"):
+        for output in ("out", "./out/", f"{tmp_path}/out", f"file://{tmp_path}/out"):
+            source = open_input(data, InputKeys(format="parquet"), output)  # of any name, then
+            assert sorted(row["a"] for row in everything(source)) == sorted(theirs)
+    assert len(open_input(".", InputKeys(), "memory://out").files) == len(theirs) + 2
+    assert everything(open_input(f"out/{part}", InputKeys(), "out")) == [{"a": f"out/{part}"}]  # asked for by its name
+
+
 @pytest.mark.parametrize("data, line", [
     ("nowhere.parquet", "data=nowhere.parquet: no such file or folder"),
     ("promts.parquet", "data=promts.parquet: no such file or folder; did you mean prompts.parquet?"),
@@ -98,6 +114,11 @@ def test_remote_urls(tmp_path: Path) -> None:
     (["prompts.parquet", "other.parquet"], "prompts.parquet: has no column b, which other.parquet has; it has a"),
     (["prompts.parquet", "text_a.parquet"], "text_a.parquet: column a is string, but int64 in prompts.parquet"),
     (["prompts.parquet", "prompts.parquet"], "two input files have the same name"),
+    (["twice.parquet"], "twice.parquet: has 2 columns named a; give each a name of its own"),
+    ("twice.csv", "twice.csv: has 2 columns named a; give each a name of its own"),
+    ("unnamed.csv", "unnamed.csv: has 2 columns named ''; give each a name of its own"),
+    (["large.parquet", "fraction.parquet"], "large.parquet: column a holds what does not fit double ("),
+    (["large.jsonl", "fraction.jsonl"], "large.jsonl: column a holds what does not fit double ("),
     ("nosuch://x/y", "data=nosuch://x/y: "),
     ([], "data: give a path"),
     ("dangling", "data=dangling: cannot be read (No such file or directory"),
@@ -118,6 +139,13 @@ def test_a_bad_input_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     Path("drift.jsonl").write_text('{"a": 1}\n{"a": 2.5}\n{"a": "x"}\n')
     Path("latin.csv").write_bytes("a,b\n1,é\n".encode("latin-1"))
     Path("ragged.csv").write_text("a,b\n1,2\n1,2,3\n")
+    pq.write_table(pa.Table.from_arrays([pa.array([1]), pa.array([2])], names=["a", "a"]), "twice.parquet")
+    Path("twice.csv").write_text("a,a\n1,2\n")
+    Path("unnamed.csv").write_text("a,,\n1,2,3\n")
+    parquet(Path("large.parquet"), {"a": [1, 2**60 + 1]})
+    parquet(Path("fraction.parquet"), {"a": [1.5]})
+    Path("large.jsonl").write_text(f'{{"a": {2**53 + 1}}}\n')
+    Path("fraction.jsonl").write_text('{"a": 1.5}\n')
     Path("dangling").mkdir()
     Path("dangling/x.parquet").symlink_to("gone.parquet")
     with pytest.raises(ConfigError) as caught:
@@ -176,10 +204,50 @@ def test_jsonl_types(tmp_path: Path) -> None:
     assert rows[1] == {"i": None, "f": 2.5, "s": None, "b": None, "o": '{"y":null}', "l": None, "n": None}
 
 
+@pytest.mark.parametrize("values, line", [
+    (["1", str(2**63)], f"line 3: column a holds {2**63}, which int64 cannot hold; write the column as text"),
+    (["1", str(-(2**63) - 1)], f"line 3: column a holds {-(2**63) - 1}, which int64 cannot hold; write the column as text"),
+    (["1", "1" * 30], f"line 3: column a holds {'1' * 30}, which int64 cannot hold; write the column as text"),
+    (["1.5", str(2**53 + 1)], f"line 3: column a holds {2**53 + 1}, which loses digits beside the fractions of other rows"),
+    ([str(2**60 + 1), "1.5"], f"line 1: column a holds {2**60 + 1}, which loses digits beside the fractions of other rows"),
+    (["1.5", "1" * 30], f"line 3: column a holds {'1' * 30}, which loses digits beside the fractions of other rows"),
+    (["1", "1" * 400], "line 3: not JSON (a number of 400 digits)"),
+    (["1", "[" * 9999 + "]" * 9999], "line 3: not JSON (maximum recursion depth exceeded"),
+])  # fmt: skip
+@pytest.mark.parametrize("block", [8 << 20, 10])
+def test_jsonl_numbers_that_no_column_holds_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, values: list[str], line: str, block: int
+) -> None:
+    monkeypatch.setattr(jsonl, "BLOCK", block)
+    (tmp_path / "x.jsonl").write_text("\n\n".join(f'{{"a": {value}}}' for value in values))
+    with pytest.raises(ConfigError) as caught:
+        opened(tmp_path / "x.jsonl")
+    assert str(caught.value).startswith(f"{tmp_path}/x.jsonl, {line}")
+
+
+def test_jsonl_numbers_keep_every_digit(tmp_path: Path) -> None:
+    lines = [f'{{"i": {-(2**63)}, "f": 0.5, "o": {{"x": {2**64}}}, "t": "{2**70}"}}',
+             f'{{"i": {2**63 - 1}, "f": {2**70}, "o": [{-(2**63) - 1}, "\\ud800"], "t": ""}}', '{"f": 1e300}']  # fmt: skip
+    (tmp_path / "x.jsonl").write_text("\n".join(lines))
+    rows = everything(opened(tmp_path / "x.jsonl"))
+    assert rows[0] == {"i": -(2**63), "f": 0.5, "o": f'{{"x":{2**64}}}', "t": str(2**70)}
+    assert rows[1] == {"i": 2**63 - 1, "f": float(2**70), "o": f'[{-(2**63) - 1},"�"]', "t": ""}
+    assert rows[2]["f"] == 1e300
+
+
 def test_jsonl_files_agree_on_types_that_json_leaves_open(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"x": 1, "y": null}\n')
     (tmp_path / "b.jsonl").write_text('{"x": 1.5, "y": "t"}\n')
     assert everything(opened(tmp_path)) == [{"x": 1.0, "y": None}, {"x": 1.5, "y": "t"}]
+
+
+def test_a_column_may_be_null_in_some_files_and_never_in_others(tmp_path: Path) -> None:
+    for name, values, nullable in (("a", [1], False), ("b", [None], True), ("c", [0.5], False)):
+        kind = pa.float64() if name == "c" else pa.int64()
+        parquet(tmp_path / f"{name}.parquet", pa.table([values], schema=pa.schema([pa.field("x", kind, nullable)])))
+    source = opened(tmp_path)
+    assert everything(source) == [{"x": 1.0}, {"x": None}, {"x": 0.5}]
+    assert source.schema.field("x").nullable
 
 
 def test_csv_is_taken_as_it_stands(tmp_path: Path) -> None:
@@ -187,10 +255,55 @@ def test_csv_is_taken_as_it_stands(tmp_path: Path) -> None:
     assert everything(opened(tmp_path / "x.csv")) == [{"id": "007", "text": ""}, {"id": "1e5", "text": None}]
 
 
+def test_csv_fields_may_be_long_but_a_quote_must_be_closed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [{"id": str(i), "text": "line\n" * (60_000 if i in (0, 300, 301) else 1)} for i in range(600)]
+    path = tmp_path / "x.csv"
+    path.write_text("id,text\n" + "".join(f'{row["id"]},"{row["text"]}"\n' for row in rows))
+    monkeypatch.setattr(csv, "BLOCK", 1 << 10)
+    assert everything(opened(path), 250, backwards=True) == rows
+    monkeypatch.setattr(csv, "LARGEST_BLOCK", 1 << 16)
+    with pytest.raises(ConfigError, match=r"x.csv: a row is longer than 0 MiB, which a quote that is never closed also looks"):
+        opened(path)
+
+
 def test_dictionaries_differ_from_file_to_file(tmp_path: Path) -> None:
     parquet(tmp_path / "a.parquet", {"c": pa.array(["x", "y"]).dictionary_encode()})
     parquet(tmp_path / "b.parquet", {"c": pa.array(["z"])})
     assert everything(opened(tmp_path)) == [{"c": c} for c in "xyz"]
+
+
+def test_types_that_parquet_has_not_are_read_as_those_it_has() -> None:
+    at, zoned = pa.timestamp("s"), pa.timestamp("s", "Europe/Berlin")
+    word = pa.dictionary(pa.int32(), pa.string())
+    schema = pa.schema([
+        ("at", at), ("zoned", zoned), ("time", pa.time32("s")), ("day", pa.date64()), ("list", pa.list_(at)),
+        ("large", pa.large_list(pa.date64())), ("pair", pa.list_(zoned, 2)), ("struct", pa.struct([("at", at), ("word", word)])),
+        ("map", pa.map_(at, pa.struct([("times", pa.list_(pa.time32("s")))]))),
+    ])  # fmt: skip
+    rows = [{"at": 1, "zoned": 2, "time": 3, "day": 86_400_000, "list": [4, None], "large": [0], "pair": [5, 6],
+             "struct": {"at": 7, "word": "w"}, "map": [(8, {"times": [9]})]}, dict.fromkeys(schema.names)]  # fmt: skip
+    table = pa.table({field.name: pa.array([row[field.name] for row in rows], field.type) for field in schema})
+    kept = formats.plain_schema(schema)
+    OutputLayout.make(kept)  # refuses what does not come back from a part as it was
+    assert formats.cast(table, kept, "x").to_pylist() == table.to_pylist()
+    assert [str(kept.field(name).type) for name in ("zoned", "time", "day")] == [
+        "timestamp[ms, tz=Europe/Berlin]", "time32[ms]", "date32[day]"]  # fmt: skip
+
+
+def test_times_of_a_dataset_come_through(tmp_path: Path) -> None:
+    seconds, times = pa.timestamp("s"), [datetime.datetime(2024, 1, 2, 3, 4, 5), None]
+    table = pa.table({"a": [1, 2], "at": pa.array(times, seconds), "all": pa.array([times, None], pa.list_(seconds))})
+    datasets.Dataset(table).save_to_disk(tmp_path / "saved")
+    source = opened(tmp_path / "saved")
+    OutputLayout.make(source.schema)
+    assert everything(source) == table.to_pylist()
+
+
+def test_a_value_that_no_longer_fits_names_its_column() -> None:
+    table = pa.table({"a": [1], "at": pa.array([2**62], pa.timestamp("s"))})
+    reader = formats.HfReader(datasets.Dataset(table), "saved", "1")
+    with pytest.raises(ConfigError, match=r"^saved: column at holds what does not fit timestamp\[ms\] \("):
+        list(reader.rows(0, ["a", "at"]))
 
 
 def test_text_that_is_not_unicode_is_repaired_once(tmp_path: Path) -> None:
