@@ -85,7 +85,7 @@ def hf_config(checkpoint: Checkpoint) -> dict[str, Any]:
         del config["num_local_experts"]
     if (config.get("rope_scaling") or {}).get("rope_type") == "factors":
         config["rope_scaling"] = _llama3_rope(checkpoint)
-    return {key: value for key, value in {**config, "architectures": [_CLASSES[spec.family]]}.items() if value is not None}
+    return {**config, "architectures": [_CLASSES[spec.family]]}       # nulls too: a key left out is the class's default
 
 
 def _llama3_rope(checkpoint: Checkpoint) -> dict[str, Any]:

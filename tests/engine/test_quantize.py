@@ -353,6 +353,13 @@ def test_configs_say_the_same_to_transformers_and_to_us(family: str, tmp_path: P
                                             for name in config["architectures"]]
 
 
+def test_a_null_in_a_config_is_not_the_default(tmp_path: Path) -> None:
+    """Mistral's later releases have no window; without the key it would be 4096."""
+    write(tiny_checkpoint("mistral", tmp_path, sliding_window=None), "rtn", tmp_path / "out")
+    assert {layer.window for layer in open_checkpoint(tmp_path / "out").spec.layers} == {0}
+    assert transformers.AutoConfig.from_pretrained(tmp_path / "out").sliding_window is None
+
+
 def test_large_models_are_written_in_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tiny_checkpoint("llama", tmp_path)
     _, whole = write(path, "rtn", tmp_path / "whole")
