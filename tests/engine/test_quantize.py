@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -28,7 +29,7 @@ from engine.quantize.calibrate import Calibration
 from engine.quantize.gptq import gptq
 from engine.quantize.integers import IntegerGrid, round_to_nearest
 from engine.quantize.methods import Awq, Fp8, Gptq, RoundToNearest, group_size_for
-from engine.quantize.model import quantize
+from engine.quantize.model import check, quantize, running_dtype, stored_dtype
 from engine.quantize.stats import InputStats, output_error
 from engine.weights import open_checkpoint
 
@@ -371,6 +372,15 @@ def test_large_models_are_written_in_shards(tmp_path: Path, monkeypatch: pytest.
     read = open_checkpoint(tmp_path / "out")
     assert read.names() == set(whole)
     assert all(torch.equal(read.tensor(key), value) for key, value in whole.items())
+
+
+def test_gemma_is_neither_run_nor_stored_in_float16(tmp_path: Path) -> None:
+    """Whose range its hidden states leave, whatever its weights came in."""
+    spec = replace(open_checkpoint(tiny_checkpoint("gemma3", tmp_path)).spec, dtype="float16")
+    assert running_dtype(spec, torch.device("cuda")) == torch.bfloat16
+    assert {stored_dtype(spec, METHODS[name]) for name in ("fp8", "awq", "gptq")} == {"bfloat16"}
+    with pytest.raises(ModelError, match=r"dtype=float16: gemma3's hidden states leave its range"):
+        check(spec, METHODS["awq"], "float16")
 
 
 def test_what_cannot_be_quantized_is_one_line(tmp_path: Path) -> None:
