@@ -193,10 +193,12 @@ def _compressed_tensors(raw: Mapping[str, Any]) -> Quantization:
     for name, group in (raw.get("config_groups") or {}).items():
         _empty(group, "output_activations")
         scheme = _compressed_group(group, str(group.get("format") or raw.get("format")), f"config_groups.{name}")
-        rules += [(_target(target), scheme) for target in group.get("targets") or ("Linear",)]
+        rules += [(target, scheme) for target in group.get("targets") or ("Linear",)]
     if not rules:
         raise ModelError("quantization_config.config_groups is empty: give the model's own config.json")
-    found = Quantization("compressed-tensors", tuple(rules), tuple(_target(name) for name in raw.get("ignore") or ()))
+    rules.sort(key=lambda rule: _breadth(rule[0]))
+    found = Quantization("compressed-tensors", tuple((_target(target), scheme) for target, scheme in rules),
+                         tuple(_target(name) for name in raw.get("ignore") or ()))
     if found.scheme("lm_head") is not None:
         raise ModelError("quantization_config: the LM head is quantised, which is not supported; it must stand in ignore")
     return found
@@ -209,7 +211,7 @@ def _compressed_group(group: Mapping[str, Any], stored: str, where: str) -> Sche
     inputs_as = _inputs(inputs)
     if stored == "pack-quantized" and kind in ("int4", "int8") and strategy in ("group", "channel") and inputs_as == "plain":
         size = -1 if strategy == "channel" else _value(weights, "group_size", allowed=GROUPS)
-        return Packed(weights["num_bits"], size, symmetric, ordered=weights.get("actorder") in ("group", "dynamic"))
+        return Packed(weights["num_bits"], size, symmetric, ordered=weights.get("actorder") in ("group", "dynamic", True))
     if stored in ("float-quantized", "naive-quantized") and kind == "float8" and symmetric:
         if strategy in ("tensor", "channel") and inputs_as in ("static", "token"):
             return Fp8(strategy, "weight_scale", static=inputs_as == "static")
@@ -242,6 +244,11 @@ def _target(text: str) -> re.Pattern[str]:
     if text == "Linear":
         return re.compile("")
     return re.compile(text.removeprefix("re:")) if text.startswith("re:") else re.compile(re.escape(text) + "$")
+
+
+def _breadth(text: str) -> int:
+    """Names count before expressions and those before classes, in whichever order a file has them."""
+    return 2 if text == "Linear" else int(text.startswith("re:"))
 
 
 def _gguf(raw: Mapping[str, Any]) -> Quantization:

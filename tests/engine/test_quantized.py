@@ -293,7 +293,7 @@ def test_column_order_counts_even_where_the_config_denies_it(tmp_path: Path) -> 
 
 
 def test_which_layers_a_config_means() -> None:
-    """Names are compared by their parts; compressed-tensors' by expressions, each layer by the first rule that it matches."""
+    """Names are compared by their parts; compressed-tensors' name before expressions before classes."""
     def plain(config: dict[str, Any]) -> list[str]:
         names = ["model.layers.1.mlp.gate_proj", "model.layers.10.mlp.gate_proj", "model.layers.1.self_attn.q_proj", "lm_head"]
         return [name for name in names if Quantization.read(config).scheme(name) is None]
@@ -307,6 +307,12 @@ def test_which_layers_a_config_means() -> None:
         "model.layers.1.mlp.gate_proj", "model.layers.10.mlp.gate_proj", "lm_head"]
     config = compressed(_INT4, ignore=["lm_head", r"re:.*layers\.1\.mlp"])
     assert plain(config) == ["model.layers.1.mlp.gate_proj", "lm_head"]
-    config["config_groups"] = {"a": {"targets": ["re:.*q_proj"], "weights": {**_INT4, "num_bits": 8}}, **config["config_groups"]}
-    schemes = [Quantization.read(config).scheme(f"model.layers.0.{name}") for name in ("self_attn.q_proj", "mlp.up_proj")]
-    assert [scheme.bits for scheme in schemes] == [8, 4]
+    wider = {"a": {"targets": ["re:.*q_proj"], "weights": {**_INT4, "num_bits": 8}},
+             "b": {"targets": ["model.layers.1.self_attn.q_proj"], "weights": {**_INT4, "group_size": 64}}}
+    for groups in ({**wider, **config["config_groups"]}, {**config["config_groups"], **wider}):
+        found = Quantization.read({**config, "config_groups": groups})
+        schemes = [found.scheme(f"model.layers.{name}") for name in ("0.self_attn.q_proj", "0.mlp.up_proj", "1.self_attn.q_proj")]
+        assert [(scheme.bits, scheme.group) for scheme in schemes] == [(8, 32), (4, 32), (4, 64)]
+    ordered = [Quantization.read(compressed({**_INT4, "actorder": order})).scheme("model.layers.0.mlp.up_proj").ordered
+               for order in ("group", True, "static", False, None)]
+    assert ordered == [True, True, False, False, False]
