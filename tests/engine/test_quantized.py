@@ -283,6 +283,26 @@ def test_what_would_be_lost_is_refused(tmp_path: Path) -> None:
     load_decoder(quantized, torch.float32)
 
 
+def test_tensors_that_the_config_denies_are_refused_where_they_count(tmp_path: Path) -> None:
+    first, last = "model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.o_proj"
+    quantized, plain = compressed_pair(tmp_path, *COMPRESSED["int4-asymmetric"])
+    settings = json.loads((quantized / "config.json").read_text())
+    settings["quantization_config"]["config_groups"]["group_0"]["weights"]["symmetric"] = True
+    (quantized / "config.json").write_text(json.dumps(settings))
+    with pytest.raises(ModelError, match=f"{first}.weight_zero_point is not zero, but the model's config says"):
+        load_decoder(quantized, torch.float32)
+    dynamic, _ = compressed_pair(tmp_path / "fp8", *COMPRESSED["fp8-token"])
+    # What older writers left behind, and scales that are for other ways to run the model, are nothing to lose.
+    harmless = {"weight_zero_point": torch.zeros(128, 1, dtype=torch.int8), "input_scale": torch.ones(1)}
+    _change(dynamic, lambda tensors: tensors.update({f"{last}.{name}": tensor for name, tensor in harmless.items()}))
+    load_decoder(dynamic, torch.float32)
+    for folder in (plain, dynamic):
+        _change(folder, lambda tensors: tensors.update({f"{last}.weight_scale_inv": torch.ones(1)}))
+    load_decoder(plain, torch.float32)
+    with pytest.raises(ModelError, match=f"{last}.weight_scale_inv is not zero"):
+        load_decoder(dynamic, torch.float32)
+
+
 def test_column_order_counts_even_where_the_config_denies_it(tmp_path: Path) -> None:
     quantized, plain = gptq_pair(tmp_path, ordered=True)
     settings = json.loads((quantized / "config.json").read_text())
@@ -290,6 +310,12 @@ def test_column_order_counts_even_where_the_config_denies_it(tmp_path: Path) -> 
     (quantized / "config.json").write_text(json.dumps(settings))
     want = reference_logits(plain)
     assert (full_logits(load_decoder(quantized, torch.float32), PROMPT) - want).abs().max() < 1e-4 * want.std()
+
+    compressed, _ = compressed_pair(tmp_path / "compressed", *COMPRESSED["int4"])
+    for groups, kept in ((torch.arange(128) // 32, None), (torch.arange(128) % 4, torch.arange(128).view(-1, 4).t().flatten())):
+        _change(compressed, lambda tensors, g=groups: tensors.update({"model.layers.0.self_attn.o_proj.weight_g_idx": g.int()}))
+        perm = load_decoder(compressed, torch.float32).blocks[0].attention.out.perm
+        assert perm is None if kept is None else torch.equal(perm, kept.int())
 
 
 def test_which_layers_a_config_means() -> None:
