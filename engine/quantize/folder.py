@@ -30,6 +30,10 @@ class FolderWriter:
         self._shards: list[list[str]] = []
 
     def add(self, name: str, tensor: Tensor) -> None:
+        """Raises ModelError for values that are not finite; those of float8 have a scale that is not, and are not looked at."""
+        if tensor.is_floating_point() and tensor.dtype.itemsize > 1 and not all(end.isfinite() for end in tensor.aminmax()):
+            raise ModelError(f"tensor {name} would be written with values that are not finite: set dtype=bfloat16, which holds "
+                             "what float16 cannot, or mend the model that it is made of")
         tensor = tensor.to("cpu", copy=True).contiguous()      # a copy: views of one storage cannot be saved
         size = tensor.numel() * tensor.element_size()
         if self._tensors and self._bytes + size > _SHARD_BYTES:

@@ -14,7 +14,7 @@ import torch
 import transformers
 from engine_cases import full_logits, load_decoder, random_prompts
 from models import TINY_FAMILIES, tiny_checkpoint
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from engine.layers.linear import DenseMethod
@@ -381,6 +381,22 @@ def test_gemma_is_neither_run_nor_stored_in_float16(tmp_path: Path) -> None:
     assert {stored_dtype(spec, METHODS[name]) for name in ("fp8", "awq", "gptq")} == {"bfloat16"}
     with pytest.raises(ModelError, match=r"dtype=float16: gemma3's hidden states leave its range"):
         check(spec, METHODS["awq"], "float16")
+
+
+@pytest.mark.parametrize(("name", "tensor", "value", "named"), [
+    ("rtn", "self_attn.k_proj.bias", 7e4, "self_attn.k_proj.bias"),
+    ("rtn", "input_layernorm.weight", 7e4, "input_layernorm.weight"),
+    ("rtn", "mlp.up_proj.weight", float("nan"), "mlp.up_proj.scales"),
+    ("fp8", "mlp.down_proj.weight", float("inf"), "mlp.down_proj.weight_scale")])
+def test_what_is_not_finite_is_not_written(name: str, tensor: str, value: float, named: str, tmp_path: Path) -> None:
+    path = tiny_checkpoint("qwen2", tmp_path, num_hidden_layers=1)
+    tensors = load_file(path / "model.safetensors")
+    tensors[f"model.layers.0.{tensor}"].view(-1)[0] = value
+    save_file(tensors, path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ModelError, match=f"^tensor model.layers.0.{named} would be written .* set dtype=bfloat16"):
+        write(path, name, tmp_path / "out")
+    if value == 7e4:
+        write(path, name, tmp_path / "wider", "bfloat16")
 
 
 def test_what_cannot_be_quantized_is_one_line(tmp_path: Path) -> None:
