@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from engine.models.errors import ModelError
+from engine.models.names import stored_names
 from kernels.formats import FP8_BLOCK
 
 GROUPS = (-1, 32, 64, 128)      # inputs that share a scale; -1: all of them
@@ -86,19 +87,26 @@ Scheme = Awq | Gptq | Packed | Fp8 | Gguf
 
 @dataclass(frozen=True, slots=True)
 class Quantization:
-    """Which layers are stored how. `method`: the config's quant_method; `rules`: (pattern, scheme), the first match counts."""
+    """Which layers are stored how. `method`: the config's quant_method; `rules`: (pattern, scheme), the first match counts.
+
+    `multimodal`: patterns may be of the names that layers have in such a checkpoint, see stored_names.
+    """
 
     method: str
     rules: tuple[tuple[re.Pattern[str], Scheme], ...]
     ignored: tuple[re.Pattern[str], ...] = ()
+    multimodal: bool = False
 
     @classmethod
-    def read(cls, raw: Mapping[str, Any]) -> Quantization:
+    def read(cls, raw: Mapping[str, Any], multimodal: bool = False) -> Quantization:
         """From a quantization_config. Raises ModelError."""
         method = raw.get("quant_method")
         if method not in _READERS:
             raise ModelError(f"quantization_config.quant_method={method!r} is not supported; supported: {', '.join(_READERS)}")
-        return _READERS[method](raw)
+        found = replace(_READERS[method](raw), multimodal=multimodal)
+        if found.scheme("lm_head") is not None:
+            raise ModelError("quantization_config: the LM head is quantised, which is not supported; it must stand in ignore")
+        return found
 
     @property
     def integer(self) -> bool:
@@ -110,9 +118,10 @@ class Quantization:
 
     def scheme(self, name: str) -> Scheme | None:
         """Of the layer `name` (model.layers.0.self_attn.q_proj); None: its weights are plain."""
-        if any(pattern.match(name) for pattern in self.ignored):
+        names = stored_names(name) if self.multimodal else [name]
+        if any(pattern.match(name) for pattern in self.ignored for name in names):
             return None
-        return next((scheme for pattern, scheme in self.rules if pattern.match(name)), None)
+        return next((scheme for pattern, scheme in self.rules if any(pattern.match(name) for name in names)), None)
 
     def check(self, layers: Iterable[tuple[str, int, int]]) -> None:
         """Raise ModelError if one of the layers (name, inputs, outputs) has a shape that its scheme cannot have."""
@@ -197,11 +206,8 @@ def _compressed_tensors(raw: Mapping[str, Any]) -> Quantization:
     if not rules:
         raise ModelError("quantization_config.config_groups is empty: give the model's own config.json")
     rules.sort(key=lambda rule: _breadth(rule[0]))
-    found = Quantization("compressed-tensors", tuple((_target(target), scheme) for target, scheme in rules),
-                         tuple(_target(name) for name in raw.get("ignore") or ()))
-    if found.scheme("lm_head") is not None:
-        raise ModelError("quantization_config: the LM head is quantised, which is not supported; it must stand in ignore")
-    return found
+    return Quantization("compressed-tensors", tuple((_target(target), scheme) for target, scheme in rules),
+                        tuple(_target(name) for name in raw.get("ignore") or ()))
 
 
 def _compressed_group(group: Mapping[str, Any], stored: str, where: str) -> Scheme:

@@ -149,7 +149,7 @@ class ModelSpec:
             bos_token_id=text.get("bos_token_id", config.get("bos_token_id")),
             dtype=str(text.get("dtype") or text.get("torch_dtype") or config.get("dtype") or config.get("torch_dtype")
                       or "float32").removeprefix("torch."),
-            quantization=Quantization.read(stored) if stored else None,
+            quantization=Quantization.read(stored, multimodal="text_config" in config) if stored else None,
         )
         if spec.quantization is not None:
             spec.quantization.check(spec.linears())

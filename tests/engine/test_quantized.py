@@ -248,6 +248,26 @@ def test_weights_that_do_not_fit_the_config_are_refused(tmp_path: Path) -> None:
         load_decoder(quantized, torch.float32)
 
 
+@pytest.mark.parametrize("prefix", ["language_model.model", "model.language_model"])
+def test_a_multimodal_config_names_layers_as_its_checkpoint_does(prefix: str, tmp_path: Path) -> None:
+    """Or as the other of the two kinds of checkpoint does: transformers renames on loading."""
+    skip = ["layers.0.mlp.up_proj", "layers.1.mlp"]
+    quantized, _ = compressed_pair(tmp_path, *COMPRESSED["int4"], family="gemma3", layer_types=None, skip=skip)
+    settings = json.loads((quantized / "config.json").read_text())
+    stored = settings.pop("quantization_config")
+
+    def logits(*ignore: str, **config: Any) -> torch.Tensor:
+        (quantized / "config.json").write_text(json.dumps(config | {"quantization_config": {**stored, "ignore": ignore}}))
+        return full_logits(load_decoder(quantized, torch.float32), PROMPT)
+
+    want = logits("lm_head", "model.layers.0.mlp.up_proj", r"re:.*layers\.1\.mlp", **settings)
+    tensors = load_file(quantized / "model.safetensors")
+    save_file({name.replace("model", prefix, 1): tensor for name, tensor in tensors.items()}, quantized / "model.safetensors")
+    for names in ("language_model.model", "model.language_model"):
+        ignore = ("language_model.lm_head", f"{names}.layers.0.mlp.up_proj", rf"re:{names}\.layers\.1\.mlp", "re:vision_tower.*")
+        assert torch.equal(logits(*ignore, model_type="gemma3", text_config=settings), want)
+
+
 def test_fp8_is_not_made_from_other_quantized_weights(tmp_path: Path) -> None:
     quantized, _ = awq_pair(tmp_path)
     with pytest.raises(ModelError, match=r"engine\.quantization=fp8 needs plain weights, and the model's are awq"):
