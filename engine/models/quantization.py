@@ -137,8 +137,18 @@ _BLOCKS = re.compile(r"model\.layers\.")        # what methods without targets q
 
 
 def _within(key: str) -> re.Pattern[str]:
-    """Modules that have `key` among the parts of their name, themselves or above them: q_proj, self_attn, model.layers.1."""
-    return re.compile(rf"(?:.*\.)?{re.escape(key)}(?:\.|$)")
+    """Modules that have `key` among the parts of their name, themselves or above them: q_proj, self_attn, model.layers.1.
+
+    A dot at its end, which keeps those who look for a part of the name from taking layer 10 for 1, says nothing more.
+    """
+    return re.compile(rf"(?:.*\.)?{re.escape(key.rstrip('.'))}(?:\.|$)")
+
+
+def _expression(text: str, where: str) -> re.Pattern[str]:
+    try:
+        return re.compile(text)
+    except re.error as error:
+        raise ModelError(f"quantization_config.{where} holds {text!r}, which is no regular expression: {error}") from None
 
 
 def _value(raw: Mapping[str, Any], *keys: str, allowed: Iterable[Any], default: Any = None) -> Any:
@@ -175,9 +185,10 @@ def _gptq(raw: Mapping[str, Any]) -> Quantization:
     rules = raw.get("dynamic") or {}
     if changed := [key for key in rules if not key.startswith("-:")]:
         raise ModelError(f"quantization_config.dynamic sets {changed[0]!r} apart, which is not supported")
-    ignored = [re.compile(key.removeprefix("-:")) for key in rules]
+    ignored = [_expression(key.removeprefix("-:"), "dynamic") for key in rules]
     ignored += [_within(key) for key in raw.get("modules_to_not_convert") or ()]
-    only = [_within(name) for names in raw.get("modules_in_block_to_quantize") or () for name in names]
+    listed = raw.get("modules_in_block_to_quantize") or ()         # names, or lists of them
+    only = [_within(name) for names in listed for name in ([names] if isinstance(names, str) else names)]
     return Quantization("gptq", tuple((pattern, scheme) for pattern in only or [_BLOCKS]), tuple(ignored))
 
 
@@ -200,14 +211,16 @@ def _compressed_tensors(raw: Mapping[str, Any]) -> Quantization:
     _value(raw.get("sparsity_config") or {}, "format", allowed=["dense"], default="dense")
     rules = []
     for name, group in (raw.get("config_groups") or {}).items():
+        if not isinstance(group, Mapping):
+            raise ModelError(f"quantization_config.config_groups.{name}={group!r} is not supported: give its targets and weights")
         _empty(group, "output_activations")
         scheme = _compressed_group(group, str(group.get("format") or raw.get("format")), f"config_groups.{name}")
         rules += [(target, scheme) for target in group.get("targets") or ("Linear",)]
     if not rules:
         raise ModelError("quantization_config.config_groups is empty: give the model's own config.json")
     rules.sort(key=lambda rule: _breadth(rule[0]))
-    return Quantization("compressed-tensors", tuple((_target(target), scheme) for target, scheme in rules),
-                        tuple(_target(name) for name in raw.get("ignore") or ()))
+    return Quantization("compressed-tensors", tuple((_target(target, "config_groups"), scheme) for target, scheme in rules),
+                        tuple(_target(name, "ignore") for name in raw.get("ignore") or ()))
 
 
 def _compressed_group(group: Mapping[str, Any], stored: str, where: str) -> Scheme:
@@ -245,11 +258,11 @@ def _inputs(args: Mapping[str, Any]) -> str:
     return f"{kind} {strategy} {'dynamic' if dynamic else 'static'}"
 
 
-def _target(text: str) -> re.Pattern[str]:
+def _target(text: str, where: str) -> re.Pattern[str]:
     """compressed-tensors' ways to name modules: a class, re: and a regular expression, or the name."""
     if text == "Linear":
         return re.compile("")
-    return re.compile(text.removeprefix("re:")) if text.startswith("re:") else re.compile(re.escape(text) + "$")
+    return _expression(text.removeprefix("re:"), where) if text.startswith("re:") else re.compile(re.escape(text) + "$")
 
 
 def _breadth(text: str) -> int:
@@ -258,6 +271,8 @@ def _breadth(text: str) -> int:
 
 
 def _gguf(raw: Mapping[str, Any]) -> Quantization:
+    if "types" not in raw:      # which the file's reader tells
+        raise ModelError("quantization_config.quant_method='gguf' is not supported in a config.json: give the .gguf file")
     rules = tuple((re.compile(re.escape(name) + "$"), Gguf(kind)) for name, kind in raw["types"].items())
     return Quantization("gguf", rules)
 

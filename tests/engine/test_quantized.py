@@ -220,6 +220,9 @@ def compressed(weights: dict[str, Any], inputs: dict[str, Any] | None = None, st
     (compressed({"num_bits": 8, "strategy": "channel"}, {"num_bits": 8, "strategy": "token", "dynamic": True}, "int-quantized"),
      "int8 weights by channel in format int-quantized with int8 token dynamic inputs"),
     (compressed(_INT4, ignore=[]), "the LM head is quantised"),
+    (compressed(_INT4, ignore=["lm_head", "re:*.mlp"]), r"ignore holds '\*\.mlp', which is no regular expression: nothing"),
+    (compressed(_INT4, config_groups={"W4A16": ["Linear"]}), r"config_groups\.W4A16=\['Linear'\] is not supported"),
+    ({"quant_method": "gguf"}, "quant_method='gguf' is not supported in a config.json: give the .gguf file"),
     (compressed(_INT4, transform_config={"config_groups": {"R1": {}}}), "transform_config"),
     (compressed(_INT4, sparsity_config={"format": "sparse-24-bitmask"}), "format='sparse-24-bitmask'"),
 ])
@@ -346,11 +349,15 @@ def test_which_layers_a_config_means() -> None:
 
     assert plain({**AWQ, "modules_to_not_convert": ["model.layers.1", "gate"]}) == [
         "model.layers.1.mlp.gate_proj", "model.layers.1.self_attn.q_proj", "lm_head"]
+    assert plain({**AWQ, "modules_to_not_convert": ["model.layers.1.", "lm_head"]}) == [
+        "model.layers.1.mlp.gate_proj", "model.layers.1.self_attn.q_proj", "lm_head"]
+    assert plain({**AWQ, "modules_to_not_convert": ["layers.1.mlp"]}) == ["model.layers.1.mlp.gate_proj", "lm_head"]
     assert plain({**AWQ, "modules_to_not_convert": ["self_attn"]}) == ["model.layers.1.self_attn.q_proj", "lm_head"]
     assert plain({**FP8, "ignored_layers": ["model.layers.10.mlp.gate_proj"]}) == ["model.layers.10.mlp.gate_proj", "lm_head"]
     assert plain({**GPTQ, "dynamic": {"-:.*q_proj": {}}}) == ["model.layers.1.self_attn.q_proj", "lm_head"]
-    assert plain({**GPTQ, "modules_in_block_to_quantize": [["self_attn.q_proj"]]}) == [
-        "model.layers.1.mlp.gate_proj", "model.layers.10.mlp.gate_proj", "lm_head"]
+    for listed in ([["self_attn.q_proj"]], ["self_attn.q_proj"]):
+        assert plain({**GPTQ, "modules_in_block_to_quantize": listed}) == [
+            "model.layers.1.mlp.gate_proj", "model.layers.10.mlp.gate_proj", "lm_head"]
     config = compressed(_INT4, ignore=["lm_head", r"re:.*layers\.1\.mlp"])
     assert plain(config) == ["model.layers.1.mlp.gate_proj", "lm_head"]
     wider = {"a": {"targets": ["re:.*q_proj"], "weights": {**_INT4, "num_bits": 8}},
