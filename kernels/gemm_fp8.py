@@ -33,6 +33,7 @@ def _product_kernel(x, x_scales, weight, weight_scales, bias, out, partial, coun
     if OVERLAP:
         prefetch(weight + tl.minimum(n, N - 1).to(tl.int64) * K + lo * BLOCK_K)
     after(OVERLAP)
+    x += tl.program_id(2).to(tl.int64) * BLOCK_M * K        # of many rows there may be more elements than int32 counts
     acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     if BLOCKS:      # fetched a block ahead
         weight_scale = tl.load(weight_scales + tile * BLOCK_N // BLOCK_K * blocks + lo)
@@ -45,7 +46,7 @@ def _product_kernel(x, x_scales, weight, weight_scales, bias, out, partial, coun
             rows = tl.load(at, eviction_policy="evict_first")
         else:
             rows = tl.load(at, mask=(n < N)[:, None] & (k < K)[None, :], other=0.0, eviction_policy="evict_first")
-        columns = tl.load(x + m[None, :] * K + k[:, None], mask=there, other=0.0)
+        columns = tl.load(x + tl.arange(0, BLOCK_M)[None, :] * K + k[:, None], mask=there, other=0.0)
         product = tl.dot(rows, columns)
         if BLOCKS:
             acc += product * (x_scale * weight_scale)[None, :]
