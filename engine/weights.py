@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from engine.fingerprint import fingerprint_files
 from engine.gguf import GgufFile, find_gguf
 from engine.gguf_hf import GgufTensors
+from engine.models.names import text_name
 from engine.models.spec import ModelError, ModelSpec, merge_token_ids
 
 
@@ -104,7 +105,7 @@ class SafetensorsFolder:
             for path in [single] if single.exists() else sorted(folder.glob("*.safetensors")):
                 self._shard.update(dict.fromkeys(self._open(path).keys(), path))
         self.files = sorted(set(self._shard.values()))
-        shown = {name: _text_name(name) if multimodal else name for name in self._shard}
+        shown = {name: text_name(name) if multimodal else name for name in self._shard}
         self._stored = {name: stored for stored, name in shown.items() if name}
 
     def names(self) -> set[str]:
@@ -121,12 +122,3 @@ class SafetensorsFolder:
             except SafetensorError as error:
                 raise ModelError(f"{path} is cut short or damaged ({error}): fetch it again") from None
         return self._handles[path]
-
-
-def _text_name(stored: str) -> str | None:
-    """A multimodal checkpoint's tensor name as a plain decoder's; None for vision towers and projectors."""
-    renames = (("language_model.model.", "model."), ("model.language_model.", "model."), ("language_model.lm_head.", "lm_head."))
-    for prefix, plain in renames:
-        if stored.startswith(prefix):
-            return plain + stored.removeprefix(prefix)
-    return stored if stored.startswith("lm_head.") else None

@@ -38,10 +38,10 @@ def finish(acc, bias, out, partial, counters, n, m, M, N, splits, BIAS: tl.const
     the one that finds in `counters` that it is the last adds them all, in their order whoever is last, and sets that back to 0.
     """
     inside = (n < N)[:, None] & (m < M)[None, :]
-    at = m[None, :] * N + n[:, None]
     last = True
-    if SPLIT:
+    if SPLIT:       # of few tiles: int32 counts what they leave
         size = M * N
+        at = m[None, :] * N + n[:, None]
         tl.store(partial + tl.program_id(1) * size + at, acc, mask=inside)
         tl.debug_barrier()      # all of the program's stores come before its ticket
         counter = counters + tl.program_id(2) * tl.num_programs(0) + tl.program_id(0)
@@ -57,7 +57,8 @@ def finish(acc, bias, out, partial, counters, n, m, M, N, splits, BIAS: tl.const
     if last:
         if BIAS:
             acc += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[:, None]
-        tl.store(out + at, acc.to(out.dtype.element_ty), mask=inside)
+        rows = out + m.to(tl.int64) * N     # of many rows there may be more elements than int32 counts
+        tl.store(rows[None, :] + n[:, None], acc.to(out.dtype.element_ty), mask=inside)
 
 
 @cache

@@ -159,6 +159,7 @@ def run(config: QuantizeConfig) -> None:
     """Quantise and write config.out. Raises JobError with one line."""
     started = time.monotonic()
     out, device = _free(config.out), _device(config.device)
+    dtype = None if config.dtype == "auto" else config.dtype
 
     from engine.models.spec import ModelSpec
     from engine.quantize.model import check
@@ -169,7 +170,7 @@ def run(config: QuantizeConfig) -> None:
     def accept(raw: dict[str, Any]) -> None:
         """Of a model on the hub, before its weights are fetched."""
         spec = ModelSpec.from_hf(raw)
-        check(spec, make_method(config, spec))
+        check(spec, make_method(config, spec), dtype)
 
     try:
         path = tokenizer_path = resolve("model.source", config.model.source, accept)
@@ -177,7 +178,7 @@ def run(config: QuantizeConfig) -> None:
             tokenizer_path = resolve("model.tokenizer", config.model.tokenizer)
         checkpoint = open_checkpoint(path)
         method = make_method(config, checkpoint.spec)
-        check(checkpoint.spec, method)
+        check(checkpoint.spec, method, dtype)
         tokenizer = load_tokenizer(tokenizer_path, config.model.chat_template)
         sequences = []
         if method.needs_data:
@@ -185,7 +186,7 @@ def run(config: QuantizeConfig) -> None:
                                         config.calibration.samples, config.calibration.length)
             tokens = sum(sequence.size for sequence in sequences)
             print(f"calibrating with {len(sequences)} samples, {tokens:,} tokens", file=sys.stderr)
-        errors = _write(config, checkpoint, method, sequences, out, device, functools.partial(
+        errors = _write(config, checkpoint, method, sequences, out, device, dtype, functools.partial(
             write_tokenizer, tokenizer, tokenizer_path, config.model.chat_template is not None))
     except ValueError as error:
         raise ConfigError(first_line(error)) from error
@@ -195,14 +196,13 @@ def run(config: QuantizeConfig) -> None:
 
 
 def _write(config: QuantizeConfig, checkpoint: Checkpoint, method: Method, sequences: Sequence[np.ndarray], out: Path,
-           device: torch.device, write_rest: Callable[[Path], None]) -> list[float]:
+           device: torch.device, dtype: str | None, write_rest: Callable[[Path], None]) -> list[float]:
     """Round, write and publish; returns each layer's relative error where the method knows it."""
     import torch
     from safetensors import SafetensorError
 
     from engine.quantize.model import quantize
 
-    dtype = None if config.dtype == "auto" else config.dtype
     errors: list[float] = []
     try:
         with whole_folder(out) as folder, tqdm(total=checkpoint.spec.num_layers, unit="layer", dynamic_ncols=True) as bar:

@@ -115,8 +115,7 @@ class PackedMethod(IntegerMethod):
         }
         if not self.scheme.symmetric:
             specs["weight_zero_point"] = ParamSpec((out_features // pack, groups), torch.int32, out_dim=0, out_pack=pack)
-        if self.scheme.ordered:
-            specs["weight_g_idx"] = ParamSpec((in_features,), torch.int32, out_dim=None)
+        specs["weight_g_idx"] = ParamSpec((in_features,), torch.int32, out_dim=None, optional=not self.scheme.ordered)
         return specs
 
     def finalize(self, layer: Linear, stored: dict[str, Tensor]) -> dict[str, Tensor | None]:

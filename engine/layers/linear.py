@@ -74,6 +74,10 @@ class LinearMethod(Protocol):
         return self.apply(layer, gate_up.gated(norm.add(x, residual), activation))
 
 
+# Tensors of any format that change what a layer computes, where they are not zero. Scales of inputs that are not rounded do not.
+_COUNTING = ("bias", "qzeros", "g_idx", "weight_scale", "weight_scale_inv", "weight_zero_point", "weight_g_idx",
+             "pre_quant_scale")
+
 MethodOf = Callable[[str], LinearMethod]    # of a layer by its name in the checkpoint
 
 
@@ -118,9 +122,11 @@ class Linear(nn.Module):
     def load(self, checkpoint: Checkpoint) -> None:
         stored = {name: self._read(checkpoint, name, spec) for name, spec in self.specs.items()
                   if not spec.optional or any(checkpoint.has(f"{source}.{name}") for source, _ in self.sources)}
-        for source, _ in self.sources:
-            if "bias" not in stored and checkpoint.has(f"{source}.bias") and checkpoint.tensor(f"{source}.bias").any():
-                raise ModelError(f"tensor {source}.bias is not zero, but the model's config says that there is none")
+        # Of plain weights, what another format left beside them changes nothing.
+        counting = ("bias",) if self.specs.keys() <= {"weight", "bias"} else _COUNTING
+        for name in (f"{source}.{kind}" for source, _ in self.sources for kind in counting if kind not in self.specs):
+            if checkpoint.has(name) and checkpoint.tensor(name).float().any():
+                raise ModelError(f"tensor {name} is not zero, but the model's config says that there is none")
         for name, tensor in self.method.finalize(self, stored).items():
             self.register_buffer(name, tensor, persistent=False)
 

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from engine.models.errors import ModelError
+from engine.models.names import stored_names
 from kernels.formats import FP8_BLOCK
 
 GROUPS = (-1, 32, 64, 128)      # inputs that share a scale; -1: all of them
@@ -86,19 +87,26 @@ Scheme = Awq | Gptq | Packed | Fp8 | Gguf
 
 @dataclass(frozen=True, slots=True)
 class Quantization:
-    """Which layers are stored how. `method`: the config's quant_method; `rules`: (pattern, scheme), the first match counts."""
+    """Which layers are stored how. `method`: the config's quant_method; `rules`: (pattern, scheme), the first match counts.
+
+    `multimodal`: patterns may be of the names that layers have in such a checkpoint, see stored_names.
+    """
 
     method: str
     rules: tuple[tuple[re.Pattern[str], Scheme], ...]
     ignored: tuple[re.Pattern[str], ...] = ()
+    multimodal: bool = False
 
     @classmethod
-    def read(cls, raw: Mapping[str, Any]) -> Quantization:
+    def read(cls, raw: Mapping[str, Any], multimodal: bool = False) -> Quantization:
         """From a quantization_config. Raises ModelError."""
         method = raw.get("quant_method")
         if method not in _READERS:
             raise ModelError(f"quantization_config.quant_method={method!r} is not supported; supported: {', '.join(_READERS)}")
-        return _READERS[method](raw)
+        found = replace(_READERS[method](raw), multimodal=multimodal)
+        if found.scheme("lm_head") is not None:
+            raise ModelError("quantization_config: the LM head is quantised, which is not supported; it must stand in ignore")
+        return found
 
     @property
     def integer(self) -> bool:
@@ -110,9 +118,10 @@ class Quantization:
 
     def scheme(self, name: str) -> Scheme | None:
         """Of the layer `name` (model.layers.0.self_attn.q_proj); None: its weights are plain."""
-        if any(pattern.match(name) for pattern in self.ignored):
+        names = stored_names(name) if self.multimodal else [name]
+        if any(pattern.match(name) for pattern in self.ignored for name in names):
             return None
-        return next((scheme for pattern, scheme in self.rules if pattern.match(name)), None)
+        return next((scheme for pattern, scheme in self.rules if any(pattern.match(name) for name in names)), None)
 
     def check(self, layers: Iterable[tuple[str, int, int]]) -> None:
         """Raise ModelError if one of the layers (name, inputs, outputs) has a shape that its scheme cannot have."""
@@ -128,8 +137,18 @@ _BLOCKS = re.compile(r"model\.layers\.")        # what methods without targets q
 
 
 def _within(key: str) -> re.Pattern[str]:
-    """Modules that have `key` among the parts of their name, themselves or above them: q_proj, self_attn, model.layers.1."""
-    return re.compile(rf"(?:.*\.)?{re.escape(key)}(?:\.|$)")
+    """Modules that have `key` among the parts of their name, themselves or above them: q_proj, self_attn, model.layers.1.
+
+    A dot at its end, which keeps those who look for a part of the name from taking layer 10 for 1, says nothing more.
+    """
+    return re.compile(rf"(?:.*\.)?{re.escape(key.rstrip('.'))}(?:\.|$)")
+
+
+def _expression(text: str, where: str) -> re.Pattern[str]:
+    try:
+        return re.compile(text)
+    except re.error as error:
+        raise ModelError(f"quantization_config.{where} holds {text!r}, which is no regular expression: {error}") from None
 
 
 def _value(raw: Mapping[str, Any], *keys: str, allowed: Iterable[Any], default: Any = None) -> Any:
@@ -166,9 +185,10 @@ def _gptq(raw: Mapping[str, Any]) -> Quantization:
     rules = raw.get("dynamic") or {}
     if changed := [key for key in rules if not key.startswith("-:")]:
         raise ModelError(f"quantization_config.dynamic sets {changed[0]!r} apart, which is not supported")
-    ignored = [re.compile(key.removeprefix("-:")) for key in rules]
+    ignored = [_expression(key.removeprefix("-:"), "dynamic") for key in rules]
     ignored += [_within(key) for key in raw.get("modules_to_not_convert") or ()]
-    only = [_within(name) for names in raw.get("modules_in_block_to_quantize") or () for name in names]
+    listed = raw.get("modules_in_block_to_quantize") or ()         # names, or lists of them
+    only = [_within(name) for names in listed for name in ([names] if isinstance(names, str) else names)]
     return Quantization("gptq", tuple((pattern, scheme) for pattern in only or [_BLOCKS]), tuple(ignored))
 
 
@@ -191,15 +211,16 @@ def _compressed_tensors(raw: Mapping[str, Any]) -> Quantization:
     _value(raw.get("sparsity_config") or {}, "format", allowed=["dense"], default="dense")
     rules = []
     for name, group in (raw.get("config_groups") or {}).items():
+        if not isinstance(group, Mapping):
+            raise ModelError(f"quantization_config.config_groups.{name}={group!r} is not supported: give its targets and weights")
         _empty(group, "output_activations")
         scheme = _compressed_group(group, str(group.get("format") or raw.get("format")), f"config_groups.{name}")
-        rules += [(_target(target), scheme) for target in group.get("targets") or ("Linear",)]
+        rules += [(target, scheme) for target in group.get("targets") or ("Linear",)]
     if not rules:
         raise ModelError("quantization_config.config_groups is empty: give the model's own config.json")
-    found = Quantization("compressed-tensors", tuple(rules), tuple(_target(name) for name in raw.get("ignore") or ()))
-    if found.scheme("lm_head") is not None:
-        raise ModelError("quantization_config: the LM head is quantised, which is not supported; it must stand in ignore")
-    return found
+    rules.sort(key=lambda rule: _breadth(rule[0]))
+    return Quantization("compressed-tensors", tuple((_target(target, "config_groups"), scheme) for target, scheme in rules),
+                        tuple(_target(name, "ignore") for name in raw.get("ignore") or ()))
 
 
 def _compressed_group(group: Mapping[str, Any], stored: str, where: str) -> Scheme:
@@ -209,7 +230,7 @@ def _compressed_group(group: Mapping[str, Any], stored: str, where: str) -> Sche
     inputs_as = _inputs(inputs)
     if stored == "pack-quantized" and kind in ("int4", "int8") and strategy in ("group", "channel") and inputs_as == "plain":
         size = -1 if strategy == "channel" else _value(weights, "group_size", allowed=GROUPS)
-        return Packed(weights["num_bits"], size, symmetric, ordered=weights.get("actorder") in ("group", "dynamic"))
+        return Packed(weights["num_bits"], size, symmetric, ordered=weights.get("actorder") in ("group", "dynamic", True))
     if stored in ("float-quantized", "naive-quantized") and kind == "float8" and symmetric:
         if strategy in ("tensor", "channel") and inputs_as in ("static", "token"):
             return Fp8(strategy, "weight_scale", static=inputs_as == "static")
@@ -237,14 +258,21 @@ def _inputs(args: Mapping[str, Any]) -> str:
     return f"{kind} {strategy} {'dynamic' if dynamic else 'static'}"
 
 
-def _target(text: str) -> re.Pattern[str]:
+def _target(text: str, where: str) -> re.Pattern[str]:
     """compressed-tensors' ways to name modules: a class, re: and a regular expression, or the name."""
     if text == "Linear":
         return re.compile("")
-    return re.compile(text.removeprefix("re:")) if text.startswith("re:") else re.compile(re.escape(text) + "$")
+    return _expression(text.removeprefix("re:"), where) if text.startswith("re:") else re.compile(re.escape(text) + "$")
+
+
+def _breadth(text: str) -> int:
+    """Names count before expressions and those before classes, in whichever order a file has them."""
+    return 2 if text == "Linear" else int(text.startswith("re:"))
 
 
 def _gguf(raw: Mapping[str, Any]) -> Quantization:
+    if "types" not in raw:      # which the file's reader tells
+        raise ModelError("quantization_config.quant_method='gguf' is not supported in a config.json: give the .gguf file")
     rules = tuple((re.compile(re.escape(name) + "$"), Gguf(kind)) for name, kind in raw["types"].items())
     return Quantization("gguf", rules)
 

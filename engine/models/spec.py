@@ -149,20 +149,28 @@ class ModelSpec:
             bos_token_id=text.get("bos_token_id", config.get("bos_token_id")),
             dtype=str(text.get("dtype") or text.get("torch_dtype") or config.get("dtype") or config.get("torch_dtype")
                       or "float32").removeprefix("torch."),
-            quantization=Quantization.read(stored) if stored else None,
+            quantization=Quantization.read(stored, multimodal="text_config" in config) if stored else None,
         )
         if spec.quantization is not None:
             spec.quantization.check(spec.linears())
         return spec
 
+    @property
+    def fits_float16(self) -> bool:
+        """Whether hidden states stay in the range of float16: Gemma 3's leave it, whatever its weights are stored in."""
+        return self.family != "gemma3"
+
     def run_dtype(self, asked: str, device: str) -> str:
         """What it runs in on a "cuda" or "cpu" device. "auto": float32 on the CPU, else bfloat16, but float16 for integer weights
-        whose scales are that."""
+        whose scales are that. Raises ModelError for float16 where that has not the range."""
+        if asked == "float16" and not self.fits_float16:
+            raise ModelError(f"engine.dtype=float16: {self.family}'s hidden states leave its range; set auto, or bfloat16")
         if asked != "auto":
             return asked
         if device == "cpu":
             return "float32"
-        return "float16" if self.quantization and self.quantization.integer and self.dtype == "float16" else "bfloat16"
+        in_half = self.quantization and self.quantization.integer and self.dtype == "float16" and self.fits_float16
+        return "float16" if in_half else "bfloat16"
 
     def linears(self) -> Iterator[tuple[str, int, int]]:
         """(name in checkpoints, inputs, outputs) of every linear layer of the blocks."""

@@ -30,6 +30,10 @@ class FolderWriter:
         self._shards: list[list[str]] = []
 
     def add(self, name: str, tensor: Tensor) -> None:
+        """Raises ModelError for values that are not finite; those of float8 have a scale that is not, and are not looked at."""
+        if tensor.is_floating_point() and tensor.dtype.itemsize > 1 and not all(end.isfinite() for end in tensor.aminmax()):
+            raise ModelError(f"tensor {name} would be written with values that are not finite: set dtype=bfloat16, which holds "
+                             "what float16 cannot, or mend the model that it is made of")
         tensor = tensor.to("cpu", copy=True).contiguous()      # a copy: views of one storage cannot be saved
         size = tensor.numel() * tensor.element_size()
         if self._tensors and self._bytes + size > _SHARD_BYTES:
@@ -85,7 +89,7 @@ def hf_config(checkpoint: Checkpoint) -> dict[str, Any]:
         del config["num_local_experts"]
     if (config.get("rope_scaling") or {}).get("rope_type") == "factors":
         config["rope_scaling"] = _llama3_rope(checkpoint)
-    return {key: value for key, value in {**config, "architectures": [_CLASSES[spec.family]]}.items() if value is not None}
+    return {**config, "architectures": [_CLASSES[spec.family]]}       # nulls too: a key left out is the class's default
 
 
 def _llama3_rope(checkpoint: Checkpoint) -> dict[str, Any]:

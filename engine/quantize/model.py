@@ -31,11 +31,11 @@ def quantize(checkpoint: Checkpoint, method: Method, sequences: Sequence[np.ndar
     Raises ValueError, one line: a model that is quantised already or does not fit the method, or too little data.
     """
     spec = checkpoint.spec
-    check(spec, method)
+    check(spec, method, dtype)
     if method.needs_data and not sequences:
         raise ModelError("this method needs calibration data, and there is none")
-    stored = getattr(torch, dtype or stored_dtype(checkpoint, method))
-    running = running_dtype(checkpoint, device)
+    stored = getattr(torch, dtype or stored_dtype(spec, method))
+    running = running_dtype(spec, device)
 
     def load(module: torch.nn.Module) -> None:
         for part in module.modules():
@@ -73,25 +73,27 @@ def quantize(checkpoint: Checkpoint, method: Method, sequences: Sequence[np.ndar
     write_config(checkpoint, method.config(), str(stored).removeprefix("torch."), folder)
 
 
-def check(spec: ModelSpec, method: Method) -> None:
-    """Raise ModelError where a model cannot be quantised by this method, whatever its weights."""
+def check(spec: ModelSpec, method: Method, dtype: str | None = None) -> None:
+    """Raise ModelError where a model cannot be quantised by this method, whatever its weights, or the rest stored in `dtype`."""
+    if dtype == "float16" and not spec.fits_float16:
+        raise ModelError(f"dtype=float16: {spec.family}'s hidden states leave its range, and engines run a model in what it is "
+                         "stored in; set auto, or bfloat16")
     if spec.quantization is not None and spec.quantization.method != "gguf":     # GGUF's blocks are unpacked when they are read
         raise ModelError(f"the model is quantised already ({spec.quantization.method}): give the one that it was made of")
     Quantization.read(method.config()).check(spec.linears())
 
 
-def stored_dtype(checkpoint: Checkpoint, method: Method) -> str:
-    """Gemma's hidden states leave the range of float16, whatever its weights are stored in."""
-    if method.dtype == "float16" and checkpoint.spec.family == "gemma3":
-        return "bfloat16"
-    return method.dtype or checkpoint.spec.dtype
+def stored_dtype(spec: ModelSpec, method: Method) -> str:
+    """Of what is not rounded: engines run the model in it."""
+    dtype = method.dtype or spec.dtype
+    return "bfloat16" if dtype == "float16" and not spec.fits_float16 else dtype
 
 
-def running_dtype(checkpoint: Checkpoint, device: torch.device) -> torch.dtype:
+def running_dtype(spec: ModelSpec, device: torch.device) -> torch.dtype:
     """What the blocks are run in: float32 on the CPU, where 16 bits are slow."""
     if device.type == "cpu":
         return torch.float32
-    return torch.float16 if checkpoint.spec.dtype == "float16" else torch.bfloat16
+    return torch.float16 if spec.dtype == "float16" and spec.fits_float16 else torch.bfloat16
 
 
 def _tensors(block: Block, method: Method, rounded: Sequence[Rounded], stored: torch.dtype) -> list[tuple[str, Tensor]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,7 +14,7 @@ import torch
 import transformers
 from engine_cases import full_logits, load_decoder, random_prompts
 from models import TINY_FAMILIES, tiny_checkpoint
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from engine.layers.linear import DenseMethod
@@ -28,7 +29,7 @@ from engine.quantize.calibrate import Calibration
 from engine.quantize.gptq import gptq
 from engine.quantize.integers import IntegerGrid, round_to_nearest
 from engine.quantize.methods import Awq, Fp8, Gptq, RoundToNearest, group_size_for
-from engine.quantize.model import quantize
+from engine.quantize.model import check, quantize, running_dtype, stored_dtype
 from engine.quantize.stats import InputStats, output_error
 from engine.weights import open_checkpoint
 
@@ -353,6 +354,13 @@ def test_configs_say_the_same_to_transformers_and_to_us(family: str, tmp_path: P
                                             for name in config["architectures"]]
 
 
+def test_a_null_in_a_config_is_not_the_default(tmp_path: Path) -> None:
+    """Mistral's later releases have no window; without the key it would be 4096."""
+    write(tiny_checkpoint("mistral", tmp_path, sliding_window=None), "rtn", tmp_path / "out")
+    assert {layer.window for layer in open_checkpoint(tmp_path / "out").spec.layers} == {0}
+    assert transformers.AutoConfig.from_pretrained(tmp_path / "out").sliding_window is None
+
+
 def test_large_models_are_written_in_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tiny_checkpoint("llama", tmp_path)
     _, whole = write(path, "rtn", tmp_path / "whole")
@@ -364,6 +372,31 @@ def test_large_models_are_written_in_shards(tmp_path: Path, monkeypatch: pytest.
     read = open_checkpoint(tmp_path / "out")
     assert read.names() == set(whole)
     assert all(torch.equal(read.tensor(key), value) for key, value in whole.items())
+
+
+def test_gemma_is_neither_run_nor_stored_in_float16(tmp_path: Path) -> None:
+    """Whose range its hidden states leave, whatever its weights came in."""
+    spec = replace(open_checkpoint(tiny_checkpoint("gemma3", tmp_path)).spec, dtype="float16")
+    assert running_dtype(spec, torch.device("cuda")) == torch.bfloat16
+    assert {stored_dtype(spec, METHODS[name]) for name in ("fp8", "awq", "gptq")} == {"bfloat16"}
+    with pytest.raises(ModelError, match=r"dtype=float16: gemma3's hidden states leave its range"):
+        check(spec, METHODS["awq"], "float16")
+
+
+@pytest.mark.parametrize(("name", "tensor", "value", "named"), [
+    ("rtn", "self_attn.k_proj.bias", 7e4, "self_attn.k_proj.bias"),
+    ("rtn", "input_layernorm.weight", 7e4, "input_layernorm.weight"),
+    ("rtn", "mlp.up_proj.weight", float("nan"), "mlp.up_proj.scales"),
+    ("fp8", "mlp.down_proj.weight", float("inf"), "mlp.down_proj.weight_scale")])
+def test_what_is_not_finite_is_not_written(name: str, tensor: str, value: float, named: str, tmp_path: Path) -> None:
+    path = tiny_checkpoint("qwen2", tmp_path, num_hidden_layers=1)
+    tensors = load_file(path / "model.safetensors")
+    tensors[f"model.layers.0.{tensor}"].view(-1)[0] = value
+    save_file(tensors, path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ModelError, match=f"^tensor model.layers.0.{named} would be written .* set dtype=bfloat16"):
+        write(path, name, tmp_path / "out")
+    if value == 7e4:
+        write(path, name, tmp_path / "wider", "bfloat16")
 
 
 def test_what_cannot_be_quantized_is_one_line(tmp_path: Path) -> None:

@@ -220,6 +220,9 @@ def compressed(weights: dict[str, Any], inputs: dict[str, Any] | None = None, st
     (compressed({"num_bits": 8, "strategy": "channel"}, {"num_bits": 8, "strategy": "token", "dynamic": True}, "int-quantized"),
      "int8 weights by channel in format int-quantized with int8 token dynamic inputs"),
     (compressed(_INT4, ignore=[]), "the LM head is quantised"),
+    (compressed(_INT4, ignore=["lm_head", "re:*.mlp"]), r"ignore holds '\*\.mlp', which is no regular expression: nothing"),
+    (compressed(_INT4, config_groups={"W4A16": ["Linear"]}), r"config_groups\.W4A16=\['Linear'\] is not supported"),
+    ({"quant_method": "gguf"}, "quant_method='gguf' is not supported in a config.json: give the .gguf file"),
     (compressed(_INT4, transform_config={"config_groups": {"R1": {}}}), "transform_config"),
     (compressed(_INT4, sparsity_config={"format": "sparse-24-bitmask"}), "format='sparse-24-bitmask'"),
 ])
@@ -246,6 +249,26 @@ def test_weights_that_do_not_fit_the_config_are_refused(tmp_path: Path) -> None:
     (quantized / "config.json").write_text(json.dumps(settings))
     with pytest.raises(ValueError, match=r"q_proj\.weight is stored as torch\.float8_e4m3fn"):
         load_decoder(quantized, torch.float32)
+
+
+@pytest.mark.parametrize("prefix", ["language_model.model", "model.language_model"])
+def test_a_multimodal_config_names_layers_as_its_checkpoint_does(prefix: str, tmp_path: Path) -> None:
+    """Or as the other of the two kinds of checkpoint does: transformers renames on loading."""
+    skip = ["layers.0.mlp.up_proj", "layers.1.mlp"]
+    quantized, _ = compressed_pair(tmp_path, *COMPRESSED["int4"], family="gemma3", layer_types=None, skip=skip)
+    settings = json.loads((quantized / "config.json").read_text())
+    stored = settings.pop("quantization_config")
+
+    def logits(*ignore: str, **config: Any) -> torch.Tensor:
+        (quantized / "config.json").write_text(json.dumps(config | {"quantization_config": {**stored, "ignore": ignore}}))
+        return full_logits(load_decoder(quantized, torch.float32), PROMPT)
+
+    want = logits("lm_head", "model.layers.0.mlp.up_proj", r"re:.*layers\.1\.mlp", **settings)
+    tensors = load_file(quantized / "model.safetensors")
+    save_file({name.replace("model", prefix, 1): tensor for name, tensor in tensors.items()}, quantized / "model.safetensors")
+    for names in ("language_model.model", "model.language_model"):
+        ignore = ("language_model.lm_head", f"{names}.layers.0.mlp.up_proj", rf"re:{names}\.layers\.1\.mlp", "re:vision_tower.*")
+        assert torch.equal(logits(*ignore, model_type="gemma3", text_config=settings), want)
 
 
 def test_fp8_is_not_made_from_other_quantized_weights(tmp_path: Path) -> None:
@@ -283,6 +306,26 @@ def test_what_would_be_lost_is_refused(tmp_path: Path) -> None:
     load_decoder(quantized, torch.float32)
 
 
+def test_tensors_that_the_config_denies_are_refused_where_they_count(tmp_path: Path) -> None:
+    first, last = "model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.o_proj"
+    quantized, plain = compressed_pair(tmp_path, *COMPRESSED["int4-asymmetric"])
+    settings = json.loads((quantized / "config.json").read_text())
+    settings["quantization_config"]["config_groups"]["group_0"]["weights"]["symmetric"] = True
+    (quantized / "config.json").write_text(json.dumps(settings))
+    with pytest.raises(ModelError, match=f"{first}.weight_zero_point is not zero, but the model's config says"):
+        load_decoder(quantized, torch.float32)
+    dynamic, _ = compressed_pair(tmp_path / "fp8", *COMPRESSED["fp8-token"])
+    # What older writers left behind, and scales that are for other ways to run the model, are nothing to lose.
+    harmless = {"weight_zero_point": torch.zeros(128, 1, dtype=torch.int8), "input_scale": torch.ones(1)}
+    _change(dynamic, lambda tensors: tensors.update({f"{last}.{name}": tensor for name, tensor in harmless.items()}))
+    load_decoder(dynamic, torch.float32)
+    for folder in (plain, dynamic):
+        _change(folder, lambda tensors: tensors.update({f"{last}.weight_scale_inv": torch.ones(1)}))
+    load_decoder(plain, torch.float32)
+    with pytest.raises(ModelError, match=f"{last}.weight_scale_inv is not zero"):
+        load_decoder(dynamic, torch.float32)
+
+
 def test_column_order_counts_even_where_the_config_denies_it(tmp_path: Path) -> None:
     quantized, plain = gptq_pair(tmp_path, ordered=True)
     settings = json.loads((quantized / "config.json").read_text())
@@ -291,22 +334,38 @@ def test_column_order_counts_even_where_the_config_denies_it(tmp_path: Path) -> 
     want = reference_logits(plain)
     assert (full_logits(load_decoder(quantized, torch.float32), PROMPT) - want).abs().max() < 1e-4 * want.std()
 
+    compressed, _ = compressed_pair(tmp_path / "compressed", *COMPRESSED["int4"])
+    for groups, kept in ((torch.arange(128) // 32, None), (torch.arange(128) % 4, torch.arange(128).view(-1, 4).t().flatten())):
+        _change(compressed, lambda tensors, g=groups: tensors.update({"model.layers.0.self_attn.o_proj.weight_g_idx": g.int()}))
+        perm = load_decoder(compressed, torch.float32).blocks[0].attention.out.perm
+        assert perm is None if kept is None else torch.equal(perm, kept.int())
+
 
 def test_which_layers_a_config_means() -> None:
-    """Names are compared by their parts; compressed-tensors' by expressions, each layer by the first rule that it matches."""
+    """Names are compared by their parts; compressed-tensors' name before expressions before classes."""
     def plain(config: dict[str, Any]) -> list[str]:
         names = ["model.layers.1.mlp.gate_proj", "model.layers.10.mlp.gate_proj", "model.layers.1.self_attn.q_proj", "lm_head"]
         return [name for name in names if Quantization.read(config).scheme(name) is None]
 
     assert plain({**AWQ, "modules_to_not_convert": ["model.layers.1", "gate"]}) == [
         "model.layers.1.mlp.gate_proj", "model.layers.1.self_attn.q_proj", "lm_head"]
+    assert plain({**AWQ, "modules_to_not_convert": ["model.layers.1.", "lm_head"]}) == [
+        "model.layers.1.mlp.gate_proj", "model.layers.1.self_attn.q_proj", "lm_head"]
+    assert plain({**AWQ, "modules_to_not_convert": ["layers.1.mlp"]}) == ["model.layers.1.mlp.gate_proj", "lm_head"]
     assert plain({**AWQ, "modules_to_not_convert": ["self_attn"]}) == ["model.layers.1.self_attn.q_proj", "lm_head"]
     assert plain({**FP8, "ignored_layers": ["model.layers.10.mlp.gate_proj"]}) == ["model.layers.10.mlp.gate_proj", "lm_head"]
     assert plain({**GPTQ, "dynamic": {"-:.*q_proj": {}}}) == ["model.layers.1.self_attn.q_proj", "lm_head"]
-    assert plain({**GPTQ, "modules_in_block_to_quantize": [["self_attn.q_proj"]]}) == [
-        "model.layers.1.mlp.gate_proj", "model.layers.10.mlp.gate_proj", "lm_head"]
+    for listed in ([["self_attn.q_proj"]], ["self_attn.q_proj"]):
+        assert plain({**GPTQ, "modules_in_block_to_quantize": listed}) == [
+            "model.layers.1.mlp.gate_proj", "model.layers.10.mlp.gate_proj", "lm_head"]
     config = compressed(_INT4, ignore=["lm_head", r"re:.*layers\.1\.mlp"])
     assert plain(config) == ["model.layers.1.mlp.gate_proj", "lm_head"]
-    config["config_groups"] = {"a": {"targets": ["re:.*q_proj"], "weights": {**_INT4, "num_bits": 8}}, **config["config_groups"]}
-    schemes = [Quantization.read(config).scheme(f"model.layers.0.{name}") for name in ("self_attn.q_proj", "mlp.up_proj")]
-    assert [scheme.bits for scheme in schemes] == [8, 4]
+    wider = {"a": {"targets": ["re:.*q_proj"], "weights": {**_INT4, "num_bits": 8}},
+             "b": {"targets": ["model.layers.1.self_attn.q_proj"], "weights": {**_INT4, "group_size": 64}}}
+    for groups in ({**wider, **config["config_groups"]}, {**config["config_groups"], **wider}):
+        found = Quantization.read({**config, "config_groups": groups})
+        schemes = [found.scheme(f"model.layers.{name}") for name in ("0.self_attn.q_proj", "0.mlp.up_proj", "1.self_attn.q_proj")]
+        assert [(scheme.bits, scheme.group) for scheme in schemes] == [(8, 32), (4, 32), (4, 64)]
+    ordered = [Quantization.read(compressed({**_INT4, "actorder": order})).scheme("model.layers.0.mlp.up_proj").ordered
+               for order in ("group", True, "static", False, None)]
+    assert ordered == [True, True, False, False, False]

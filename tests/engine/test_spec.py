@@ -131,6 +131,15 @@ def test_tie_and_quantization():
     assert not spec().tied_embeddings
 
 
+def test_gemma_does_not_run_in_float16():
+    """Its hidden states leave that range, whatever the weights are stored in."""
+    stored = {**GEMMA, "torch_dtype": "float16", "quantization_config": {"quant_method": "awq", "bits": 4, "group_size": 32}}
+    for got in (ModelSpec.from_hf(stored), ModelSpec.from_hf({**GEMMA, "torch_dtype": "float16"})):
+        assert [got.run_dtype(asked, "cuda") for asked in ("auto", "bfloat16", "float32")] == ["bfloat16", "bfloat16", "float32"]
+        with pytest.raises(ModelError, match=r"engine\.dtype=float16: gemma3's hidden states leave its range"):
+            got.run_dtype("float16", "cuda")
+
+
 @pytest.mark.parametrize(("changes", "names"), [
     ({"model_type": "phi3"}, "phi3"),
     ({"model_type": "qwen3_moe"}, "qwen3_moe"),

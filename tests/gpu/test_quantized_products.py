@@ -54,6 +54,7 @@ def test_the_same_bits_again_and_in_a_graph():
 def test_fp8(like, static, rows):
     check_fp8(like, rows, 1152, 896, static=static, bias=True)
     check_fp8(like, rows, 960, 576, static=static)
+    check_fp8(like, rows, 72, 200, static=static)
 
 
 @pytest.mark.parametrize("rows", ROWS)

@@ -127,6 +127,9 @@ def compile_all() -> None:
         rows = constants.get("BLOCK_M", 0)
         if constants.get("BLOCK_N", 0) >= 64 and (rows >= 64 or (rows and module in (gemm_w4, gemm_fp8))):
             assert "wgmma" in built.asm["ptx"], kernel
+        if module is gemm_fp8:      # steps of many rows have more elements than int32 counts
+            assert re.search(r"addptr %x, .*: !tt\.ptr<f8E4M3FN>, i64", built.asm["ttir"]), constants
+            assert f"tensor<{rows}x!tt.ptr<bf16>>, tensor<{rows}xi64>" in built.asm["ttir"], constants
         if kernel == "_skinny_kernel":      # what is unpacked goes from registers to the tensor cores, not through shared memory
             assert "ldmatrix" not in built.asm["ptx"], constants
 

@@ -32,6 +32,13 @@ def test_tiles_and_splits(tile):
     check_fp8(HALF, 20, 300, 1280, bias=True, tile=tile)
 
 
+@pytest.mark.parametrize("outputs, inputs", [(40, 160), (64, 200)])
+def test_many_rows_of_shapes_that_cublas_has_not(outputs, inputs, monkeypatch):
+    """On a GPU torch refuses what is no multiple of 16."""
+    monkeypatch.setattr(torch, "_scaled_mm", lambda *args, **kwargs: pytest.fail("not for cuBLAS"))
+    check_fp8(HALF, 70, outputs, inputs)
+
+
 def test_float32():
     check_fp8(torch.empty(0), 3, 64, 256)
 
