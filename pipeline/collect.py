@@ -118,11 +118,18 @@ class Collect(threading.Thread):
         return going
 
     def _decoded(self, finished: list[tuple[Work, Completion]]) -> Iterator[tuple[Work, RowResult]]:
-        plain = [completion.tokens for work, completion in finished if completion.text is None and not _calls(work)]
+        plain = [
+            completion.tokens for work, completion in finished if completion.text is None and not (_calls(work) or _spelled(work))
+        ]
         marked = [completion.tokens for work, completion in finished if _calls(work)]
         texts, marked_texts = iter(self._tokenizer.decode_batch(plain)), iter(self._tokenizer.decode_marked(marked))
         for work, completion in finished:
-            text = next(marked_texts) if _calls(work) else next(texts) if completion.text is None else completion.text
+            if _calls(work):
+                text = next(marked_texts)
+            elif completion.text is not None:
+                text = completion.text
+            else:
+                text = self._decode(work, completion.tokens) if _spelled(work) else next(texts)
             completion, text, outcome = self._checked(work, completion, text)
             yield work, row_result(work, completion, text, outcome)
 
@@ -136,6 +143,9 @@ class Collect(threading.Thread):
         return True
 
     def _decode(self, work: Work, tokens: np.ndarray) -> str:
+        if _spelled(work):
+            assert work.ask.guide is not None
+            return work.ask.guide.grammar.text(tokens.tolist())
         decode = self._tokenizer.decode_marked if _calls(work) else self._tokenizer.decode_batch
         return decode([tokens])[0]
 
@@ -192,6 +202,11 @@ class Outcome:
 def _calls(work: Work) -> bool:
     """The markers of tool calls may be special tokens: its text is to keep them."""
     return work.ask.guide is not None and work.ask.guide.spec.kind == "tools"
+
+
+def _spelled(work: Work) -> bool:
+    """All of its text is to be what a regex or choice says, also a space at its start, which some tokenizers leave out."""
+    return work.ask.guide is not None and work.ask.guide.spec.kind in ("regex", "choice")
 
 
 def _check(work: Work, completion: Completion, text: str) -> Outcome:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Hashable, Iterable, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -101,7 +102,7 @@ class RealModel:
     def load(self, progress: Callable[[str], None]) -> EngineLike:
         from engine.engine import Engine
 
-        checkpoint, tokenizer, backend = self._checkpoint, self._tokenizer.tokenizer, self._backend
+        checkpoint, tokenizer, backend = self._ending, self._tokenizer.tokenizer, self._backend
         return _one_line(lambda: Engine(checkpoint, self._config.engine_config(), tokenizer, backend, progress))
 
     @cached_property
@@ -123,8 +124,23 @@ class RealModel:
         return _one_line(lambda: open_checkpoint(self._path))
 
     @cached_property
+    def _ending(self) -> Checkpoint:
+        """The checkpoint, with the tokenizer's end token among its own: a fine-tune for chat may still have the config of the
+        model it was made from, which names another."""
+        from engine.models.spec import merge_token_ids
+
+        checkpoint, own = self._checkpoint, self._tokenizer.tokenizer.eos_token_id
+        spec = checkpoint.spec
+        ends = merge_token_ids(spec.eos_token_ids, own if own is not None and own < spec.vocab_size else None)
+        if not ends:
+            raise ConfigError("model.source: neither the model's config nor its tokenizer names a token that ends an output: add "
+                              "eos_token_id to its generation_config.json, or eos_token to tokenizer_config.json")
+        checkpoint.spec = replace(spec, eos_token_ids=ends)
+        return checkpoint
+
+    @cached_property
     def _backend(self) -> GrammarBackend:
-        spec, keys, tokenizer = self._checkpoint.spec, self._config.guided, self._tokenizer.tokenizer
+        spec, keys, tokenizer = self._ending.spec, self._config.guided, self._tokenizer.tokenizer
         return _one_line(lambda: open_backend(keys, tokenizer, spec.vocab_size, spec.eos_token_ids))
 
 

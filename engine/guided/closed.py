@@ -33,6 +33,9 @@ class ClosedGrammar:
             raise SchemaError("", "no valid output was found: the schema contradicts itself or asks for too much")
         return self.vocabulary.tokenize(minimal)
 
+    def text(self, tokens: Sequence[int]) -> str:
+        return self.vocabulary.text(tokens).decode(errors="replace")
+
     def close(self, tokens: Sequence[int], budget: int) -> np.ndarray:
         if budget < self.min_tokens:
             raise ValueError(f"{budget} tokens are too few: the shortest output known for this schema needs {self.min_tokens}; "

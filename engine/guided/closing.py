@@ -31,6 +31,7 @@ _WIDE_STEPS = 16          # characters of one string that are chosen so where mo
 _MAX_BYTES = 1 << 16
 _RETRIES = 8              # randomised searches where the greedy one finds nothing valid
 _IMPROVEMENTS = 3         # randomised searches for something shorter than the greedy find
+_RETURNS = 8              # choices of one search that are made anew
 _NEVER = 1 << 30
 
 
@@ -185,18 +186,29 @@ class Closer:
         """From `matcher`'s state, after `prefix`, to the first where the output may end, in at most `limit` bytes."""
         matcher, out = matcher.deep_copy(), bytearray()
         scanner = None if self._scanner is None else self._scanner()
-        if scanner is not None:
-            scanner.feed(prefix)
+        if scanner is not None and not scanner.feed(prefix):
+            return None                                  # what repeats already stays so
+        # Choices made, where some may lead to repetitions only: what stood before, and the first bytes that were tried.
+        turns: list[tuple[ByteMatcher, _Place, int, bytes]] = []
+        tried, returns = b"", 0
         while not matcher.is_accepting():
-            step = matcher.compute_ff_bytes() or self._choose(matcher, place, noise, scanner)
-            if scanner is not None:
-                scanner.feed(step)
-            if not step or len(out) + len(step) > limit or time.thread_time() > deadline:
+            forced = matcher.compute_ff_bytes()
+            step = forced or self._choose(matcher, place, noise, scanner, tried)
+            if len(out) + len(step) > limit or time.thread_time() > deadline:
                 return None
-            if not matcher.consume_tokens(list(step)):
+            if scanner is not None and step and not forced:
+                turns.append((matcher.deep_copy(), place, len(out), tried + step[:1]))
+            tried = b""
+            if step and matcher.consume_tokens(list(step)) and (scanner is None or scanner.feed(step)):
+                out += step
+                place = self._after(place, step)
+            elif self._scanner is not None and turns and returns < _RETURNS:
+                matcher, place, length, tried = turns.pop()
+                del out[length:]
+                scanner, returns = self._scanner(), returns + 1
+                scanner.feed(prefix + out)
+            else:
                 return None
-            out += step
-            place = self._after(place, step)
         return bytes(out)
 
     def _after(self, place: _Place, data: bytes) -> _Place:
@@ -206,13 +218,13 @@ class Closer:
             return _Place(_FREE, text[1 - len(self._opening) :]) if at < 0 else _Place().after(text[at + len(self._opening) :])
         return place.after(data) if self._is_json else _Place(1, place.string + data)
 
-    def _choose(self, matcher: ByteMatcher, place: _Place, noise: random.Random | None, scanner: Scanner | None) -> bytes:
-        """The next bytes at a choice; empty where the grammar allows none."""
+    def _choose(self, matcher: ByteMatcher, place: _Place, noise: random.Random | None, scanner: Scanner | None,
+                tried: bytes) -> bytes:
+        """The next bytes at a choice, none of `tried` first; empty where the grammar allows none."""
         mask = int.from_bytes(matcher.compute_bitmask(), "little") & ((1 << 256) - 1)
         repeating, doomed = scanner.repeats() if scanner is not None else ([], [])
-        for piece in (*repeating, *doomed):
-            if len(piece) == 1:
-                mask &= ~(1 << piece[0])
+        for byte in (*tried, *(piece[0] for piece in (*repeating, *doomed) if len(piece) == 1)):
+            mask &= ~(1 << byte)
         easy = noise is None or noise.random() < 0.8
         if place.state == 0:
             allowed = [b for b in _STRUCTURE if mask >> b & 1] or [b for b in _SPACES if mask >> b & 1]
@@ -222,7 +234,8 @@ class Closer:
             if easy and self._is_json and place.state == 1 and mask >> _QUOTE & 1:
                 return b'"'
             for rest in self._rests(place.string):
-                if matcher.validate_tokens(list(rest)) == len(rest) and not any(rest.startswith(piece) for piece in repeating):
+                if (rest[:1] not in tried and matcher.validate_tokens(list(rest)) == len(rest)
+                        and not any(rest.startswith(piece) for piece in repeating)):
                     return rest
             allowed = [b for b in _CHARACTERS if mask >> b & 1]
             if mask.bit_count() <= _NARROW or not allowed:

@@ -56,6 +56,9 @@ class Grammar(Protocol):
     def check(self, text: str) -> Any:
         """The value of a finished output: parsed JSON, or the text itself for regex and choice. ValueError if it is not valid."""
 
+    def text(self, tokens: Sequence[int]) -> str:
+        """What `tokens` spell: tokenizers may leave out a space that it begins with, which a regex or choice asks for."""
+
     def start(self) -> Guide:
         """A fresh guide at the start of the output."""
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field
 from itertools import count
+from math import copysign, ulp
 from typing import Any, Literal
 
 from engine.guided.alternatives import Alternatives, Conjunction, unique
@@ -26,6 +27,7 @@ _FORMATS = {"date-time", "time", "date", "duration", "email", "hostname", "ipv4"
 _LOWS, _HIGHS = {"minimum", "exclusiveMinimum"}, {"maximum", "exclusiveMaximum"}
 _SCALARS = ("null", "boolean", "number", "string")
 _EXACT = 2**53           # beyond, readers that take numbers for doubles may not see a multiple as one
+_INSIDE = 1e-9           # of a range: where its numbers begin beside an excluded bound that the engine would take
 _INLINE = 200            # characters up to which a schema is written where it is used
 
 ExtraKeys = Literal["auto", True, False]
@@ -160,6 +162,7 @@ class Writer:
         out: dict[str, Any] = {}
         if "number" in types:
             kind = "integer" if facts.integer else "number"
+            facts = self._off_whole_bounds(facts, place)
             numbers = _numbers(facts)
             reason = refusal({"type": kind, **numbers})
             if reason and not reason.startswith("Unsatisfiable"):
@@ -182,6 +185,21 @@ class Writer:
                 out |= strings
         names = ["integer" if t == "number" and facts.integer else t for t in types]
         return {"type": names if len(names) > 1 else names[0], **out} if names else {}
+
+    def _off_whole_bounds(self, facts: Facts, place: str) -> Facts:
+        """For numbers above 0 and up to 0.5, say, the engine takes 0 as well: it does so with a whole bound, where the other is
+        less than 1 further from 0. Such ranges begin a little beside the bound."""
+        low, high = facts.low, facts.high
+        if facts.integer or not low or not high:
+            return facts
+        facts = facts.copy()
+        for name, (bound, exclusive), (other, _) in (("low", low, high), ("high", high, low)):
+            if exclusive and bound % 1 == 0 and abs(bound) < abs(other) < abs(bound) + 1 and abs(other - bound) < 1:
+                # Not by one step of a double: what is as near as that the engine takes for the bound.
+                moved = bound + copysign(max(abs(other - bound) * _INSIDE, 8 * ulp(bound)), other)
+                setattr(facts, name, (moved, False))
+                self.note(place, f"numbers: only {'from' if name == 'low' else 'up to'} {moved}")
+        return facts
 
     def _strings(self, facts: Facts, place: str) -> dict[str, Any] | None:
         out: dict[str, Any] = {}

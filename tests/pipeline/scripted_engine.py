@@ -94,6 +94,9 @@ class ScriptedGrammar:
     def check(self, text: str) -> str:
         return text
 
+    def text(self, tokens: Sequence[int]) -> str:
+        return bytes(tokens).decode("utf-8", "replace")
+
     def close(self, tokens: Sequence[int], budget: int) -> np.ndarray:
         """An output that says HUGE can be mended, others cannot."""
         text = bytes(tokens).decode()

@@ -14,7 +14,8 @@ import jsonschema
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from models import tiny_checkpoint
+from models import tiny_checkpoint, tiny_tokenizer
+from tokenizers import decoders
 
 from engine import automata
 from engine.guided import llg
@@ -186,6 +187,19 @@ def test_regexes_and_choices(job: Job) -> None:
     assert rows[0]["text"][:3].strip("abc") == "" and rows[0]["text"][3] == "-" and rows[0]["text"][4:].isdigit()
     assert rows[1]["text"] in ("ja", "nein")
     assert rows[2]["json"] in ("true", "false")
+
+
+def test_a_space_at_the_start_of_a_choice_is_kept(job: Job, tmp_path: Path) -> None:
+    """Tokenizers in the manner of sentencepiece leave one out of what they decode."""
+    tokenizer = tiny_tokenizer()
+    backend = tokenizer.backend_tokenizer
+    backend.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Strip(" ", 1, 0)])
+    assert backend.decode(backend.encode("  c").ids) == " c"
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    rows = job({"prompt": ["x"] * 3, "guided_regex": [None, None, " [ab]"], "guided_choice": [[" c"], ["  c", "  d"], None]},
+               f"model.tokenizer={tmp_path}/tokenizer", "sampling.max_tokens=9")
+    assert [row["status"] for row in rows] == ["ok"] * 3
+    assert rows[0]["text"] == " c" and rows[1]["text"] in ("  c", "  d") and rows[2]["text"] in (" a", " b")
 
 
 def test_a_schema_that_is_refused_may_be_tried(job: Job) -> None:

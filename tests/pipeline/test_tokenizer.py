@@ -10,10 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 from gguf import GGUFWriter
-from models import TURN_END, real_model, tiny_checkpoint, tiny_tokenizer
+from models import END_OF_TEXT, TURN_END, real_model, tiny_checkpoint, tiny_tokenizer
 from tokenizers import Tokenizer
 
 from engine.models.spec import ModelError
+from engine.request import FinishReason, Request, SamplingParams
+from pipeline.exits import ConfigError
+from pipeline.model import RealModel
+from pipeline.run import read_config
 from pipeline.tokenizer import RowTokenizer, load_tokenizer
 
 TEXTS = ["", "Hello  world", "\n\n 123 café 你好 😀", "a<|im_end|>b", 'don\'t {"x" : 1 , "y":[ ]}', " \t\r\n x", "\x00é́"]
@@ -93,6 +97,45 @@ def test_threads_share_one(folder):
 def test_folder_without_tokenizer(tmp_path):
     with pytest.raises(ModelError, match=r"no tokenizer\.json"):
         load_tokenizer(tmp_path)
+
+
+def edit(path, **changes):
+    """Change keys of a JSON file; None: leave them out."""
+    keys = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({key: value for key, value in keys.items() if value is not None}))
+
+
+def test_the_tokenizers_end_token_ends_rows(folder):
+    """Also where the config names another: fine-tunes for chat often keep that of the model they were made from."""
+    (folder / "generation_config.json").unlink()
+    edit(folder / "config.json", eos_token_id=END_OF_TEXT)
+
+    def answer(**params):
+        model = RealModel(read_config([f"model={folder}", "engine.cpu_kv_gib=0.1", "engine.device=cpu"]))
+        engine = model.load(lambda message: None)
+        engine.submit(Request(0, np.arange(40, 60, dtype=np.int32), SamplingParams(max_tokens=40, **params)))
+        while not (done := engine.step()):
+            pass
+        engine.close()
+        return done[0].tokens.tolist(), done[0].finish_reason
+
+    free, _ = answer(ignore_eos=True)
+    end = next(token for token in free[5:] if token < END_OF_TEXT)
+    tokenizer = tiny_tokenizer()
+    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(end)
+    tokenizer.save_pretrained(folder)
+    first = next(at for at, token in enumerate(free) if token in (end, END_OF_TEXT))
+    assert answer() == (free[:first], FinishReason.STOP)
+    edit(folder / "config.json", eos_token_id=None)                                # the tokenizer's alone will do
+    assert answer() == (free[: free.index(end)], FinishReason.STOP)
+
+
+def test_a_model_without_end_token_is_refused(folder):
+    (folder / "generation_config.json").unlink()
+    edit(folder / "config.json", eos_token_id=None)
+    edit(folder / "tokenizer_config.json", eos_token=None)
+    with pytest.raises(ConfigError, match=r"model\.source: .* generation_config\.json"):
+        RealModel(read_config([f"model={folder}"])).grammars()
 
 
 def write_vocabulary(path: Path, model: str, entries: list[tuple[str, int]], **keys: Any) -> Path:

@@ -105,6 +105,33 @@ def test_the_shortest_output(backend: LLGuidanceBackend) -> None:
         assert grammar.min_tokens == len(grammar.minimal) == len(grammar.close([], grammar.min_tokens))
 
 
+PAIRS = {"type": "array", "items": {"type": ["boolean", "null"]}, "minItems": 2, "uniqueItems": True}
+FLAGS = {"type": "object", "properties": {"q": {"type": "boolean"}, "r": {"type": "boolean"}}, "required": ["q", "r"]}
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"type": "array", "items": PAIRS, "minItems": 2},
+        {"type": "array", "items": PAIRS, "minItems": 2, "uniqueItems": True},
+        {"type": "array", "items": FLAGS, "minItems": 4, "uniqueItems": True},  # all that there are
+        {
+            "type": "array",
+            "items": {"type": "array", "items": {"type": "boolean"}, "minItems": 2, "maxItems": 2},
+            "minItems": 3,
+            "uniqueItems": True,
+        },
+    ],
+)
+def test_items_that_must_differ_are_closed(backend: LLGuidanceBackend, schema: dict[str, Any]) -> None:
+    """Where bytes that are forced may end a repetition, and where all that is left to choose from repeats."""
+    grammar = backend.compile_schema(schema)
+    for seed in range(20):
+        tokens, _ = walk(backend, grammar, seed, 24)
+        for cut in range(0, len(tokens) + 1, 3):
+            grammar.check(text_of(backend, grammar.close(tokens[:cut], max(grammar.min_tokens, cut))))
+
+
 def test_too_small_a_budget(backend: LLGuidanceBackend) -> None:
     grammar = backend.compile_schema(RECORD)
     with pytest.raises(ValueError, match=rf"at least|needs {grammar.min_tokens}"):
