@@ -118,6 +118,21 @@ def test_late_arrivals_do_not_disturb_running_rows(alone: tuple[Path, dict]) -> 
 # --- prefixes ---
 
 
+@pytest.mark.parametrize("same", [32, 33])
+def test_rows_with_one_token_left_to_compute_fill_a_step(llama: Path, same: int) -> None:
+    """As many as there are rows, which share full pages and begin with their last token, and no more tokens to a step."""
+    stem = random_prompts(1, seed=7, shortest=same, longest=same)[0]
+    prompts = [[*stem, *range(i, i + 33 - same)] for i in range(48)]
+    params = [SamplingParams(max_tokens=4 + i % 9, temperature=1.0, seed=i, ignore_eos=True) for i in range(48)]
+    requests = make_requests(prompts, params)
+    with running(llama, prefix_sharing=False, max_step_tokens=256) as engine:
+        want = tokens_of(finish(engine, requests))
+    with running(llama, max_rows=16, max_step_tokens=16) as engine:
+        done = finish(engine, requests)
+        assert engine.stats().preemptions == 0
+    assert tokens_of(done) == want
+
+
 @pytest.mark.parametrize("length, expected", [(16, [0] * 5), (17, [0] + [16] * 4), (48, [0, 32, 47, 47, 47]),
                                               (50, [0] + [48] * 4)])
 def test_equal_prompts_share_all_but_the_last_token(llama: Path, length: int, expected: list[int]) -> None:
