@@ -16,7 +16,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from kernel_cases import chi_square_holds, kept64
 from models import VOCAB, load_reference, tiny_checkpoint, tiny_tokenizer
-from transformers import MinNewTokensLengthLogitsProcessor, RepetitionPenaltyLogitsProcessor
+from tokenizers import Tokenizer, decoders
+from tokenizers.models import BPE
+from transformers import MinNewTokensLengthLogitsProcessor, PreTrainedTokenizerFast, RepetitionPenaltyLogitsProcessor
 
 from engine.engine import Engine
 from engine.request import Completion, FinishReason, SamplingParams
@@ -209,6 +211,28 @@ def test_stop_strings_are_found_as_soon_as_they_stand(text: str, stop: list[str]
             found = find(byte)
         cut = [at for s in stop if (at := text[:length].find(s)) >= 0]
         assert found == (text[: min(cut)] if cut else None)
+        if cut:
+            return
+
+
+def byte_fallback_tokenizer() -> PreTrainedTokenizerFast:
+    """As those of Mistral and Llama 2: a byte that makes no character spoils the others of its run."""
+    pieces = ["<s>", "<0x0A>", "<0xC3>", "<0xA9>", "\u2581", "\u2581a", "a", "b"]
+    tokenizer = Tokenizer(BPE({piece: i for i, piece in enumerate(pieces)}, [], byte_fallback=True))
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(),
+                                           decoders.Strip(" ", 1, 0)])
+    tokenizer.add_special_tokens(["<s>"])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+
+
+@given(tokens=st.lists(st.integers(0, 7), max_size=20), stop=st.lists(st.text(" ab\né", min_size=1, max_size=3), min_size=1))
+def test_stop_strings_are_those_of_the_decoded_output(tokens: list[int], stop: list[str]) -> None:
+    tokenizer = byte_fallback_tokenizer()
+    find = StopStrings(tokenizer, tuple(stop)).find
+    for length in range(1, len(tokens) + 1):
+        text = tokenizer.decode(tokens[:length], skip_special_tokens=True)
+        cut = [] if text.endswith("\ufffd") else [at for s in stop if (at := text.find(s)) >= 0]
+        assert find(tokens[length - 1]) == (text[: min(cut)] if cut else None)
         if cut:
             return
 
