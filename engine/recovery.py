@@ -12,6 +12,7 @@ from collections.abc import Hashable, Iterable
 
 import torch
 
+from engine.outputs import in_one_line
 from engine.plan import StepPlan
 from engine.request import Completion, EngineError
 from engine.scheduler import Scheduler
@@ -34,7 +35,7 @@ class Recovery:
         """`plan` did not run, no step is in flight. `where`: the traceback. Raises EngineError if fewer rows would not help."""
         scheduler = self._scheduler
         rows = [row for row in plan.rows.tolist() if scheduler.rows.active[row]]
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        reason = in_one_line(error)
         out_of_memory = _is_out_of_memory(error)
         if not out_of_memory and where not in self._logged:      # once for each place: a step is tried again many times
             self._logged.add(where)
@@ -49,7 +50,7 @@ class Recovery:
             self._blamed += 1
             if self._blamed > MOST_BLAMED:
                 raise EngineError(f"steps fail whichever row runs ({reason})") from error
-            scheduler.fail(rows[0], f"the engine failed on this row alone ({reason})")
+            scheduler.fail(rows[0], error)
         scheduler.evacuate()
 
     def ended(self, completions: Iterable[Completion]) -> None:
