@@ -197,6 +197,19 @@ def test_one_token_of_one_token(llama: Path) -> None:
     assert {c.finish_reason for c in done.values()} == {FinishReason.LENGTH}
 
 
+def test_a_row_alone_that_copies_a_page_has_pages_to_run(llama: Path) -> None:
+    """Two long questions about one document, in a pool for one row: there is no room for the page that it would copy."""
+    prompts = random_prompts(2, seed=21, shortest=40, longest=40)
+    prompts = [[*range(205), *prompt] for prompt in prompts]
+    params = SamplingParams(max_tokens=5, ignore_eos=True)
+    with running(llama, prefix_sharing=False) as engine:
+        want = tokens_of(finish(engine, make_requests(prompts, params)))
+    with running(llama, max_rows=1) as engine:
+        done = finish(engine, make_requests(prompts, params))
+    assert tokens_of(done) == want
+    assert sorted(c.cached_tokens for c in done.values()) == [0, 192]
+
+
 # --- aborts ---
 
 

@@ -502,6 +502,7 @@ settings_strategy = st.builds(
 @given(setting=settings_strategy, seed=st.integers(0, 2**32 - 1))
 @example(setting=Setting(jobs=34, max_rows=3, max_len=45, spare_pages=0, spare_tokens=14, depth=1, window=25, sharing=True),
          seed=34)       # a row takes its prefix, and then there is no page for it to run
+@example(setting=Setting(jobs=3, max_rows=1, max_len=12, spare_pages=0), seed=18)      # all but the page that a row copies from
 def test_random_traces(setting: Setting, seed: int) -> None:
     Trace(setting, seed).run()
 
