@@ -66,13 +66,13 @@ class Recovery:
         """What a step needs grows with its tokens, those of rows that decode among them, and with the rows that it samples."""
         scheduler = self._scheduler
         tokens = min(scheduler.max_step_tokens, max(MIN_STEP_TOKENS, plan.num_tokens // 2))
-        rows = min(scheduler.row_limit, tokens)
+        rows = min(self._fits, tokens)           # not of row_limit, which a row at fault may have lowered
         if tokens == scheduler.max_step_tokens:
             rows = max(1, min(rows, plan.rows.size) // 2)
-        if (rows, tokens) == (scheduler.row_limit, scheduler.max_step_tokens):
+        if (rows, tokens) == (self._fits, scheduler.max_step_tokens):
             raise EngineError(f"out of memory in a step of {plan.rows.size} row and {plan.num_tokens} tokens: lower "
                               f"engine.gpu_memory, or free the device of what else runs there ({reason})")
-        self._fits = scheduler.row_limit = rows
+        self._fits, scheduler.row_limit = rows, min(scheduler.row_limit, rows)
         scheduler.max_step_tokens = tokens
         if torch.cuda.is_available():
             torch.cuda.empty_cache()

@@ -105,6 +105,17 @@ def test_out_of_memory_lowers_the_tokens_of_a_step(llama: Path, monkeypatch: pyt
     assert len(sizes) == 2      # 64 tokens, 32, 16
 
 
+def test_out_of_memory_while_a_row_at_fault_is_searched_costs_no_rows_for_good(
+        work: Work, monkeypatch: pytest.MonkeyPatch, fail: Callable) -> None:
+    monkeypatch.setattr(recovery, "MIN_STEP_TOKENS", 16)
+    errors = [out_of_memory(), RuntimeError("once")]            # of a step of all rows, and of the next one
+    fail("launch_sample", lambda plan: len(errors) == 1 or len(errors) == 2 and plan.rows.size == 8, errors.pop)
+    with work.running() as engine:
+        assert tokens_of(finish(engine, work.requests)) == work.want
+        assert engine._scheduler.row_limit == 8
+    assert not errors
+
+
 def test_out_of_memory_with_nothing_left_to_lower_ends_the_engine(llama: Path, fail: Callable) -> None:
     fail("launch_forward", lambda plan: True, out_of_memory)
     with running(llama) as engine:
