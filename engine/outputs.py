@@ -102,7 +102,9 @@ class Outputs:
         self.generated += rows.size
         ended = (tokens[:, None] == r.stop_ids[rows]).any(1)
         for i, entry in logprobs.items():
-            if current[i] and (kept := r.live[int(plan.rows[plan.sampled[i]])].logprobs) is not None:
+            row = int(plan.rows[plan.sampled[i]])
+            if current[i] and (kept := r.live[row].logprobs) is not None:
+                _fit(kept, int(r.seen[row] - r.prompt_len[row]) - 1)         # after tokens that were not sampled
                 kept.append(entry)
         self._each(rows[r.watched[rows] & ~ended], self._watch)
         by_automata = ~ended & (r.state[rows] > 0)
@@ -134,11 +136,7 @@ class Outputs:
 
     def _take_back(self, rows: np.ndarray) -> None:
         """The token that each sampled last is not part of its output."""
-        r = self._rows
-        r.seen[rows] -= 1
-        for row in rows[r.special[rows]].tolist():
-            if kept := r.live[row].logprobs:
-                kept.pop()
+        self._rows.seen[rows] -= 1
 
     def _step(self, rows: np.ndarray, tokens: np.ndarray) -> None:
         """Take the rows' automata on by what the device has sampled, as it has done itself."""
@@ -234,6 +232,10 @@ class Outputs:
                           f"{budget}: raise max_tokens, or shorten the prompt")
         closed = grammar.close(produced.tolist(), budget)
         reason = FinishReason.STOP if np.array_equal(closed, produced) else FinishReason.LENGTH_CLOSED
+        if kept := r.live[row].logprobs:
+            least = min(closed.size, produced.size)
+            differs = np.flatnonzero(closed[:least] != produced[:least])
+            del kept[differs[0] if differs.size else least :]
         r.tokens[row, r.prompt_len[row] : r.prompt_len[row] + closed.size] = closed
         r.seen[row] = r.prompt_len[row] + closed.size
         return Ending(reason)
@@ -250,7 +252,15 @@ class Outputs:
             self.emit(live.waiting, output, ending, live.logprobs)
         self._pages.leave(rows)
 
-    def emit(self, waiting: Waiting, output: np.ndarray, ending: Ending, logprobs: list[TokenLogprobs] | None) -> None:
+    def emit(self, waiting: Waiting, output: np.ndarray, ending: Ending, logprobs: list[TokenLogprobs | None] | None) -> None:
+        if logprobs is not None:
+            _fit(logprobs, output.size)
         self._finished.append(Completion(waiting.request.id, output, ending.reason, waiting.request.prompt.size,
                                          waiting.cached_tokens or 0, waiting.forced_tokens, ending.text, ending.error, logprobs))
         self.done += 1
+
+
+def _fit(logprobs: list[TokenLogprobs | None], size: int) -> None:
+    """One for each of `size` tokens: less for what is no output, None where a token was not sampled."""
+    del logprobs[size:]
+    logprobs.extend([None] * (size - len(logprobs)))

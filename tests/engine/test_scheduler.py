@@ -465,8 +465,12 @@ class Trace:
             assert (got.error is not None) == (want.finish_reason is FinishReason.ERROR)
         if job.request.params.logprobs is None:
             assert got.logprobs is None
-        elif job.script is None:
-            assert [entry.token for entry in got.logprobs or ()] == got.tokens.tolist(), "one entry for each token that is kept"
+            return
+        entries = got.logprobs or []                     # None where it never ran
+        for entry, token in zip(entries, got.tokens.tolist(), strict=True):
+            assert entry is None or entry.token == token, "each token has its own"
+        if got.finish_reason is not FinishReason.LENGTH_CLOSED:
+            assert entries.count(None) <= got.forced_tokens, "only what is forced is not sampled"
 
     def check_end(self) -> None:
         assert sorted(self.done) == list(range(len(self.jobs)))
