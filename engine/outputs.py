@@ -92,10 +92,13 @@ class Outputs:
     # --- results ---
 
     def retire(self, plan: StepPlan, tokens: np.ndarray, logprobs: dict[int, TokenLogprobs]) -> None:
-        """Take in a step's sampled tokens, int32 [S]; `logprobs` by index into them. Results of rows that left are dropped."""
+        """Take in a step's sampled tokens, int32 [S], -1: none; `logprobs` by index into them. Results of rows that left are
+        dropped."""
         r = self._rows
         rows = plan.rows[plan.sampled]
         current = r.active[rows] & (r.generation[rows] == plan.generations)
+        self._each(rows[current & (tokens < 0)], self._without_token)
+        current &= tokens >= 0
         rows, tokens = rows[current], tokens[current]
         r.tokens[rows, r.seen[rows]] = tokens
         r.seen[rows] += 1
@@ -143,7 +146,7 @@ class Outputs:
         r = self._rows
         before = r.state[rows]
         after = self._automata.step(before, tokens)
-        self._take_back(rows[after < 0])                 # no number was left above -inf: the model's logits are broken
+        self._take_back(rows[after < 0])                 # a mask would have forbidden it
         self._each(rows[after < 0], self._settle)
         rows, before, after = rows[after >= 0], before[after >= 0], after[after >= 0]
         without_choice = self._automata.chain_size[before] > 0
@@ -151,6 +154,14 @@ class Outputs:
         self.forced += int(without_choice.sum())
         r.state[rows] = after
         self._append_forced(rows, self._automata.jump)
+
+    def _without_token(self, row: int) -> Ending:
+        """No logit was above -inf."""
+        r, guide = self._rows, self._rows.live[row].guide
+        if guide is not None and (guide.error is not None or (guide.accepting and r.seen[row] < r.least[row])):
+            return self._settle(row)                     # it gave up, or allows the end alone, which min_tokens forbids
+        return Ending(FinishReason.ERROR, error="the model's logits are not numbers: its values are too large for engine.dtype "
+                      "(set engine.dtype=bfloat16), or its weights are broken")
 
     def _append_forced(self, rows: np.ndarray, least: int) -> None:
         """Append what their automata force, where that is `least` tokens or more, or the end; finish rows that are complete.

@@ -109,7 +109,7 @@ def test_out_of_memory_while_a_row_at_fault_is_searched_costs_no_rows_for_good(
         work: Work, monkeypatch: pytest.MonkeyPatch, fail: Callable) -> None:
     monkeypatch.setattr(recovery, "MIN_STEP_TOKENS", 16)
     errors = [out_of_memory(), RuntimeError("once")]            # of a step of all rows, and of the next one
-    fail("launch_sample", lambda plan: len(errors) == 1 or len(errors) == 2 and plan.rows.size == 8, errors.pop)
+    fail("launch_sample", lambda plan: len(errors) == 1 or (len(errors) == 2 and plan.rows.size == 8), errors.pop)
     with work.running() as engine:
         assert tokens_of(finish(engine, work.requests)) == work.want
         assert engine._scheduler.row_limit == 8

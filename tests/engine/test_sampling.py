@@ -11,17 +11,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from engine_cases import finish, make_requests, random_prompts, running
+from engine_cases import finish, make_requests, mixed_requests, random_prompts, running
 from hypothesis import given
 from hypothesis import strategies as st
 from kernel_cases import chi_square_holds, kept64
-from models import VOCAB, load_reference, tiny_checkpoint, tiny_tokenizer
+from models import TURN_END, VOCAB, load_reference, tiny_checkpoint, tiny_tokenizer
 from tokenizers import Tokenizer, decoders
 from tokenizers.models import BPE
 from transformers import MinNewTokensLengthLogitsProcessor, PreTrainedTokenizerFast, RepetitionPenaltyLogitsProcessor
 
 from engine.engine import Engine
-from engine.request import Completion, FinishReason, SamplingParams
+from engine.guided.llg import LLGuidanceBackend
+from engine.request import Completion, FinishReason, Request, SamplingParams
 from engine.stop_strings import StopStrings
 
 TOKENIZER = tiny_tokenizer()
@@ -131,6 +132,47 @@ def test_noise_depends_on_seed_and_position(engine: Engine) -> None:
     # A row goes on from its own output as it would have gone on.
     rest = generate(engine, [prompt + one[:12]], SamplingParams(max_tokens=18, temperature=1.2, seed=1, ignore_eos=True))[0]
     assert rest.tokens.tolist() == one[12:]
+
+
+# --- no token at all ---
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_rows_whose_logits_are_not_numbers_end_as_errors(model: Path, depth: int) -> None:
+    """Alone, and with what they had: greedy and sampled, with penalties and log-probabilities, by an automaton and by a guide."""
+    backend = LLGuidanceBackend(TOKENIZER, VOCAB, [TURN_END])
+    requests = [*mixed_requests(6), *(Request(6 + i, np.array([i]), SamplingParams(max_tokens=30)) for i in range(4))]
+    for request in requests[-2:]:
+        request.grammar = backend.compile_schema({"enum": ["billing", "delivery"]})
+    requests[-1].grammar.automaton = None
+    with running(model, guided=backend, depth=depth) as engine:
+        want = finish(engine, requests)
+        project, broken = engine._runner.model.logits, []
+
+        def logits(hidden: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:
+            logits = project(hidden, out)
+            rows = engine._table.sampled_rows[: len(logits)].tolist()
+            for i, row in enumerate(rows):
+                if row in engine._scheduler.live:
+                    name = engine._scheduler.live[row].waiting.request.id
+                    if name % 2 and engine._scheduler.rows.seen[row] > engine._scheduler.rows.prompt_len[row]:
+                        logits[i] = float("nan")
+                        broken.append(name)
+            return logits
+
+        engine._runner.model.logits = logits
+        done = finish(engine, requests)
+    assert set(broken) == {1, 3, 5, 7, 9}
+    for name, completion in done.items():
+        if name in broken:
+            assert completion.finish_reason is FinishReason.ERROR
+            assert "the model's logits are not numbers" in completion.error
+            assert "engine.dtype=bfloat16" in completion.error
+            assert 1 <= completion.tokens.size < want[name].tokens.size
+        else:
+            assert completion.error is None
+            assert completion.tokens.size == want[name].tokens.size
+        assert completion.tokens.tolist() == want[name].tokens.tolist()[: completion.tokens.size]
 
 
 # --- log-probabilities ---
