@@ -29,7 +29,7 @@ class Shape(NamedTuple):
     """Sizes of a step's arrays."""
 
     decode: int         # rows with one query
-    rest: int           # rows with several ...
+    rest: int           # the other rows, mostly with several ...
     tokens: int         # ... and their queries
     tiles: int          # work of prefill attention
     sharing: bool       # decode rows say which prefix they share

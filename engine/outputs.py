@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from engine.admission import LengthPredictor
 from engine.automata import Automata
-from engine.guided.grammar import Guide
 from engine.plan import StepPlan
 from engine.request import Completion, FinishReason, TokenLogprobs
 from engine.row_pages import RowPages
@@ -19,6 +18,20 @@ from engine.window import Waiting
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
+
+
+class Ending(NamedTuple):
+    reason: FinishReason
+    text: str | None = None
+    error: str | None = None
+
+
+def of_this_row_alone(error: Exception) -> Ending:
+    return Ending(FinishReason.ERROR, error=f"the engine failed on this row alone ({in_one_line(error)})")
+
+
+def in_one_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
 class Outputs:
@@ -42,27 +55,36 @@ class Outputs:
 
     # --- rows in ---
 
-    def open(self, waiting: Waiting) -> tuple[Live, int]:
-        """The row with its guide and stop strings up to where its output is, and the state of its automaton, 0: none."""
-        request, params, stop = waiting.request, waiting.request.params, None
-        state, guide = waiting.state, waiting.guide
+    def open(self, batch: Sequence[Waiting]) -> tuple[list[Live], list[int]]:
+        """The rows with their guides and stop strings up to where their outputs are, and their automata's states, 0: none."""
+        lives, states = [], []
+        for waiting in batch:
+            state, grammar = waiting.state, waiting.request.grammar
+            if grammar is not None and grammar.automaton is not None and not state and waiting.guide is None:
+                state = self._automata.place(grammar.automaton)
+            try:
+                lives.append(self._live(waiting, state))
+                states.append(state)
+            except Exception as error:               # of its grammar or its stop strings, as in _each
+                self._pages.depart(waiting.path, arrived=False)
+                self.emit(waiting, waiting.tokens[waiting.request.prompt.size :], of_this_row_alone(error), waiting.logprobs)
+        return lives, states
+
+    def _live(self, waiting: Waiting, state: int) -> Live:
+        request, params, guide, stop = waiting.request, waiting.request.params, waiting.guide, None
         if request.grammar is not None and not state and guide is None:
-            state = self._automata.place(request.grammar.automaton) if request.grammar.automaton is not None else 0
-            guide = None if state else request.grammar.start()
+            guide = request.grammar.start()
         if params.stop and request.grammar is None and self._tokenizer is not None:
             stop = StopStrings(self._tokenizer, params.stop)
             for token in waiting.tokens[request.prompt.size :].tolist():
                 stop.find(token)
         logprobs = waiting.logprobs if waiting.logprobs is not None or params.logprobs is None else []
-        return Live(waiting, guide, stop, logprobs), state
+        return Live(waiting, guide, stop, logprobs)
 
     def begin(self, rows: np.ndarray) -> None:
         """Append what grammars force before anything is sampled; that may be all."""
         r = self._rows
-        for row in rows[r.guided[rows]].tolist():
-            guide = r.live[row].guide
-            assert guide is not None, "a guided row has one"
-            self._follow(row, guide)
+        self._each(rows[r.guided[rows]], self._follow)
         held = rows[r.active[rows] & (r.state[rows] > 0)]
         if held.size:
             self._append_forced(held, least=1)
@@ -70,20 +92,24 @@ class Outputs:
     # --- results ---
 
     def retire(self, plan: StepPlan, tokens: np.ndarray, logprobs: dict[int, TokenLogprobs]) -> None:
-        """Take in a step's sampled tokens, int32 [S]; `logprobs` by index into them. Results of rows that left are dropped."""
+        """Take in a step's sampled tokens, int32 [S], -1: none; `logprobs` by index into them. Results of rows that left are
+        dropped."""
         r = self._rows
         rows = plan.rows[plan.sampled]
         current = r.active[rows] & (r.generation[rows] == plan.generations)
+        self._each(rows[current & (tokens < 0)], self._without_token)
+        current &= tokens >= 0
         rows, tokens = rows[current], tokens[current]
         r.tokens[rows, r.seen[rows]] = tokens
         r.seen[rows] += 1
         self.generated += rows.size
         ended = (tokens[:, None] == r.stop_ids[rows]).any(1)
         for i, entry in logprobs.items():
-            if current[i] and (kept := r.live[int(plan.rows[plan.sampled[i]])].logprobs) is not None:
+            row = int(plan.rows[plan.sampled[i]])
+            if current[i] and (kept := r.live[row].logprobs) is not None:
+                _fit(kept, int(r.seen[row] - r.prompt_len[row]) - 1)         # after tokens that were not sampled
                 kept.append(entry)
-        for row in rows[r.watched[rows] & ~ended].tolist():
-            self._watch(row)
+        self._each(rows[r.watched[rows] & ~ended], self._watch)
         by_automata = ~ended & (r.state[rows] > 0)
         if by_automata.any():
             self._step(rows[by_automata], tokens[by_automata])
@@ -97,32 +123,45 @@ class Outputs:
         """No more tokens come of these; those under a grammar end as it says."""
         r = self._rows
         bound = r.guided[rows] | (r.state[rows] > 0)
-        self.finish(rows[~bound].tolist(), reason)
-        for row in rows[bound].tolist():
-            self._settle(row)
+        self.finish(rows[~bound].tolist(), Ending(reason))
+        self._each(rows[bound], self._settle)
+
+    def _each(self, rows: np.ndarray, judge: Callable[[int], Ending | None]) -> None:
+        """End those of `rows` that `judge` has an ending for. What it raises comes of the row's own grammar or stop strings: that
+        row ends, and no other."""
+        for row in rows.tolist():
+            try:
+                ending = judge(row)
+            except Exception as error:
+                ending = of_this_row_alone(error)
+            if ending is not None:
+                self.finish([row], ending)
 
     def _take_back(self, rows: np.ndarray) -> None:
         """The token that each sampled last is not part of its output."""
-        r = self._rows
-        r.seen[rows] -= 1
-        for row in rows[r.special[rows]].tolist():
-            if kept := r.live[row].logprobs:
-                kept.pop()
+        self._rows.seen[rows] -= 1
 
     def _step(self, rows: np.ndarray, tokens: np.ndarray) -> None:
         """Take the rows' automata on by what the device has sampled, as it has done itself."""
         r = self._rows
         before = r.state[rows]
         after = self._automata.step(before, tokens)
-        self._take_back(rows[after < 0])                 # no number was left above -inf: the model's logits are broken
-        for row in rows[after < 0].tolist():
-            self._settle(row)
+        self._take_back(rows[after < 0])                 # a mask would have forbidden it
+        self._each(rows[after < 0], self._settle)
         rows, before, after = rows[after >= 0], before[after >= 0], after[after >= 0]
         without_choice = self._automata.chain_size[before] > 0
         r.forced[rows] += without_choice
         self.forced += int(without_choice.sum())
         r.state[rows] = after
         self._append_forced(rows, self._automata.jump)
+
+    def _without_token(self, row: int) -> Ending:
+        """No logit was above -inf."""
+        r, guide = self._rows, self._rows.live[row].guide
+        if guide is not None and (guide.error is not None or (guide.accepting and r.seen[row] < r.least[row])):
+            return self._settle(row)                     # it gave up, or allows the end alone, which min_tokens forbids
+        return Ending(FinishReason.ERROR, error="the model's logits are not numbers: its values are too large for engine.dtype "
+                      "(set engine.dtype=bfloat16), or its weights are broken")
 
     def _append_forced(self, rows: np.ndarray, least: int) -> None:
         """Append what their automata force, where that is `least` tokens or more, or the end; finish rows that are complete.
@@ -151,27 +190,27 @@ class Outputs:
         complete = automata.finished[r.state[rows]]
         done = rows[complete | (r.seen[rows] >= r.limit[rows])]
         valid = automata.final[r.state[done]] & automata.sound[r.state[done]]
-        self.finish(done[valid].tolist(), FinishReason.STOP)
-        for row in done[~valid].tolist():
-            self._settle(row)
+        self.finish(done[valid].tolist(), Ending(FinishReason.STOP))
+        self._each(done[~valid], self._settle)
 
-    def _watch(self, row: int) -> None:
-        """A row that the host must look at after each token: it has a guide or stop strings."""
+    def _watch(self, row: int) -> Ending | None:
+        """A row that the host must look at after each token: it has a guide or stop strings. Whether it ends there."""
         r = self._rows
         live = r.live[row]
         token = int(r.tokens[row, r.seen[row] - 1])
         if live.guide is not None:
             if live.guide.accept([token]):
-                self._follow(row, live.guide)
-            else:
-                self._take_back(np.array([row]))
-                self._settle(row)
-        elif live.stop is not None and (text := live.stop.find(token)) is not None and r.seen[row] >= r.least[row]:
-            self.finish([row], FinishReason.STOP, text=text)
+                return self._follow(row)
+            self._take_back(np.array([row]))
+            return self._settle(row)
+        if live.stop is not None and (text := live.stop.find(token)) is not None and r.seen[row] >= r.least[row]:
+            return Ending(FinishReason.STOP, text=text)
+        return None
 
-    def _follow(self, row: int, guide: Guide) -> None:
-        """Append the tokens that the grammar forces, with no forward pass of their own; finish where nothing may follow."""
-        r = self._rows
+    def _follow(self, row: int) -> Ending | None:
+        """Append the tokens that the grammar forces, with no forward pass of their own; the row ends where nothing may follow."""
+        r, guide = self._rows, self._rows.live[row].guide
+        assert guide is not None, "a guided row has one"
         if guide.error is None and not guide.finished:
             n = int(r.known[row])
             forced = np.array(guide.forced(), dtype=np.int32)[: int(r.limit[row]) - n]
@@ -182,11 +221,10 @@ class Outputs:
                 r.forced[row] += forced.size
                 self.forced += forced.size
                 self.generated += forced.size
-        if guide.error is not None or guide.finished or r.seen[row] >= r.limit[row]:
-            self._settle(row)
+        return self._settle(row) if guide.error is not None or guide.finished or r.seen[row] >= r.limit[row] else None
 
-    def _settle(self, row: int) -> None:
-        """End a row under a grammar: as it stands if that is valid, else trimmed and closed.
+    def _settle(self, row: int) -> Ending:
+        """How a row under a grammar ends: as it stands if that is valid, else trimmed and closed.
 
         What the grammar lets through may not pass the final check yet (numbers beyond a double); of most automata it is known to.
         """
@@ -195,24 +233,25 @@ class Outputs:
         assert grammar is not None
         may_end = bool(self._automata.final[state]) if guide is None else guide.error is None and guide.accepting
         if state and may_end and self._automata.sound[state]:
-            self.finish([row], FinishReason.STOP)
-            return
+            return Ending(FinishReason.STOP)
         produced = r.tokens[row, r.prompt_len[row] : r.seen[row]]
         budget = int(r.limit[row] - r.prompt_len[row])
         if grammar.min_tokens > budget:
             if may_end:
-                self.finish([row], FinishReason.STOP)
-            else:
-                self.finish([row], FinishReason.ERROR, error=f"the schema needs {grammar.min_tokens} tokens and there is room "
-                             f"for {budget}: raise max_tokens, or shorten the prompt")
-            return
+                return Ending(FinishReason.STOP)
+            return Ending(FinishReason.ERROR, error=f"the schema needs {grammar.min_tokens} tokens and there is room for "
+                          f"{budget}: raise max_tokens, or shorten the prompt")
         closed = grammar.close(produced.tolist(), budget)
         reason = FinishReason.STOP if np.array_equal(closed, produced) else FinishReason.LENGTH_CLOSED
+        if kept := r.live[row].logprobs:
+            least = min(closed.size, produced.size)
+            differs = np.flatnonzero(closed[:least] != produced[:least])
+            del kept[differs[0] if differs.size else least :]
         r.tokens[row, r.prompt_len[row] : r.prompt_len[row] + closed.size] = closed
         r.seen[row] = r.prompt_len[row] + closed.size
-        self.finish([row], reason)
+        return Ending(reason)
 
-    def finish(self, rows: Sequence[int], reason: FinishReason, text: str | None = None, error: str | None = None) -> None:
+    def finish(self, rows: Sequence[int], ending: Ending) -> None:
         """End running rows."""
         if not rows:
             return
@@ -221,11 +260,18 @@ class Outputs:
             live, output = r.live[row], r.tokens[row, r.prompt_len[row] : r.seen[row]].copy()
             self._predictor.observe(output.size)
             live.waiting.forced_tokens = int(r.forced[row])
-            self.emit(live.waiting, output, reason, text, error, live.logprobs)
+            self.emit(live.waiting, output, ending, live.logprobs)
         self._pages.leave(rows)
 
-    def emit(self, waiting: Waiting, output: np.ndarray, reason: FinishReason, text: str | None = None, error: str | None = None,
-             logprobs: list[TokenLogprobs] | None = None) -> None:
-        self._finished.append(Completion(waiting.request.id, output, reason, waiting.request.prompt.size,
-                                         waiting.cached_tokens or 0, waiting.forced_tokens, text, error, logprobs))
+    def emit(self, waiting: Waiting, output: np.ndarray, ending: Ending, logprobs: list[TokenLogprobs | None] | None) -> None:
+        if logprobs is not None:
+            _fit(logprobs, output.size)
+        self._finished.append(Completion(waiting.request.id, output, ending.reason, waiting.request.prompt.size,
+                                         waiting.cached_tokens or 0, waiting.forced_tokens, ending.text, ending.error, logprobs))
         self.done += 1
+
+
+def _fit(logprobs: list[TokenLogprobs | None], size: int) -> None:
+    """One for each of `size` tokens: less for what is no output, None where a token was not sampled."""
+    del logprobs[size:]
+    logprobs.extend([None] * (size - len(logprobs)))

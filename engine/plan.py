@@ -24,7 +24,7 @@ class Special:
 
 @dataclass(slots=True, eq=False)
 class StepPlan:
-    """One step: table rows [decode | rest], with one query each and with several."""
+    """One step: table rows [decode | rest], with one query each and with any number, mostly several."""
 
     rows: np.ndarray            # int32 [N]
     starts: np.ndarray          # int32 [N] position of the first query

@@ -12,6 +12,7 @@ from collections.abc import Hashable, Iterable
 
 import torch
 
+from engine.outputs import in_one_line
 from engine.plan import StepPlan
 from engine.request import Completion, EngineError
 from engine.scheduler import Scheduler
@@ -34,7 +35,7 @@ class Recovery:
         """`plan` did not run, no step is in flight. `where`: the traceback. Raises EngineError if fewer rows would not help."""
         scheduler = self._scheduler
         rows = [row for row in plan.rows.tolist() if scheduler.rows.active[row]]
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        reason = in_one_line(error)
         out_of_memory = _is_out_of_memory(error)
         if not out_of_memory and where not in self._logged:      # once for each place: a step is tried again many times
             self._logged.add(where)
@@ -49,7 +50,7 @@ class Recovery:
             self._blamed += 1
             if self._blamed > MOST_BLAMED:
                 raise EngineError(f"steps fail whichever row runs ({reason})") from error
-            scheduler.fail(rows[0], f"the engine failed on this row alone ({reason})")
+            scheduler.fail(rows[0], error)
         scheduler.evacuate()
 
     def ended(self, completions: Iterable[Completion]) -> None:
@@ -65,13 +66,13 @@ class Recovery:
         """What a step needs grows with its tokens, those of rows that decode among them, and with the rows that it samples."""
         scheduler = self._scheduler
         tokens = min(scheduler.max_step_tokens, max(MIN_STEP_TOKENS, plan.num_tokens // 2))
-        rows = min(scheduler.row_limit, tokens)
+        rows = min(self._fits, tokens)           # not of row_limit, which a row at fault may have lowered
         if tokens == scheduler.max_step_tokens:
             rows = max(1, min(rows, plan.rows.size) // 2)
-        if (rows, tokens) == (scheduler.row_limit, scheduler.max_step_tokens):
+        if (rows, tokens) == (self._fits, scheduler.max_step_tokens):
             raise EngineError(f"out of memory in a step of {plan.rows.size} row and {plan.num_tokens} tokens: lower "
                               f"engine.gpu_memory, or free the device of what else runs there ({reason})")
-        self._fits = scheduler.row_limit = rows
+        self._fits, scheduler.row_limit = rows, min(scheduler.row_limit, rows)
         scheduler.max_step_tokens = tokens
         if torch.cuda.is_available():
             torch.cuda.empty_cache()

@@ -101,7 +101,8 @@ class TokenLogprobs:
 
 @dataclass(slots=True)
 class Completion:
-    """One finished row. `tokens` holds no end token. `text` is set only where a stop string cut it."""
+    """One finished row. `tokens` holds no end token. `text` is set only where a stop string cut it. `logprobs`: one for each of
+    `tokens`, None where a grammar appended it and it was not sampled."""
 
     id: Hashable
     tokens: np.ndarray
@@ -111,7 +112,7 @@ class Completion:
     forced_tokens: int = 0           # tokens the grammar left no choice for
     text: str | None = None
     error: str | None = None
-    logprobs: list[TokenLogprobs] | None = None
+    logprobs: list[TokenLogprobs | None] | None = None
 
 
 @dataclass(frozen=True, slots=True)

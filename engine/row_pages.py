@@ -52,7 +52,8 @@ class RowPages:
     def _copy_tail(self, row: int, node: Node) -> int:
         """Take over the tokens after the last full page that a row before has computed too; returns how many.
 
-        The page copied from is held until the step is planned, so that none is both read and written by the step's copies.
+        The page copied from is held until the step is planned, so that none is both read and written by the step's copies. So a
+        row copies only if there are pages for all its tokens besides: else it might be that page that it waits for.
         """
         r = self._rows
         n = int(r.num_pages[row])
@@ -63,12 +64,11 @@ class RowPages:
         source = np.array([page], dtype=np.int32)
         self._pool.hold(source)
         try:
-            copy = self._pool.alloc(1)
+            self.grow(row, int(r.known[row]))
         except OutOfPages:
             self._pool.release(source)
             return 0
-        r.pages[row, n], r.num_pages[row] = copy[0], n + 1
-        self._copies[row] = page, int(copy[0])
+        self._copies[row] = page, int(r.pages[row, n])
         return same
 
     def grow_decodes(self, decode: np.ndarray) -> None:

@@ -8,7 +8,7 @@ Everything a kernel reads per row lives in one flat int32 tensor, so that a step
     rows, starts [R] each          the step at hand: table row and query position of each of its rows with one query
     shared       [R]               tokens of the prefix that a decode row of the step shares with its neighbours, and
     prefix_tiles [R / 8, 2]        the runs of such rows (kernels/ref.py, decode_attention); what is not used is 0
-    rest_rows, rest_starts [N]     table row and first query position of each of its rows with several queries,
+    rest_rows, rest_starts [N]     table row and first query position of each of its other rows, mostly with several queries,
     rest_cu_q    [N + 1]           where their queries stand among the rest's, and
     tiles        [M, 2]            the work list of prefill attention (kernels/ref.py, prefill_attention)
     ends         [R]               for each row that samples, where its last query stands among the step's tokens,
@@ -34,14 +34,14 @@ RING = 3     # pinned buffers in flight: the two steps of the overlap and the on
 
 
 def most_rest(tokens: int, max_rows: int, max_len: int) -> tuple[int, int]:
-    """Most rows with several queries, and tiles of them, among so many tokens, all but one with at least two; dummy rows that
-    fill up the tokens included."""
-    rows = min(max_rows, tokens // 2 + 1)
+    """Most rows of the rest, and tiles of them, among so many tokens; dummy rows that fill up the tokens included. Of a row whose
+    prefix is there up to its last token, one query alone is left."""
+    rows = min(max_rows, tokens)
     return rows + cdiv(tokens, max_len), next_power_of_2(rows + cdiv(tokens, ref.QUERY_TILE))
 
 
 class RowTable:
-    """max_step_tokens: the most queries that the rows with several have in a step."""
+    """max_step_tokens: the most queries that the rows of the rest have in a step."""
 
     def __init__(self, max_rows: int, max_len: int, page_size: int, device: torch.device, max_step_tokens: int) -> None:
         self.max_rows, self.max_len, self.page_size, self.device = max_rows, max_len, page_size, device
@@ -53,7 +53,8 @@ class RowTable:
                   "shared": (max_rows,), "prefix_tiles": (max(1, max_rows // 8), 2), "rest_rows": (rest,), "rest_starts": (rest,),
                   "rest_cu_q": (rest + 1,), "tiles": (tiles, 2), "ends": (max_rows,), "sampled_rows": (max_rows,),
                   "sampled_positions": (max_rows,), "grammar": (max_rows + 1,)}
-        total = sum(int(np.prod(shape)) for shape in shapes.values())
+        self.size = {name: int(np.prod(shape)) for name, shape in shapes.items()}
+        total = sum(self.size.values())
         if total >= 2**31:
             raise ValueError(f"engine.max_rows={max_rows} x engine.max_model_len={max_len} overflows the row table: lower one")
         self.state = torch.zeros(total, dtype=torch.int32, device=device)
@@ -61,9 +62,8 @@ class RowTable:
         self.width = {name: shape[-1] for name, shape in shapes.items()}
         views, at = {}, 0
         for name, shape in shapes.items():
-            size = int(np.prod(shape))
-            views[name], self.offset[name] = self.state[at : at + size].view(shape), at
-            at += size
+            views[name], self.offset[name] = self.state[at : at + self.size[name]].view(shape), at
+            at += self.size[name]
         self.tokens, self.block_table, self.params = views["tokens"], views["block_table"], views["params"]
         self.rows, self.starts, self.grammar = views["rows"], views["starts"], views["grammar"]
         self.shared, self.prefix_tiles = views["shared"], views["prefix_tiles"]
@@ -116,7 +116,10 @@ class RowTable:
         self._stage(self.offset["grammar"] + rows, np.ones(rows.size, dtype=np.int64), states)
 
     def _stage_heads(self, **arrays: np.ndarray) -> None:
-        """Each from the start of the tensor of its name."""
+        """Each from the start of the tensor of its name. Raises IndexError for one that would run into the next tensor."""
+        for name, array in arrays.items():
+            if array.size > self.size[name]:
+                raise IndexError(f"{array.size} values for the row table's {name}, which holds {self.size[name]}")
         self._stage(np.array([self.offset[name] for name in arrays]), np.array([array.size for array in arrays.values()]),
                     np.concatenate([array.ravel() for array in arrays.values()]))
 

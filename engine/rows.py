@@ -29,7 +29,7 @@ class Live:
     waiting: Waiting
     guide: Guide | None
     stop: StopStrings | None
-    logprobs: list[TokenLogprobs] | None
+    logprobs: list[TokenLogprobs | None] | None
     published: int = 0          # nodes of the path that it has offered or found computed
 
 

@@ -189,7 +189,7 @@ class Runner:
         return Step(plan, self._logits_of(self._last[:sampled]))
 
     def _stage_rest(self, plan: StepPlan, shape: Shape, tiles: np.ndarray) -> None:
-        """Stage the plan's rows with several queries; dummy rows make up for what the shape has more of."""
+        """Stage the rest of the plan's rows; dummy rows make up for what the shape has more of."""
         table, n = self.table, plan.num_decode
         rows, starts, counts = plan.rows[n:], plan.starts[n:], plan.counts[n:]
         spare = shape.tokens - int(counts.sum())

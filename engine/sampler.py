@@ -36,7 +36,8 @@ def sample(logits: Tensor, table: RowTable, rows: Tensor, positions: Tensor, spe
            masked: Tensor | None, automata: Automata | None) -> tuple[Tensor, LogprobsOut | None]:
     """logits [S, V] (changed in place), rows and positions int32 [S] -> tokens int32 [S], and log-probabilities where asked for.
 
-    mask: int32 [n, ceil(V / 32)] of the rows masked [n] (index into S). automata: None where no row is under one.
+    Tokens are -1 where nothing is above -inf. mask: int32 [n, ceil(V / 32)] of the rows masked [n] (index into S).
+    automata: None where no row is under one.
     """
     with_logprobs = [s for s in special if s.params.logprobs is not None]
     raw = logits[[s.index for s in with_logprobs]] if with_logprobs else None
@@ -51,7 +52,7 @@ def sample(logits: Tensor, table: RowTable, rows: Tensor, positions: Tensor, spe
         return tokens, None
     index = [s.index for s in with_logprobs]
     wanted = [s.params.logprobs or 0 for s in with_logprobs]
-    picked = tokens[index]
+    picked = tokens[index].clamp(min=0)      # -1 is none: see ref.sample
     return tokens, LogprobsOut(index, wanted, picked, *ops.logprobs(raw, picked, max(wanted)))
 
 

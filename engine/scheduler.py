@@ -17,7 +17,7 @@ from engine.admission import LengthPredictor, admissible
 from engine.automata import Automata
 from engine.block_pool import BlockPool, OutOfPages
 from engine.config import EngineConfig
-from engine.outputs import Outputs
+from engine.outputs import Ending, Outputs, of_this_row_alone
 from engine.plan import Special, StepPlan
 from engine.prefix_groups import PrefixGroups
 from engine.request import Completion, EngineStats, FinishReason, TokenLogprobs
@@ -78,8 +78,9 @@ class Scheduler:
         least = min(few, len(ready)) if self.live else 1         # alone, a request is always let in
         if not ready or (self.live and self._fitting(ready[:least]) < least):
             return
-        batch = [self._outputs.open(waiting) for waiting in self.window.take(max(self._fitting(ready), least))]
-        self._outputs.begin(self.rows.enter([live for live, _ in batch], [state for _, state in batch]))
+        batch, states = self._outputs.open(self.window.take(max(self._fitting(ready), least)))
+        if batch:
+            self._outputs.begin(self.rows.enter(batch, states))
 
     def _next(self, most: int, few: int) -> list[Waiting]:
         """The first waiting requests, as many as the next steps have room for, or `few`; none if the rows already fill these."""
@@ -261,9 +262,9 @@ class Scheduler:
     def finished(self) -> list[Completion]:
         return self._outputs.finished()
 
-    def fail(self, row: int, error: str) -> None:
-        """End a running row as ERROR."""
-        self._outputs.finish([row], FinishReason.ERROR, error=error)
+    def fail(self, row: int, error: Exception) -> None:
+        """End a running row that is to blame for `error`."""
+        self._outputs.finish([row], of_this_row_alone(error))
 
     def overdue(self, seconds: float) -> list[Hashable]:
         """Requests that were let in more than so many seconds ago and run still."""
@@ -274,11 +275,11 @@ class Scheduler:
         """End requests as ABORTED, with what they have produced; None: all."""
         wanted = None if ids is None else set(ids)
         running = [row for row, live in self.live.items() if wanted is None or live.waiting.request.id in wanted]
-        self._outputs.finish(running, FinishReason.ABORTED)
+        self._outputs.finish(running, Ending(FinishReason.ABORTED))
         for waiting in self.window.remove(wanted):
             self._pages.depart(waiting.path, arrived=False)
-            self._outputs.emit(waiting, waiting.tokens[waiting.request.prompt.size :], FinishReason.ABORTED,
-                               logprobs=waiting.logprobs)
+            self._outputs.emit(waiting, waiting.tokens[waiting.request.prompt.size :], Ending(FinishReason.ABORTED),
+                               waiting.logprobs)
 
     def stats(self, steps: int, graph_steps: int) -> EngineStats:
         pages, outputs = self._pages, self._outputs

@@ -24,7 +24,7 @@ class Waiting:
     state: int = 0                                       # of its automaton, where it has one
     cached_tokens: int | None = None
     forced_tokens: int = 0
-    logprobs: list[TokenLogprobs] | None = None
+    logprobs: list[TokenLogprobs | None] | None = None
     began: float = 0.0                                   # time.monotonic() when it was first let in
     key: bytes = b""                                     # until it is ordered: its tokens, the highest byte of each first
 

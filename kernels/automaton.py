@@ -39,7 +39,7 @@ def _advance_kernel(states, rows, sampled, table, next, classes, V, n, BLOCK: tl
     row = tl.load(rows + i, mask=inside, other=0)
     state = tl.load(states + row, mask=inside, other=0)
     live = state > 0
-    token = tl.load(sampled + i, mask=live, other=0)
+    token = tl.maximum(tl.load(sampled + i, mask=live, other=0), 0)
     line = table + state * COLUMNS
     kind = tl.load(classes + tl.load(line + CLASSES, mask=live, other=0).to(tl.int64) * V + token, mask=live, other=0)
     after = tl.load(next + tl.load(line + NEXT, mask=live, other=0) + kind, mask=live, other=0)

@@ -47,8 +47,11 @@ def expand(tokens: Tensor, block_table: Tensor, rows: Tensor, starts: Tensor, cu
 
 
 def commit(tokens: Tensor, rows: Tensor, positions: Tensor, sampled: Tensor, out: Tensor) -> None:
-    """Write sampled[i] to tokens[rows[i], positions[i] + 1] and to out[i]; positions: of the tokens sampled from."""
-    tokens[rows.long(), positions.long() + 1] = sampled
+    """Write sampled[i] to tokens[rows[i], positions[i] + 1] and to out[i]; positions: of the tokens sampled from.
+
+    Of -1, which is no token, tokens gets 0: steps in flight look it up.
+    """
+    tokens[rows.long(), positions.long() + 1] = sampled.clamp(min=0)
     out.copy_(sampled)
 
 
@@ -393,13 +396,13 @@ def mask_by_state(logits: Tensor, states: Tensor, rows: Tensor, table: Tensor, m
 
 
 def advance(states: Tensor, rows: Tensor, sampled: Tensor, table: Tensor, next: Tensor, classes: Tensor) -> None:
-    """Move states[rows[i]] on by the token sampled[i], in place; 0 stays, and what is not allowed leads to 0.
+    """Move states[rows[i]] on by the token sampled[i], -1 as 0, in place; 0 stays, and what is not allowed leads to 0.
 
     next: flat [...], of each state and class the next state, or -1; classes: int16 [G, V], of each token. Rows must not repeat.
     """
     state = states[rows.long()].long()
     line = table[state]
-    kind = classes[line[:, STATE_CLASSES].long(), sampled.long()]
+    kind = classes[line[:, STATE_CLASSES].long(), sampled.long().clamp(min=0)]
     after = next[(line[:, STATE_NEXT] + kind).long()].clamp(min=0)
     states[rows.long()] = torch.where(state > 0, after, 0)
 
@@ -472,7 +475,7 @@ def uniform(key: Tensor, column: Tensor) -> Tensor:
 def sample(logits: Tensor, params: Tensor, rows: Tensor, positions: Tensor) -> Tensor:
     """Sample one token a row -> int32 [N]. logits [N, V], any float type; params [R, 8]; positions: of the token sampled from.
 
-    NaN counts as -inf; a row with nothing above -inf gives 0. temperature below COLDEST: the first largest logit. Otherwise the
+    NaN counts as -inf; a row with nothing above -inf gives -1. temperature below COLDEST: the first largest logit. Otherwise the
     filters keep: of the tokens at least min_p times as likely as the likeliest, those that reach the k-th largest logit (top_k,
     0: all), and of these the fewest likeliest that reach top_p of their mass; what ties stays or goes together. Of what is kept,
     the argmax of logit / temperature + Gumbel noise.
@@ -482,9 +485,9 @@ def sample(logits: Tensor, params: Tensor, rows: Tensor, positions: Tensor) -> T
     largest, out = logits.max(-1)
     if bool(largest.isnan().any()):
         logits = logits.masked_fill(logits.isnan(), NEG_INF)
-        out = logits.argmax(-1)
-    out = out.int()
-    hot = (real[:, TEMPERATURE] >= COLDEST).nonzero().flatten().tolist()
+        largest, out = logits.max(-1)
+    out = out.int().masked_fill(largest == NEG_INF, -1)
+    hot = ((real[:, TEMPERATURE] >= COLDEST) & (largest > NEG_INF)).nonzero().flatten().tolist()
     if hot:
         keys = noise_key(table[:, SEED_LOW], table[:, SEED_HIGH], positions)
         top_k = table[:, TOP_K].tolist()

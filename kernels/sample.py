@@ -114,9 +114,9 @@ def _kth_largest(logits, V, k, lanes, top, BLOCK: tl.constexpr, ZEROS: tl.conste
 
 @triton.jit
 def _draw(logits, V, floor, below, shift, scale, key, second_key, BLOCK: tl.constexpr):
-    """The column with the largest (x - shift) * scale + Gumbel noise among below < x, floor <= x; 0 if there is none."""
+    """The column with the largest (x - shift) * scale + Gumbel noise among below < x, floor <= x; -1 if there is none."""
     best = tl.full([], NEG_INF, tl.float32)
-    token = tl.zeros([], tl.int32)
+    token = tl.full([], -1, tl.int32)
     for start in range(0, V, BLOCK):
         column = start + tl.arange(0, BLOCK)
         x = tl.load(logits + column, mask=column < V, other=NEG_INF).to(tl.float32)
@@ -158,7 +158,8 @@ def _sample_kernel(logits, table, rows, positions, out, logits_stride, V, ZEROS:
     token = tl.zeros([], tl.int32)
     if temperature < COLDEST:
         lanes, at = _lane_maxima(logits, V, BLOCK)
-        token = tl.min(tl.where(lanes == tl.max(lanes, 0), at, V), 0)
+        largest = tl.max(lanes, 0)
+        token = tl.where(largest > NEG_INF, tl.min(tl.where(lanes == largest, at, V), 0), -1)
     else:
         scale = 1.0 / temperature
         key = tl.load(table + SEED_LOW).to(tl.uint32) ^ _hash32(tl.load(positions + i).to(tl.uint32))
@@ -181,11 +182,11 @@ def _sample_kernel(logits, table, rows, positions, out, logits_stride, V, ZEROS:
         shift = tl.where(tl.abs(top) < float("inf"), top, 0.0)
         token = _draw(logits, V, floor, NEG_INF, shift, scale, key, second_key, BLOCK)
         if top_p < 1.0:
-            value = tl.load(logits + token).to(tl.float32)
+            value = tl.load(logits + tl.maximum(token, 0)).to(tl.float32)
             above, total = _mass(logits, V, floor, value, top, scale, BLOCK)
             while (above >= top_p * total) & (value < top):
                 token = _draw(logits, V, floor, value, shift, scale, key, second_key, BLOCK)
-                value = tl.load(logits + token).to(tl.float32)
+                value = tl.load(logits + tl.maximum(token, 0)).to(tl.float32)
                 above, total = _mass(logits, V, floor, value, top, scale, BLOCK)
     tl.store(out + i, token)
 

@@ -63,7 +63,7 @@ def _commit_kernel(tokens, rows, positions, sampled, out, tokens_stride, n, BLOC
     token = tl.load(sampled + i, mask=inside)
     row = tl.load(rows + i, mask=inside, other=0).to(tl.int64)
     position = tl.load(positions + i, mask=inside, other=0)
-    tl.store(tokens + row * tokens_stride + position + 1, token, mask=inside)
+    tl.store(tokens + row * tokens_stride + position + 1, tl.maximum(token, 0), mask=inside)
     tl.store(out + i, token, mask=inside)
 
 

@@ -188,11 +188,12 @@ def check_commit(kernels: ModuleType, device: str, n: int) -> None:
     rows[max(n - 3, 1) :] = n + 1
     positions, sampled = torch.randint(0, 49, (n,)).int(), torch.randint(0, 10**5, (n,)).int()
     positions[max(n - 3, 1) :] = 0
+    sampled[0] = -1
     state, out = tokens.to(device), torch.full((n,), UNTOUCHED, dtype=torch.int32, device=device)
     kernels.commit(state, rows.to(device), positions.to(device), sampled.to(device), out)
     assert torch.equal(out.cpu(), sampled)
     for row, position, token in zip(rows.tolist(), positions.tolist(), sampled.tolist(), strict=True):
-        tokens[row, position + 1] = token
+        tokens[row, position + 1] = max(token, 0)
     assert torch.equal(state.cpu()[: n + 1], tokens[: n + 1])
 
 
@@ -248,7 +249,7 @@ def sample64(logits: Tensor, table: Tensor, rows: Tensor, positions: Tensor) -> 
             kept = kept64(x, int(table[row, ref.TOP_K]), top_p, min_p)
             u = ref.uniform(ref.noise_key(table[row, ref.SEED_LOW], table[row, ref.SEED_HIGH], positions[i]), column).double()
             x = (x - torch.log(-torch.log(u))).masked_fill(~kept, ref.NEG_INF)
-        out.append(int(x.argmax()))
+        out.append(int(x.argmax()) if bool((x > ref.NEG_INF).any()) else -1)
     return out
 
 
@@ -299,7 +300,7 @@ def check_automaton(kernels: ModuleType, like: Tensor, n: int, width: int) -> No
         table, steps = torch.cat([table, line]), torch.cat([steps, torch.randint(-1, 4, (sizes[kind],)).int()])
     states = torch.randint(0, 4, (rows_of_table,)).int()
     rows = torch.randperm(rows_of_table)[:n].int()
-    sampled = torch.randint(0, width, (n,)).int()
+    sampled = torch.randint(-1, width, (n,)).int()
     logits = randn(n, width + 16, like=like)[:, :width]
     want, after = logits.cpu().clone(), states.clone()
     for i, row in enumerate(rows.tolist()):
@@ -308,7 +309,7 @@ def check_automaton(kernels: ModuleType, like: Tensor, n: int, width: int) -> No
         mask, first, kind, _ = table[state].tolist()
         allowed = (masks[mask][:, None] >> torch.arange(32)).flatten()[:width] & 1
         want[i] = want[i].masked_fill(allowed == 0, ref.NEG_INF)
-        after[row] = max(0, int(steps[first + int(classes[kind, int(sampled[i])])]))
+        after[row] = max(0, int(steps[first + int(classes[kind, max(0, int(sampled[i]))])]))
     device = like.device
     states, rows, table = states.to(device), rows.to(device), table.to(device)
     kernels.mask_by_state(logits, states, rows, table, masks.to(device))

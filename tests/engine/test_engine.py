@@ -118,6 +118,21 @@ def test_late_arrivals_do_not_disturb_running_rows(alone: tuple[Path, dict]) -> 
 # --- prefixes ---
 
 
+@pytest.mark.parametrize("same", [32, 33])
+def test_rows_with_one_token_left_to_compute_fill_a_step(llama: Path, same: int) -> None:
+    """As many as there are rows, which share full pages and begin with their last token, and no more tokens to a step."""
+    stem = random_prompts(1, seed=7, shortest=same, longest=same)[0]
+    prompts = [[*stem, *range(i, i + 33 - same)] for i in range(48)]
+    params = [SamplingParams(max_tokens=4 + i % 9, temperature=1.0, seed=i, ignore_eos=True) for i in range(48)]
+    requests = make_requests(prompts, params)
+    with running(llama, prefix_sharing=False, max_step_tokens=256) as engine:
+        want = tokens_of(finish(engine, requests))
+    with running(llama, max_rows=16, max_step_tokens=16) as engine:
+        done = finish(engine, requests)
+        assert engine.stats().preemptions == 0
+    assert tokens_of(done) == want
+
+
 @pytest.mark.parametrize("length, expected", [(16, [0] * 5), (17, [0] + [16] * 4), (48, [0, 32, 47, 47, 47]),
                                               (50, [0] + [48] * 4)])
 def test_equal_prompts_share_all_but_the_last_token(llama: Path, length: int, expected: list[int]) -> None:
@@ -180,6 +195,19 @@ def test_one_token_of_one_token(llama: Path) -> None:
         done = finish(engine, make_requests([[5], [6]], SamplingParams(max_tokens=1)))
     assert [c.tokens.size for c in done.values()] == [1, 1]
     assert {c.finish_reason for c in done.values()} == {FinishReason.LENGTH}
+
+
+def test_a_row_alone_that_copies_a_page_has_pages_to_run(llama: Path) -> None:
+    """Two long questions about one document, in a pool for one row: there is no room for the page that it would copy."""
+    prompts = random_prompts(2, seed=21, shortest=40, longest=40)
+    prompts = [[*range(205), *prompt] for prompt in prompts]
+    params = SamplingParams(max_tokens=5, ignore_eos=True)
+    with running(llama, prefix_sharing=False) as engine:
+        want = tokens_of(finish(engine, make_requests(prompts, params)))
+    with running(llama, max_rows=1) as engine:
+        done = finish(engine, make_requests(prompts, params))
+    assert tokens_of(done) == want
+    assert sorted(c.cached_tokens for c in done.values()) == [0, 192]
 
 
 # --- aborts ---

@@ -15,10 +15,11 @@ from models import TURN_END, VOCAB, tiny_checkpoint, tiny_tokenizer
 
 from engine import recovery
 from engine.engine import Engine
-from engine.guided.llg import LLGuidanceBackend
+from engine.guided.llg import LLGrammar, LLGuidanceBackend, LLGuide
 from engine.plan import StepPlan
 from engine.request import EngineError, FinishReason, Request, SamplingParams
 from engine.runner import Runner
+from engine.stop_strings import StopStrings
 
 
 @pytest.fixture(scope="module")
@@ -104,6 +105,17 @@ def test_out_of_memory_lowers_the_tokens_of_a_step(llama: Path, monkeypatch: pyt
     assert len(sizes) == 2      # 64 tokens, 32, 16
 
 
+def test_out_of_memory_while_a_row_at_fault_is_searched_costs_no_rows_for_good(
+        work: Work, monkeypatch: pytest.MonkeyPatch, fail: Callable) -> None:
+    monkeypatch.setattr(recovery, "MIN_STEP_TOKENS", 16)
+    errors = [out_of_memory(), RuntimeError("once")]            # of a step of all rows, and of the next one
+    fail("launch_sample", lambda plan: len(errors) == 1 or (len(errors) == 2 and plan.rows.size == 8), errors.pop)
+    with work.running() as engine:
+        assert tokens_of(finish(engine, work.requests)) == work.want
+        assert engine._scheduler.row_limit == 8
+    assert not errors
+
+
 def test_out_of_memory_with_nothing_left_to_lower_ends_the_engine(llama: Path, fail: Callable) -> None:
     fail("launch_forward", lambda plan: True, out_of_memory)
     with running(llama) as engine:
@@ -149,6 +161,35 @@ def test_steps_that_always_fail_end_the_engine(llama: Path, monkeypatch: pytest.
             engine.submit(request)
         with pytest.raises(EngineError, match=r"steps fail whichever row runs \(RuntimeError: a bug\)"):
             step_until_done(engine)
+
+
+@pytest.mark.parametrize("owner, part, failing", [
+    (LLGrammar, "start", "guided"), (LLGuide, "accept", "guided"), (LLGuide, "forced", "guided"), (LLGrammar, "close", "guided"),
+    (StopStrings, "find", "stop"),
+])
+def test_a_grammar_or_stop_string_that_fails_ends_its_row_alone(work: Work, monkeypatch: pytest.MonkeyPatch, owner: type,
+                                                                part: str, failing: str) -> None:
+    grammar = work.backend.compile_schema({"type": "object", "properties": {"a": {"type": "string"}}, "required": ["a"]})
+    grammar.automaton = None
+    requests = mixed_requests(6)
+    requests += [Request(f"guided {i}", np.array([5] * 40 + [i]), SamplingParams(max_tokens=12, temperature=1.0, seed=i), grammar)
+                 for i in range(2)]
+    requests += [Request(f"stop {i}", np.array([5] * 40 + [i]), SamplingParams(max_tokens=12, ignore_eos=True, stop=("never",)))
+                 for i in range(2)]
+    with running(work.model, guided=work.backend, tokenizer=tiny_tokenizer()) as engine:
+        want = tokens_of(finish(engine, requests))
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("no\nidea")
+
+    monkeypatch.setattr(owner, part, fail)
+    with running(work.model, guided=work.backend, tokenizer=tiny_tokenizer()) as engine:
+        done = finish(engine, requests)
+    failed = {name for name, completion in done.items() if completion.finish_reason is FinishReason.ERROR}
+    assert failed == {f"{failing} 0", f"{failing} 1"}
+    assert {done[name].error for name in failed} == {"the engine failed on this row alone (RuntimeError: no idea)"}
+    assert {name: row for name, row in tokens_of(done).items() if name not in failed} == {
+        name: row for name, row in want.items() if name not in failed}
 
 
 def step_until_done(engine: Engine) -> None:

@@ -113,6 +113,13 @@ def test_the_dummy_row_points_at_the_dummy_page() -> None:
     assert table.block_table[table.dummy].tolist() == [0, 0, 0]
 
 
+def test_nothing_is_staged_past_the_end_of_its_tensor() -> None:
+    table = RowTable(2, 16, 16, CPU, 64)
+    rows = np.zeros(len(table.rest_rows) + 1, dtype=np.int32)
+    with pytest.raises(IndexError, match=r"^7 values for the row table's rest_rows, which holds 6$"):
+        table.stage_rest(rows, *[rows[:1]] * 4)
+
+
 def test_a_table_beyond_32_bit_offsets_is_refused() -> None:
     with pytest.raises(ValueError, match=r"engine\.max_rows=100000 x engine\.max_model_len=100000 overflows"):
         RowTable(100_000, 100_000, 32, torch.device("meta"), 64)

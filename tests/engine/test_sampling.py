@@ -11,15 +11,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from engine_cases import finish, make_requests, random_prompts, running
+from engine_cases import finish, make_requests, mixed_requests, random_prompts, running
 from hypothesis import given
 from hypothesis import strategies as st
 from kernel_cases import chi_square_holds, kept64
-from models import VOCAB, load_reference, tiny_checkpoint, tiny_tokenizer
-from transformers import MinNewTokensLengthLogitsProcessor, RepetitionPenaltyLogitsProcessor
+from models import TURN_END, VOCAB, load_reference, tiny_checkpoint, tiny_tokenizer
+from tokenizers import Tokenizer, decoders
+from tokenizers.models import BPE
+from transformers import MinNewTokensLengthLogitsProcessor, PreTrainedTokenizerFast, RepetitionPenaltyLogitsProcessor
 
 from engine.engine import Engine
-from engine.request import Completion, FinishReason, SamplingParams
+from engine.guided.llg import LLGuidanceBackend
+from engine.request import Completion, FinishReason, Request, SamplingParams
 from engine.stop_strings import StopStrings
 
 TOKENIZER = tiny_tokenizer()
@@ -131,6 +134,47 @@ def test_noise_depends_on_seed_and_position(engine: Engine) -> None:
     assert rest.tokens.tolist() == one[12:]
 
 
+# --- no token at all ---
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_rows_whose_logits_are_not_numbers_end_as_errors(model: Path, depth: int) -> None:
+    """Alone, and with what they had: greedy and sampled, with penalties and log-probabilities, by an automaton and by a guide."""
+    backend = LLGuidanceBackend(TOKENIZER, VOCAB, [TURN_END])
+    requests = [*mixed_requests(6), *(Request(6 + i, np.array([i]), SamplingParams(max_tokens=30)) for i in range(4))]
+    for request in requests[-2:]:
+        request.grammar = backend.compile_schema({"enum": ["billing", "delivery"]})
+    requests[-1].grammar.automaton = None
+    with running(model, guided=backend, depth=depth) as engine:
+        want = finish(engine, requests)
+        project, broken = engine._runner.model.logits, []
+
+        def logits(hidden: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:
+            logits = project(hidden, out)
+            rows = engine._table.sampled_rows[: len(logits)].tolist()
+            for i, row in enumerate(rows):
+                if row in engine._scheduler.live:
+                    name = engine._scheduler.live[row].waiting.request.id
+                    if name % 2 and engine._scheduler.rows.seen[row] > engine._scheduler.rows.prompt_len[row]:
+                        logits[i] = float("nan")
+                        broken.append(name)
+            return logits
+
+        engine._runner.model.logits = logits
+        done = finish(engine, requests)
+    assert set(broken) == {1, 3, 5, 7, 9}
+    for name, completion in done.items():
+        if name in broken:
+            assert completion.finish_reason is FinishReason.ERROR
+            assert "the model's logits are not numbers" in completion.error
+            assert "engine.dtype=bfloat16" in completion.error
+            assert 1 <= completion.tokens.size < want[name].tokens.size
+        else:
+            assert completion.error is None
+            assert completion.tokens.size == want[name].tokens.size
+        assert completion.tokens.tolist() == want[name].tokens.tolist()[: completion.tokens.size]
+
+
 # --- log-probabilities ---
 
 
@@ -209,6 +253,28 @@ def test_stop_strings_are_found_as_soon_as_they_stand(text: str, stop: list[str]
             found = find(byte)
         cut = [at for s in stop if (at := text[:length].find(s)) >= 0]
         assert found == (text[: min(cut)] if cut else None)
+        if cut:
+            return
+
+
+def byte_fallback_tokenizer() -> PreTrainedTokenizerFast:
+    """As those of Mistral and Llama 2: a byte that makes no character spoils the others of its run."""
+    pieces = ["<s>", "<0x0A>", "<0xC3>", "<0xA9>", "\u2581", "\u2581a", "a", "b"]
+    tokenizer = Tokenizer(BPE({piece: i for i, piece in enumerate(pieces)}, [], byte_fallback=True))
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(),
+                                           decoders.Strip(" ", 1, 0)])
+    tokenizer.add_special_tokens(["<s>"])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+
+
+@given(tokens=st.lists(st.integers(0, 7), max_size=20), stop=st.lists(st.text(" ab\né", min_size=1, max_size=3), min_size=1))
+def test_stop_strings_are_those_of_the_decoded_output(tokens: list[int], stop: list[str]) -> None:
+    tokenizer = byte_fallback_tokenizer()
+    find = StopStrings(tokenizer, tuple(stop)).find
+    for length in range(1, len(tokens) + 1):
+        text = tokenizer.decode(tokens[:length], skip_special_tokens=True)
+        cut = [] if text.endswith("\ufffd") else [at for s in stop if (at := text.find(s)) >= 0]
+        assert find(tokens[length - 1]) == (text[: min(cut)] if cut else None)
         if cut:
             return
 

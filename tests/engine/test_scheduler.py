@@ -465,8 +465,12 @@ class Trace:
             assert (got.error is not None) == (want.finish_reason is FinishReason.ERROR)
         if job.request.params.logprobs is None:
             assert got.logprobs is None
-        elif job.script is None:
-            assert [entry.token for entry in got.logprobs or ()] == got.tokens.tolist(), "one entry for each token that is kept"
+            return
+        entries = got.logprobs or []                     # None where it never ran
+        for entry, token in zip(entries, got.tokens.tolist(), strict=True):
+            assert entry is None or entry.token == token, "each token has its own"
+        if got.finish_reason is not FinishReason.LENGTH_CLOSED:
+            assert entries.count(None) <= got.forced_tokens, "only what is forced is not sampled"
 
     def check_end(self) -> None:
         assert sorted(self.done) == list(range(len(self.jobs)))
@@ -502,6 +506,7 @@ settings_strategy = st.builds(
 @given(setting=settings_strategy, seed=st.integers(0, 2**32 - 1))
 @example(setting=Setting(jobs=34, max_rows=3, max_len=45, spare_pages=0, spare_tokens=14, depth=1, window=25, sharing=True),
          seed=34)       # a row takes its prefix, and then there is no page for it to run
+@example(setting=Setting(jobs=3, max_rows=1, max_len=12, spare_pages=0), seed=18)      # all but the page that a row copies from
 def test_random_traces(setting: Setting, seed: int) -> None:
     Trace(setting, seed).run()
 
