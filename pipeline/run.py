@@ -31,9 +31,11 @@ GROUPS = tuple(sorted(p.name for p in CONF.iterdir() if p.is_dir() and not p.nam
 TEXT_KEYS = ("data", "out", "output.dir", "output.spool", "model.source", "model.tokenizer", "model.chat_template",
              "task.prompt", "task.system", "task.schema", "task.guided_json", "task.guided_regex", "task.tools",
              "task.tool_choice")  # fmt: skip
+LIST_KEYS = ("data", "task.schema", "task.guided_json", "task.tools")  # of these, those that a list may stand for
 OPEN_KEYS = ("input.columns.", "task.schema.", "task.guided_json.")  # mappings whose keys are the user's own
 
 _TASK_FILE = re.compile(r"task=.*\.ya?ml$")
+_QUOTED = re.compile(r"""(['"])(?:\\.|(?!\1).)*\1""", re.DOTALL)  # by the user, for Hydra
 
 HELP = """\
 Label or generate for every row of a data set, and write whole Parquet shards.
@@ -197,7 +199,8 @@ def _normalise(word: str) -> str:
     if key == "model" and value not in choices("model") and re.search(r"[/:]|\.gguf$", value):
         key, value = "model.source", value
     bare = key.lstrip("+")
-    if bare in TEXT_KEYS and value and value != "null" and value[0] not in "'\"[":
+    as_is = _QUOTED.fullmatch(value) or value in ("", "null") or (bare in LIST_KEYS and value.startswith("["))
+    if bare in TEXT_KEYS and not as_is:
         value = "'" + re.sub(r"(\\*)'", r"\1\1\\'", value) + "'"
     if bare.startswith(OPEN_KEYS):
         key = "++" + bare

@@ -64,9 +64,16 @@ def test_model_takes_any_source(source: str) -> None:
     assert read_config([f"model={source}"]).model.source == source
 
 
-def test_a_template_needs_no_quoting() -> None:
-    prompt = "Say '{{ text }}': {% if x %}[a, b]{% endif %} = $5"
+@pytest.mark.parametrize("prompt", ["Say '{{ text }}': {% if x %}[a, b]{% endif %} = $5", "[{{ channel }}] {{ text }}", "[a]",
+                                    "'{{ text }}': is it good?", '"{{ a }}" or "{{ b }}"', "'tis {{ text }}"])  # fmt: skip
+def test_a_template_needs_no_quoting(prompt: str) -> None:
     assert read_config(["data=x.csv", f"task.prompt={prompt}"]).task.prompt == prompt
+    assert read_config(["data=x.csv", f"task.guided_regex={prompt}"]).task.guided_regex == prompt
+
+
+@pytest.mark.parametrize("word", ["'a, b'", '"a, b"'])
+def test_a_template_may_be_quoted(word: str) -> None:
+    assert read_config(["data=x.csv", f"task.prompt={word}"]).task.prompt == "a, b"
 
 
 @pytest.mark.parametrize("name", ["message", "token"])
