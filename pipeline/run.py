@@ -18,7 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import GrammarParseError, InterpolationResolutionError, OmegaConfBaseException
 from pydantic import BaseModel
 
-from pipeline.config import RunConfig, check, did_you_mean, unknown_key
+from pipeline.config import RunConfig, check, did_you_mean, known_keys, unknown_key
 from pipeline.exits import ConfigError, Exit, JobError
 
 if TYPE_CHECKING:
@@ -146,6 +146,7 @@ def _words_as_booleans(schema: Any) -> bool:
 def compose_tree(name: str, words: Sequence[str], model: type[BaseModel]) -> dict[str, Any]:
     """conf/NAME.yaml under the overrides `words`, as plain values for `model` to check. Raises ConfigError with one line."""
     files = [word.partition("=")[2] for word in words if _TASK_FILE.match(word)]
+    words = [_added(word, set(known_keys(model))) for word in words]
     OmegaConf.register_new_resolver("package", lambda path: str(HOME / path), replace=True)
     try:
         with initialize_config_dir(str(CONF), version_base="1.3", job_name="gristmill"):
@@ -153,6 +154,12 @@ def compose_tree(name: str, words: Sequence[str], model: type[BaseModel]) -> dic
         return OmegaConf.to_container(tree, resolve=True, throw_on_missing=True)  # type: ignore[return-value]
     except (HydraException, OmegaConfBaseException, ValueError) as error:
         raise _explain(error, words, model) from None
+
+
+def _added(word: str, known: set[str]) -> str:
+    """A key that the configuration knows may be set also where a file of the user's own in conf/ does not list it."""
+    key = word.lstrip("+").partition("=")[0]
+    return f"++{word.lstrip('+')}" if "." in key and key in known else word
 
 
 def given_keys(words: Sequence[str]) -> set[str]:
@@ -230,9 +237,10 @@ def _explain(error: Exception, words: Sequence[str], model: type[BaseModel]) -> 
     if unknown := re.search(r"Could not override '(.+?)'", text):
         return unknown_key(unknown.group(1), model)
     if isinstance(error, OverrideParseException):
-        return ConfigError(f"{error.override}: cannot be read ({text.splitlines()[0]}); quote the value: KEY=\"'VALUE'\"")
+        word = str(error.override).lstrip("+")
+        return ConfigError(f"{word}: cannot be read ({text.splitlines()[0]}); quote the value: KEY=\"'VALUE'\"")
     if ambiguous := re.search(r"Ambiguous value for argument '(.+?)'", text):
-        key, _, value = ambiguous.group(1).partition("=")
+        key, _, value = ambiguous.group(1).lstrip("+").partition("=")
         return ConfigError(
             f"{key}={value}: a comma makes a list of runs; write '{key}=[{value}]' for a list or {key}=\"'{value}'\" for text"
         )

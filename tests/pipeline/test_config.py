@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from pathlib import Path
 
 import pytest
@@ -125,6 +126,18 @@ def test_a_task_may_be_a_file_of_ones_own(tmp_path: Path) -> None:
     assert (config.task.name, config.task.system, config.task.prompt) == ("tickets", "Label tickets.", "Say {{ body }}")
     assert config.effective_sampling.max_tokens == 7
     assert config.output.dir == "out/tickets-smollm2-x"
+
+
+def test_a_file_in_conf_need_not_list_every_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(CONF, tmp_path / "conf")
+    (tmp_path / "conf/task/tickets.yaml").write_text("name: tickets\nprompt: '{{ body }}'\n")
+    (tmp_path / "conf/model/mine.yaml").write_text("source: org/mine\n")
+    monkeypatch.setattr("pipeline.run.CONF", tmp_path / "conf")
+    words = ["task.guided_choice=[a,b]", "task.sampling.max_tokens=7", "model.tokenizer=org/other"]
+    config = read_config(["data=x.csv", "task=tickets", "model=mine", *words])
+    assert (config.task.guided_choice, config.task.sampling.max_tokens, config.model.tokenizer) == (["a", "b"], 7, "org/other")
+    with pytest.raises(ConfigError, match=r"task.systm: no such key; did you mean task.system\?"):
+        read_config(["data=x.csv", "task=tickets", "task.systm=x"])
 
 
 @pytest.mark.parametrize("text, line", [
