@@ -15,6 +15,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
@@ -646,6 +647,15 @@ def test_memory_does_not_grow_with_the_input(tmp_path: Path, table: Any) -> None
     print(f"peak memory: {peaks} GiB")
     assert peaks[1] < peaks[0] + 0.15, peaks
     assert peaks[1] < 0.7
+
+
+def test_the_benchmark_of_the_host_runs_a_job(run: Run, table: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from jobs.bench.host import InstantEngine
+    from tests.pipeline.scripted_engine import ScriptedModel
+
+    answer = np.frombuffer(b"yes", dtype=np.uint8).astype(np.int32)
+    monkeypatch.setattr(ScriptedModel, "load", lambda self, progress: InstantEngine(answer, 4096))
+    assert [row["text"] for row in run(f"data={table(prompt=['a', 'b'])}").rows()] == ["yes", "yes"]
 
 
 def test_dry_run_prints_the_plan_and_writes_nothing(run: Run, table: Any) -> None:
