@@ -119,14 +119,13 @@ class RunFolder:
         done = self.committed(self._replaced())
         return mark == self._mark({self.plan.shards[index].name: info.generation for index, info in done.items()})
 
-    def manifest(self) -> dict[str, Any]:
-        """Check every part's footer and sum up. ShardsMissing (exit 3) says how many and which."""
+    def manifest(self, remedy: str = "run the same command again to compute them") -> dict[str, Any]:
+        """Check every part's footer and sum up. ShardsMissing (exit 3) says how many and which, and the remedy."""
         done = self.committed()
         missing = [shard.index for shard in self.plan.shards if shard.index not in done]
         if missing:
             some = ", ".join(map(str, missing[:10])) + (", ..." if len(missing) > 10 else "")
-            raise ShardsMissing(f"{len(missing)} of {len(self.plan.shards)} shards of {self.out} are missing ({some}): "
-                                "run the same command again to compute them")
+            raise ShardsMissing(f"{len(missing)} of {len(self.plan.shards)} shards of {self.out} are missing ({some}): {remedy}")
         statuses: Counter[str] = sum((info.statuses for info in done.values()), Counter())
         return {
             "format": FORMAT,
