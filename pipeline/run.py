@@ -253,6 +253,9 @@ def _explain(error: Exception, words: Sequence[str], model: type[BaseModel]) -> 
 
 
 def _reference(key: str, error: Exception) -> ConfigError:
+    if variable := re.search(r"Environment variable '(\w+)' not found", str(error)):
+        slurm = "; cluster=slurm is for tasks of `sbatch --array=0-N`" if variable[1].startswith("SLURM_") else ""
+        return ConfigError(f"{key}: {variable[1]} is not set in the environment{slurm}")
     return ConfigError(f"{key}: Hydra takes ${{...}} for the name of another key ({str(error).splitlines()[0]}); "
                        "where ${ is meant as text, write \\${")
 

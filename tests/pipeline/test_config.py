@@ -181,6 +181,7 @@ def test_a_wrong_task_file_is_one_line(tmp_path: Path, text: str | None, line: s
     ("--multirun", "--multirun: no such option"),
     ("smollm2", "smollm2: expected KEY=VALUE"),
     ("cluster.worker=3", "cluster: worker=3 is not below workers=1"),
+    ("cluster=slurm", "cluster.worker: SLURM_ARRAY_TASK_ID is not set in the environment; cluster=slurm is for tasks of `sbatch"),
     ("model=custom", "model.source: not set"),
     ("task.schema=nowhere.json", "task.schema: cannot read nowhere.json"),
     ("task.schema={a", "task.schema: the text given is not JSON"),
@@ -197,7 +198,10 @@ def test_a_wrong_task_file_is_one_line(tmp_path: Path, text: str | None, line: s
     ("data=https://host/x.csv?sv=1&sig=ab", "data: the address holds a password or a signature"),
     ("output.dir=s3://key:secret@bucket/out", "output.dir: the address holds a password"),
 ])  # fmt: skip
-def test_a_wrong_word_is_one_line_and_exit_code_2(word: str, line: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_wrong_word_is_one_line_and_exit_code_2(
+    word: str, line: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("SLURM_ARRAY_TASK_ID", raising=False)
     assert main([word]) == 2
     printed = capsys.readouterr()
     assert printed.err.startswith(f"error: {line}"), printed.err
