@@ -176,6 +176,8 @@ def test_a_wrong_task_file_is_one_line(tmp_path: Path, text: str | None, line: s
     ("task.prompt=For ${{ price }}", "task.prompt: Hydra takes ${...} for the name of another key"),
     ("task.prompt=For ${price}", "task.prompt: Hydra takes ${...} for the name of another key (Interpolation key 'price' not "
                                  "found); where ${ is meant as text, write \\${"),
+    ("sampling.stop=END", "sampling.stop=END: must be a list; write 'sampling.stop=[END]'"),
+    ("retry_errors=timeout", "retry_errors=timeout: must be a list; write 'retry_errors=[timeout]'"),
     ("sampling.stop=[a", "sampling.stop=[a: cannot be read"),
     ("sampling.stop=a,b", "sampling.stop=a,b: a comma makes a list of runs"),
     ("--multirun", "--multirun: no such option"),
