@@ -179,6 +179,12 @@ def test_errors_name_the_row_in_its_file(folder: RunFolder, call) -> None:
     assert len(out.splitlines()) == len(table) - len(failed)
 
 
+def test_a_status_that_is_none_is_answered_with_those_there_are(folder: RunFolder, call, capsys) -> None:
+    with pytest.raises(SystemExit):
+        call("errors", folder.out, "--status", "late")
+    assert "'ok', 'length', 'prompt_null'" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("name", COMMANDS)
 def test_a_folder_that_is_no_output_is_one_line(call, name: str, tmp_path: Path) -> None:
     code, out, err = call(name, tmp_path, *(["x"] if name == "merge" else []))
