@@ -190,6 +190,10 @@ def test_a_folder_that_is_no_output_is_one_line(call, name: str, tmp_path: Path)
     code, out, err = call(name, tmp_path, *(["x"] if name == "merge" else []))
     assert (code, out) == (2, "")
     assert err == f"error: {tmp_path} is not the output of a job: it has no _run.json\n"
+    (tmp_path / "file").touch()
+    code, out, err = call(name, tmp_path / "file", *(["x"] if name == "merge" else []))
+    assert (code, out) == (2, "")
+    assert err == f"error: {tmp_path}/file: a file stands where a folder is needed; give another folder\n"
 
 
 def test_they_need_neither_torch_nor_hydra() -> None:
