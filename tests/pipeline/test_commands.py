@@ -159,6 +159,8 @@ def test_merge_keeps_order_and_columns(folder: RunFolder, call, tmp_path: Path) 
     assert f"{whole.num_rows} rows" in out
     code, _, err = call("merge", folder.out, target)
     assert (code, "exists" in err) == (2, True)
+    code, _, err = call("merge", folder.out, tmp_path / "none" / "all.parquet")
+    assert (code, err) == (2, f"error: {tmp_path}/none: no such folder; make it, or choose another\n")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["all.parquet", "in", "out", "some.parquet"]
 
 
