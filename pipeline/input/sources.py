@@ -171,6 +171,9 @@ def _find(entry: str, keys: Any, output: str | None) -> list[Found]:
         raise ConfigError(f"data={entry}: permission denied") from None
     except (OSError, ValueError) as error:
         raise ConfigError(f"data={entry}: cannot be read ({getattr(error, 'strerror', None) or first_line(error)})") from None
+    except Exception as error:
+        # The clients of object stores raise errors of their own: whatever it is, these files cannot be had.
+        raise ConfigError(f"data={entry}: cannot be read ({type(error).__name__}: {first_line(error)})") from None
 
 
 def _files(entry: str, fs: fsspec.AbstractFileSystem, path: str, keys: Any, output: str | None) -> list[Found]:

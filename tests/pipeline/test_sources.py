@@ -154,6 +154,18 @@ def test_a_bad_input_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert "\n" not in str(caught.value)
 
 
+def test_an_error_of_an_object_stores_own_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    class NoCredentials(Exception): ...
+
+    def isdir(self: Any, path: str) -> bool:
+        raise NoCredentials("there are none\nanywhere")
+
+    monkeypatch.setattr(fsspec.get_filesystem_class("memory"), "isdir", isdir)
+    with pytest.raises(ConfigError) as caught:
+        opened("memory://box/x.csv")
+    assert str(caught.value) == "data=memory://box/x.csv: cannot be read (NoCredentials: there are none)"
+
+
 # --- what is read ---
 
 
