@@ -194,7 +194,7 @@ def _files(entry: str, fs: fsspec.AbstractFileSystem, path: str, keys: Any, outp
     elif fs.exists(path):
         root, infos = path.rpartition("/")[0], {path: fs.info(path)}
     else:
-        raise ConfigError(f"data={entry}: no such file or folder{_near(fs, path)}")
+        raise ConfigError(f"data={entry}: no such file or folder{_near(fs, path) or _list(entry)}")
     return [_file(fs, p, os.path.relpath(p, root) if root else p, info, keys.format) for p, info in sorted(infos.items())]
 
 
@@ -243,6 +243,10 @@ def _near(fs: fsspec.AbstractFileSystem, path: str) -> str:
         return ""
     near = difflib.get_close_matches(name, names, n=1) or [other for other in names if fnmatch.fnmatch(other, name + ".*")][:1]
     return f"; did you mean {near[0]}?" if near else ""
+
+
+def _list(entry: str) -> str:
+    return f"; a list is written 'data=[{entry}]'" if "," in entry else ""
 
 
 def _hub(entry: str, keys: Any) -> Found:

@@ -99,6 +99,7 @@ def test_what_a_job_writes_itself_is_not_its_input(tmp_path: Path, monkeypatch: 
 @pytest.mark.parametrize("data, line", [
     ("nowhere.parquet", "data=nowhere.parquet: no such file or folder"),
     ("promts.parquet", "data=promts.parquet: no such file or folder; did you mean prompts.parquet?"),
+    ("a.csv,b.csv", "data=a.csv,b.csv: no such file or folder; a list is written 'data=[a.csv,b.csv]'"),
     ("no/*.parquet", "data=no/*.parquet: no file matches"),
     ("empty", "data=empty: the folder holds no .parquet, .jsonl or .csv file"),
     ("zero.parquet", "zero.parquet: empty (0 bytes)"),
