@@ -671,6 +671,16 @@ def test_dry_run_prints_the_plan_and_writes_nothing(run: Run, table: Any) -> Non
     assert not ran.engines
 
 
+def test_a_template_without_a_column_is_noted(run: Run, table: Any) -> None:
+    data = table(message=["a", "b"])
+    ran = run(f"data={data}", "task.prompt=Label {message}", "dry_run=true")
+    assert "prompts: made of no column\n" in ran.out
+    assert ran.err == ("note: the task's template uses no column, so every row gets the same prompt; "
+                       "in a template a column is written {{ message }}\n")  # fmt: skip
+    ran = run(f"data={data}", "task.prompt=Label {{ message }}", "dry_run=true")
+    assert ("prompts: made of message\n" in ran.out, ran.err) == (True, "")
+
+
 def test_dry_run_lists_every_row_that_is_refused(run: Run, table: Any) -> None:
     schemas = [json.dumps({"properties": {"REFUSED" if i % 1000 == 7 else "a": {}}}) for i in range(3000)]
     tools = [TOOLS if i != 2900 else "[]" for i in range(3000)]
