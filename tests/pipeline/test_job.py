@@ -320,6 +320,14 @@ def test_another_configuration_on_the_same_folder_is_refused(run: Run, table: An
     assert not ran.engines
 
 
+def test_other_columns_are_named_as_such(run: Run, table: Any) -> None:
+    assert run(f"data={table(prompt=['a'])}").code == 0
+    ran = run(f"data={table(prompt=['a'], more=['b'])}")
+    assert (ran.code, ran.engines) == (2, [])
+    assert ran.line == (f"{ran.folder} holds the output of another config: output.columns (those of data, or by output.flatten); "
+                        "set another output.dir, or these back")  # fmt: skip
+
+
 @pytest.mark.parametrize("words", [["engine.max_rows=3"], ["limits.max_seconds=100"], ["input.threads=1"], ["engine.depth=1"],
                                    ["guided.threads=1"], ["guided.compile_seconds=5"], ["output.spool=~/spool"]])
 def test_speed_and_limits_are_no_other_configuration(run: Run, table: Any, words: list[str]) -> None:
