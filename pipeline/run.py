@@ -75,7 +75,7 @@ Keys (KEY=VALUE; python -m pipeline.run --cfg prints all of them with their valu
 
 Exit codes
   0 complete   75 drained, run again to resume   2 configuration or other run's folder   3 shards of other workers missing
-  4 complete, with more errors than limits.max_error_rate   130/143 second signal
+  4 complete, with more errors than limits.max_error_rate   1 storage or machine failed   130/143 second signal
 """
 
 

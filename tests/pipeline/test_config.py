@@ -224,7 +224,7 @@ def test_task_messages_are_an_alternative_to_prompt() -> None:
 def test_help_names_every_group_and_exit_code(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--help"]) == 0
     text = capsys.readouterr().out
-    for word in (*choices("model"), *choices("task"), "data", "output.dir", "75", "python -m pipeline.status"):
+    for word in (*choices("model"), *choices("task"), "data", "output.dir", "75", "1 storage", "python -m pipeline.status"):
         assert word in text
     assert max(map(len, text.splitlines())) <= 130
 
