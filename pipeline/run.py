@@ -207,7 +207,7 @@ def _normalise(word: str) -> str:
         key, value = "model.source", value
     bare = key.lstrip("+")
     as_is = _QUOTED.fullmatch(value) or value in ("", "null") or (bare in LIST_KEYS and value.startswith("["))
-    if bare in TEXT_KEYS and not as_is:
+    if (bare in TEXT_KEYS or bare.startswith("input.columns.")) and not as_is:
         value = "'" + re.sub(r"(\\*)'", r"\1\1\\'", value) + "'"
     if bare.startswith(OPEN_KEYS):
         key = "++" + bare

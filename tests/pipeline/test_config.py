@@ -82,6 +82,12 @@ def test_columns_are_mapped_without_a_plus(name: str) -> None:
     assert read_config([f"input.columns.{name}=body"]).input.columns == {name: "body"}
 
 
+@pytest.mark.parametrize("column", ["Review text", "price (€)", "a,b", "it's", "[a]", "a: b", "null"])
+def test_a_column_may_have_any_name(column: str) -> None:
+    expected = None if column == "null" else column
+    assert read_config([f"input.columns.text={column}"]).input.columns == {"text": expected}
+
+
 def test_a_dollar_before_a_brace_may_be_meant(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "t.yaml").write_text(r"prompt: For \${{ price }}")
     for word in (f"task={tmp_path}/t.yaml", r"task.prompt=For \${{ price }}"):
