@@ -279,6 +279,21 @@ def test_csv_fields_may_be_long_but_a_quote_must_be_closed(tmp_path: Path, monke
         opened(path)
 
 
+@pytest.mark.parametrize("text, closed", [
+    ('id,text\n1,"open\n2,b\n', False), ('id,text\r\n1,"open\r\n2,b', False), ('id,text\n1,"an ""open""\nb', False),
+    ('id,text\n1,"two\nlines"\n', True), ('id,text\n1,"two\nlines\n"\n\n', True), ('id,text\n1,"two\nlines"', True),
+    ('id,text\n1,"two\nlines" \n', True), ('id,text\n1,a 5" pipe\n2,b\n', True), ('text\n"two\nlines"\nlines\n', True),
+])  # fmt: skip
+def test_a_csv_file_that_ends_within_a_quote_is_refused(tmp_path: Path, text: str, closed: bool) -> None:
+    path = tmp_path / "x.csv"
+    path.write_bytes(text.encode())
+    if closed:
+        opened(path)
+    else:
+        with pytest.raises(ConfigError, match=r"x.csv: a quote that opens in row 1, the last, is never closed; mend it"):
+            opened(path)
+
+
 def test_dictionaries_differ_from_file_to_file(tmp_path: Path) -> None:
     parquet(tmp_path / "a.parquet", {"c": pa.array(["x", "y"]).dictionary_encode()})
     parquet(tmp_path / "b.parquet", {"c": pa.array(["z"])})
