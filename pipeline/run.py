@@ -36,6 +36,7 @@ OPEN_KEYS = ("input.columns.", "task.schema.", "task.guided_json.")  # mappings 
 
 _TASK_FILE = re.compile(r"task=.*\.ya?ml$")
 _QUOTED = re.compile(r"""(['"])(?:\\.|(?!\1).)*\1""", re.DOTALL)  # by the user, for Hydra
+_JSON_OBJECTS = re.compile(r'\[\s*\{\s*"')  # Hydra's own objects have keys without quotes
 
 HELP = """\
 Label or generate for every row of a data set, and write whole Parquet shards.
@@ -206,7 +207,8 @@ def _normalise(word: str) -> str:
     if key == "model" and value not in choices("model") and re.search(r"[/:]|\.gguf$", value):
         key, value = "model.source", value
     bare = key.lstrip("+")
-    as_is = _QUOTED.fullmatch(value) or value in ("", "null") or (bare in LIST_KEYS and value.startswith("["))
+    as_list = bare in LIST_KEYS and value.startswith("[") and not _JSON_OBJECTS.match(value)
+    as_is = as_list or _QUOTED.fullmatch(value) or value in ("", "null")
     if (bare in TEXT_KEYS or bare.startswith("input.columns.")) and not as_is:
         value = "'" + re.sub(r"(\\*)'", r"\1\1\\'", value) + "'"
     if bare.startswith(OPEN_KEYS):

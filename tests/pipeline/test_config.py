@@ -82,6 +82,12 @@ def test_columns_are_mapped_without_a_plus(name: str) -> None:
     assert read_config([f"input.columns.{name}=body"]).input.columns == {name: "body"}
 
 
+@pytest.mark.parametrize("tools", ['[{"type": "function", "function": {"name": "a"}}]',
+                                   "[{type: function, function: {name: a}}]"])  # fmt: skip
+def test_tools_may_be_json_in_place(tools: str) -> None:
+    assert read_config([f"task.tools={tools}"]).task.tools == [{"type": "function", "function": {"name": "a"}}]
+
+
 @pytest.mark.parametrize("column", ["Review text", "price (€)", "a,b", "it's", "[a]", "a: b", "null"])
 def test_a_column_may_have_any_name(column: str) -> None:
     expected = None if column == "null" else column
