@@ -129,6 +129,9 @@ def read_config(argv: Sequence[str]) -> RunConfig:
         if _words_as_booleans(raw.get("task", {}).get(key)):
             print(f"note: task.{key}: an enum holds true or false; YAML reads yes, no, on and off as these: quote words",
                   file=sys.stderr)
+    if any("\\n" in text for text in config.effective_sampling.stop or ()):
+        print("note: sampling.stop: holds a backslash and an n, which is no line end; for one write $'sampling.stop=[\"\\n\"]'",
+              file=sys.stderr)
     return config
 
 

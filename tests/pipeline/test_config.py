@@ -115,6 +115,13 @@ def test_words_that_yaml_reads_as_booleans_are_noted(
     assert capsys.readouterr().err == (note if noted else "")
 
 
+def test_a_line_end_that_is_none_is_noted(capsys: pytest.CaptureFixture[str]) -> None:
+    assert read_config(["data=x.csv", 'sampling.stop=["\n"]']).sampling.stop == ("\n",)
+    assert capsys.readouterr().err == ""
+    assert read_config(["data=x.csv", r'sampling.stop=["\n"]']).sampling.stop == (r"\n",)
+    assert capsys.readouterr().err.startswith("note: sampling.stop: holds a backslash and an n, which is no line end")
+
+
 def test_sampling_overlays_the_tasks() -> None:
     assert read_config(["task=classify"]).effective_sampling.max_tokens == 160
     assert read_config(["task=classify", "sampling.max_tokens=9"]).effective_sampling.max_tokens == 9
