@@ -333,6 +333,8 @@ def _line(model: type[BaseModel], raw: Mapping[str, Any], item: Any) -> str:
         return str(unknown_key(key, model))
     if item["type"] == "missing" or node is None:
         return f"{key}: not set"
+    if item["type"] in ("list_type", "tuple_type") and not isinstance(node, Mapping):
+        return f"{key}={node}: must be a list; write '{key}=[{node}]'"
     message = item["msg"].removeprefix("Value error, ")
     message = message[0].lower() + message[1:]
     given = "" if isinstance(node, (Mapping, list)) or item["type"] == "value_error" else f"={node}"

@@ -88,7 +88,8 @@ def main(arguments: argparse.Namespace) -> int:
 def parser() -> argparse.ArgumentParser:
     parser = command("errors", "Which rows failed, and why.", EXAMPLES)
     parser.add_argument("--rows", action="store_true", help="each row, instead of a count of each error")
-    parser.add_argument("--status", action="append", choices=[*Status], metavar="STATUS", help="only this one (may be repeated)")
+    parser.add_argument("--status", action="append", choices=[*map(str, Status)], metavar="STATUS",
+                        help="only this one (may be repeated)")
     parser.add_argument("--most", type=int, default=20, metavar="N", help="only the N most frequent errors (default: 20)")
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
     return parser

@@ -51,6 +51,9 @@ def run_job(config: RunConfig, factory: EngineFactory = RealModel) -> int:
 def _run(config: RunConfig, model: Model, stop: Stop, progress: Progress) -> int:
     source = open_input(config.data, config.input, config.output.dir)
     form = Form(config.task, config.input.columns, source.schema)
+    if form.alike:
+        progress.line("note: the task's template uses no column, so every row gets the same prompt; in a template a column is "
+                      f"written {{{{ {source.schema.names[0]} }}}}")
     plan = make_plan(source.files, config.plan.rows_per_shard, config.input.limit)
     spec = task_spec(config)
     calls = config.task.tools is not None or "tools" in form.overrides

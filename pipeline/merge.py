@@ -18,7 +18,7 @@ EXAMPLES = """\
   python -m pipeline.merge labels/nov nov.parquet
   python -m pipeline.merge labels/nov so-far.parquet --partial
 
-Exit codes: 0 written   3 shards are missing   2 OUT is not the output of a job, or FILE is there already
+Exit codes: 0 written   3 shards are missing   2 OUT is not the output of a job, or FILE is there already or in no folder
 """
 
 
@@ -32,6 +32,8 @@ def merge(folder: RunFolder, target: Path, partial: bool = False) -> int:
         raise ShardsMissing(f"{folder.out} has no committed shard yet")
     if target.exists():
         raise ConfigError(f"{target} exists: remove it, or choose another name")
+    if not target.parent.is_dir():
+        raise ConfigError(f"{target.parent}: no such folder; make it, or choose another")
     temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}.inprogress")
     writer: pq.ParquetWriter | None = None
     rows = 0

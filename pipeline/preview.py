@@ -28,7 +28,7 @@ def preview(config: RunConfig, source: Input, plan: Plan, builder: PromptBuilder
     print(f"input:   {_count(len(source.files), 'file')}, {size:,.1f} MiB, {_count(plan.num_rows, 'row')} "
           f"in {_count(len(plan.shards), 'shard')} of at most {plan.rows_per_shard:,}")
     print(f"columns: {', '.join(f'{field.name} ({field.type})' for field in source.schema)}")
-    print(f"prompts: made of {', '.join(builder.columns)}")
+    print(f"prompts: made of {'no column' if builder.alike else ', '.join(builder.columns)}")
     ask = builder.default
     need = ask.guide.grammar.min_tokens if ask.guide else 1
     shortest = f"; the shortest that the schema allows has about {need:,}" if ask.guide else ""

@@ -18,7 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import GrammarParseError, InterpolationResolutionError, OmegaConfBaseException
 from pydantic import BaseModel
 
-from pipeline.config import RunConfig, check, did_you_mean, unknown_key
+from pipeline.config import RunConfig, check, did_you_mean, known_keys, unknown_key
 from pipeline.exits import ConfigError, Exit, JobError
 
 if TYPE_CHECKING:
@@ -31,9 +31,12 @@ GROUPS = tuple(sorted(p.name for p in CONF.iterdir() if p.is_dir() and not p.nam
 TEXT_KEYS = ("data", "out", "output.dir", "output.spool", "model.source", "model.tokenizer", "model.chat_template",
              "task.prompt", "task.system", "task.schema", "task.guided_json", "task.guided_regex", "task.tools",
              "task.tool_choice")  # fmt: skip
+LIST_KEYS = ("data", "task.schema", "task.guided_json", "task.tools")  # of these, those that a list may stand for
 OPEN_KEYS = ("input.columns.", "task.schema.", "task.guided_json.")  # mappings whose keys are the user's own
 
 _TASK_FILE = re.compile(r"task=.*\.ya?ml$")
+_QUOTED = re.compile(r"""(['"])(?:\\.|(?!\1).)*\1""", re.DOTALL)  # by the user, for Hydra
+_JSON_OBJECTS = re.compile(r'\[\s*\{\s*"')  # Hydra's own objects have keys without quotes
 
 HELP = """\
 Label or generate for every row of a data set, and write whole Parquet shards.
@@ -73,7 +76,7 @@ Keys (KEY=VALUE; python -m pipeline.run --cfg prints all of them with their valu
 
 Exit codes
   0 complete   75 drained, run again to resume   2 configuration or other run's folder   3 shards of other workers missing
-  4 complete, with more errors than limits.max_error_rate   130/143 second signal
+  4 complete, with more errors than limits.max_error_rate   1 storage or machine failed   130/143 second signal
 """
 
 
@@ -126,6 +129,9 @@ def read_config(argv: Sequence[str]) -> RunConfig:
         if _words_as_booleans(raw.get("task", {}).get(key)):
             print(f"note: task.{key}: an enum holds true or false; YAML reads yes, no, on and off as these: quote words",
                   file=sys.stderr)
+    if any("\\n" in text for text in config.effective_sampling.stop or ()):
+        print("note: sampling.stop: holds a backslash and an n, which is no line end; for one write $'sampling.stop=[\"\\n\"]'",
+              file=sys.stderr)
     return config
 
 
@@ -144,6 +150,7 @@ def _words_as_booleans(schema: Any) -> bool:
 def compose_tree(name: str, words: Sequence[str], model: type[BaseModel]) -> dict[str, Any]:
     """conf/NAME.yaml under the overrides `words`, as plain values for `model` to check. Raises ConfigError with one line."""
     files = [word.partition("=")[2] for word in words if _TASK_FILE.match(word)]
+    words = [_added(word, set(known_keys(model))) for word in words]
     OmegaConf.register_new_resolver("package", lambda path: str(HOME / path), replace=True)
     try:
         with initialize_config_dir(str(CONF), version_base="1.3", job_name="gristmill"):
@@ -151,6 +158,12 @@ def compose_tree(name: str, words: Sequence[str], model: type[BaseModel]) -> dic
         return OmegaConf.to_container(tree, resolve=True, throw_on_missing=True)  # type: ignore[return-value]
     except (HydraException, OmegaConfBaseException, ValueError) as error:
         raise _explain(error, words, model) from None
+
+
+def _added(word: str, known: set[str]) -> str:
+    """A key that the configuration knows may be set also where a file of the user's own in conf/ does not list it."""
+    key = word.lstrip("+").partition("=")[0]
+    return f"++{word.lstrip('+')}" if "." in key and key in known else word
 
 
 def given_keys(words: Sequence[str]) -> set[str]:
@@ -197,7 +210,9 @@ def _normalise(word: str) -> str:
     if key == "model" and value not in choices("model") and re.search(r"[/:]|\.gguf$", value):
         key, value = "model.source", value
     bare = key.lstrip("+")
-    if bare in TEXT_KEYS and value and value != "null" and value[0] not in "'\"[":
+    as_list = bare in LIST_KEYS and value.startswith("[") and not _JSON_OBJECTS.match(value)
+    as_is = as_list or _QUOTED.fullmatch(value) or value in ("", "null")
+    if (bare in TEXT_KEYS or bare.startswith("input.columns.")) and not as_is:
         value = "'" + re.sub(r"(\\*)'", r"\1\1\\'", value) + "'"
     if bare.startswith(OPEN_KEYS):
         key = "++" + bare
@@ -227,9 +242,10 @@ def _explain(error: Exception, words: Sequence[str], model: type[BaseModel]) -> 
     if unknown := re.search(r"Could not override '(.+?)'", text):
         return unknown_key(unknown.group(1), model)
     if isinstance(error, OverrideParseException):
-        return ConfigError(f"{error.override}: cannot be read ({text.splitlines()[0]}); quote the value: KEY=\"'VALUE'\"")
+        word = str(error.override).lstrip("+")
+        return ConfigError(f"{word}: cannot be read ({text.splitlines()[0]}); quote the value: KEY=\"'VALUE'\"")
     if ambiguous := re.search(r"Ambiguous value for argument '(.+?)'", text):
-        key, _, value = ambiguous.group(1).partition("=")
+        key, _, value = ambiguous.group(1).lstrip("+").partition("=")
         return ConfigError(
             f"{key}={value}: a comma makes a list of runs; write '{key}=[{value}]' for a list or {key}=\"'{value}'\" for text"
         )
@@ -242,6 +258,9 @@ def _explain(error: Exception, words: Sequence[str], model: type[BaseModel]) -> 
 
 
 def _reference(key: str, error: Exception) -> ConfigError:
+    if variable := re.search(r"Environment variable '(\w+)' not found", str(error)):
+        slurm = "; cluster=slurm is for tasks of `sbatch --array=0-N`" if variable[1].startswith("SLURM_") else ""
+        return ConfigError(f"{key}: {variable[1]} is not set in the environment{slurm}")
     return ConfigError(f"{key}: Hydra takes ${{...}} for the name of another key ({str(error).splitlines()[0]}); "
                        "where ${ is meant as text, write \\${")
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jinja2 import TemplateSyntaxError
 from transformers import PreTrainedTokenizerFast
 
 from engine.gguf import GgufFile, find_gguf
@@ -32,10 +33,21 @@ def load_tokenizer(model: Path, chat_template: str | None = None) -> PreTrainedT
         tokenizer.chat_template = tokenizer.chat_template.get("default")
     if chat_template is not None:
         tokenizer.chat_template = chat_template
+        _check_syntax(tokenizer)
     # Some tokenizer.json files ask to be cut or padded to a length; prompts never are.
     tokenizer.backend_tokenizer.no_truncation()
     tokenizer.backend_tokenizer.no_padding()
     return tokenizer
+
+
+def _check_syntax(tokenizer: PreTrainedTokenizerFast) -> None:
+    """Whether a template accepts a conversation is asked row by row; one that is no Jinja fails on every row alike."""
+    try:
+        tokenizer.apply_chat_template([{"role": "user", "content": ""}], tokenize=False)
+    except TemplateSyntaxError as error:
+        raise ModelError(f"model.chat_template: line {error.lineno}: {error.message}") from None
+    except Exception:
+        return      # of this conversation
 
 
 class RowTokenizer:

@@ -127,6 +127,8 @@ class Instant(RealModel):
 class InstantEngine:
     """Answers what it is given with the same tokens, in order."""
 
+    gpu = None
+
     def __init__(self, answer: np.ndarray, max_model_len: int) -> None:
         self.max_model_len, self._answer = max_model_len, answer
         self._waiting: deque[Request] = deque()

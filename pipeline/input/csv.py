@@ -14,6 +14,7 @@ from pipeline.exits import ConfigError
 from pipeline.input.formats import CHUNK_ROWS, Chunk, Scan, check_names, first_line, select
 
 BLOCK, LARGEST_BLOCK = 1 << 20, 64 << 20  # bytes read at once, the second where rows are long: one may stand in two blocks
+TAIL = 1 << 16  # bytes of a file's end that are looked at
 
 
 class CsvReader:
@@ -30,7 +31,11 @@ class CsvReader:
             columns = reader.schema.names
         check_names(name, columns)
         self.schema = pa.schema([(column, pa.string()) for column in columns])
-        self.row_groups = (sum(chunk.table.num_rows for chunk in self.rows(0, self.schema.names)),)
+        rows, last = 0, None
+        for chunk in self.rows(0, self.schema.names):
+            rows, last = rows + chunk.table.num_rows, chunk.table.columns[-1][-1].as_py()
+        self._check_closed(rows, last)
+        self.row_groups = (rows,)
 
     def rows(self, row_group: int, columns: Sequence[str]) -> Iterator[Chunk]:
         schema = select(self.schema, columns)
@@ -61,6 +66,16 @@ class CsvReader:
                 )
             except pa.ArrowException as error:
                 self._grow(error)
+
+    def _check_closed(self, rows: int, last: str | None) -> None:
+        """A quote that is never closed takes in all that follows it, and pyarrow lets the file end so: its last value is then
+        what the file ends with, line ends and all."""
+        with self._lock:
+            self._handle.seek(-min(TAIL, self._handle.seek(0, io.SEEK_END)), io.SEEK_END)
+            end = self._handle.read().rpartition(b'"')[2]
+        if last is not None and {"\r", "\n"} & {*last} and end.strip() and last.encode().endswith(end):
+            raise ConfigError(f"{self._name}: a quote that opens in row {rows}, the last, is never closed; mend it, or write the "
+                              "file as Parquet")
 
     def _grow(self, error: pa.ArrowException) -> None:
         """Larger blocks where a row was too long for these; the file is then read from its start again. Raises ConfigError

@@ -61,6 +61,7 @@ class Form:
         self._parts = [(role, self._compile(key, text, used)) for key, role, text in _sources(task)]
         self.base = None if task.prompt is not None or task.messages is not None else self._base_column(mapping)
         self._fields = sorted(used)
+        self.alike = self.base is None and not used  # every row gets the same prompt
         self.overrides = frozenset(name for name in OVERRIDES if self._column.get(name) is not None and name not in used)
         self._names = list(dict.fromkeys([*self._fields, *filter(None, [self.base]), *sorted(self.overrides)]))
         for name, column in mapping.items():

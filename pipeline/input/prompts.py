@@ -123,6 +123,11 @@ class PromptBuilder:
         """The columns of the files that prompts are made of."""
         return self._form.columns
 
+    @property
+    def alike(self) -> bool:
+        """Every row gets the same prompt."""
+        return self._form.alike
+
     def build(self, chunk: Chunk, first_row: int) -> list[Prompt]:
         """The prompts of the chunk's rows, numbered from `first_row`. Special tokens in the rows' own text become plain text."""
         prompts: list[Prompt] = []

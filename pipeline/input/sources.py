@@ -171,6 +171,9 @@ def _find(entry: str, keys: Any, output: str | None) -> list[Found]:
         raise ConfigError(f"data={entry}: permission denied") from None
     except (OSError, ValueError) as error:
         raise ConfigError(f"data={entry}: cannot be read ({getattr(error, 'strerror', None) or first_line(error)})") from None
+    except Exception as error:
+        # The clients of object stores raise errors of their own: whatever it is, these files cannot be had.
+        raise ConfigError(f"data={entry}: cannot be read ({type(error).__name__}: {first_line(error)})") from None
 
 
 def _files(entry: str, fs: fsspec.AbstractFileSystem, path: str, keys: Any, output: str | None) -> list[Found]:
@@ -191,7 +194,7 @@ def _files(entry: str, fs: fsspec.AbstractFileSystem, path: str, keys: Any, outp
     elif fs.exists(path):
         root, infos = path.rpartition("/")[0], {path: fs.info(path)}
     else:
-        raise ConfigError(f"data={entry}: no such file or folder{_near(fs, path)}")
+        raise ConfigError(f"data={entry}: no such file or folder{_near(fs, path) or _list(entry)}")
     return [_file(fs, p, os.path.relpath(p, root) if root else p, info, keys.format) for p, info in sorted(infos.items())]
 
 
@@ -240,6 +243,10 @@ def _near(fs: fsspec.AbstractFileSystem, path: str) -> str:
         return ""
     near = difflib.get_close_matches(name, names, n=1) or [other for other in names if fnmatch.fnmatch(other, name + ".*")][:1]
     return f"; did you mean {near[0]}?" if near else ""
+
+
+def _list(entry: str) -> str:
+    return f"; a list is written 'data=[{entry}]'" if "," in entry else ""
 
 
 def _hub(entry: str, keys: Any) -> Found:

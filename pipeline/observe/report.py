@@ -24,12 +24,13 @@ from pipeline.output.run_folder import MANIFEST, RUN, RunFolder
 
 REPORT = "report.html"
 FINE = (Status.OK, Status.LENGTH)  # all others are errors
+OTHERS = "this worker's are done, others have these; the last of them completes the run"
 LABEL_ROWS = 200_000  # that the table of labels counts, at most
 
 
 def finish(config: RunConfig, folder: RunFolder, spec: GuideSpec | None) -> int:
     """Check that every part is there, write what stands beside them, _SUCCESS last, and say how it went. Raises ShardsMissing."""
-    manifest = folder.manifest()
+    manifest = folder.manifest(OTHERS) if config.cluster.workers > 1 else folder.manifest()
     metrics = merge_metrics(folder.store)
     manifest |= {"labels": count_labels(folder, spec), "speed": speed(metrics)}
     run = orjson.loads(folder.store.read(RUN) or b"{}")

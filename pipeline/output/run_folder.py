@@ -26,6 +26,7 @@ from pipeline.output.store import SUPERSEDED, Store, check_writable, open_store,
 
 FORMAT = 1
 RUN, PLAN, MANIFEST, SUCCESS = "_run.json", "_plan.parquet", "_manifest.json", "_SUCCESS"
+COLUMNS = "output.columns"    # of the fingerprint: a hash of the names and types of all columns
 _READERS = 16
 
 
@@ -55,7 +56,7 @@ class RunFolder:
         (names the file), a folder that cannot be written.
         """
         store = open_store(out, spool)
-        fingerprint = {**fingerprint, "output.columns": layout.hash()}
+        fingerprint = {**fingerprint, COLUMNS: layout.hash()}
         _settle_run(store, {"format": FORMAT, "fingerprint": fingerprint, "info": dict(info or {})})
         folder = cls(store, fingerprint, _settle_plan(store, plan, on_change), layout)
         if not folder.is_complete():
@@ -119,14 +120,13 @@ class RunFolder:
         done = self.committed(self._replaced())
         return mark == self._mark({self.plan.shards[index].name: info.generation for index, info in done.items()})
 
-    def manifest(self) -> dict[str, Any]:
-        """Check every part's footer and sum up. ShardsMissing (exit 3) says how many and which."""
+    def manifest(self, remedy: str = "run the same command again to compute them") -> dict[str, Any]:
+        """Check every part's footer and sum up. ShardsMissing (exit 3) says how many and which, and the remedy."""
         done = self.committed()
         missing = [shard.index for shard in self.plan.shards if shard.index not in done]
         if missing:
             some = ", ".join(map(str, missing[:10])) + (", ..." if len(missing) > 10 else "")
-            raise ShardsMissing(f"{len(missing)} of {len(self.plan.shards)} shards of {self.out} are missing ({some}): "
-                                "run the same command again to compute them")
+            raise ShardsMissing(f"{len(missing)} of {len(self.plan.shards)} shards of {self.out} are missing ({some}): {remedy}")
         statuses: Counter[str] = sum((info.statuses for info in done.values()), Counter())
         return {
             "format": FORMAT,
@@ -200,7 +200,8 @@ def _settle_run(store: Store, run: Mapping[str, Any]) -> None:
     before, fingerprint = _read_run(store), run["fingerprint"]
     differ = [key for key in sorted({*before, *fingerprint}) if before.get(key) != fingerprint.get(key)]
     if differ:
-        changes = ", ".join(f"{key} (was {before.get(key, 'not set')}, is {fingerprint.get(key, 'not set')})" for key in differ)
+        changes = ", ".join(f"{key} (those of data, or by output.flatten)" if key == COLUMNS else
+                            f"{key} (was {before.get(key, 'not set')}, is {fingerprint.get(key, 'not set')})" for key in differ)
         raise ConfigError(f"{store.out} holds the output of another config: {changes}; set another output.dir, or these back")
 
 

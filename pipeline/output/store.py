@@ -81,6 +81,8 @@ def storage_errors(out: str) -> Iterator[None]:
     """Turn an OSError into one line that says what to do. What is committed and journalled is safe in each case."""
     try:
         yield
+    except NotADirectoryError as error:
+        raise ConfigError(f"{out}: a file stands where a folder is needed; give another folder") from error
     except OSError as error:
         if error.errno in _NO_ROOM:
             raise StorageError(f"no room left in {out} ({error.strerror}): make room and run the same command again; "

@@ -159,6 +159,8 @@ def test_merge_keeps_order_and_columns(folder: RunFolder, call, tmp_path: Path) 
     assert f"{whole.num_rows} rows" in out
     code, _, err = call("merge", folder.out, target)
     assert (code, "exists" in err) == (2, True)
+    code, _, err = call("merge", folder.out, tmp_path / "none" / "all.parquet")
+    assert (code, err) == (2, f"error: {tmp_path}/none: no such folder; make it, or choose another\n")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["all.parquet", "in", "out", "some.parquet"]
 
 
@@ -179,11 +181,21 @@ def test_errors_name_the_row_in_its_file(folder: RunFolder, call) -> None:
     assert len(out.splitlines()) == len(table) - len(failed)
 
 
+def test_a_status_that_is_none_is_answered_with_those_there_are(folder: RunFolder, call, capsys) -> None:
+    with pytest.raises(SystemExit):
+        call("errors", folder.out, "--status", "late")
+    assert "'ok', 'length', 'prompt_null'" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("name", COMMANDS)
 def test_a_folder_that_is_no_output_is_one_line(call, name: str, tmp_path: Path) -> None:
     code, out, err = call(name, tmp_path, *(["x"] if name == "merge" else []))
     assert (code, out) == (2, "")
     assert err == f"error: {tmp_path} is not the output of a job: it has no _run.json\n"
+    (tmp_path / "file").touch()
+    code, out, err = call(name, tmp_path / "file", *(["x"] if name == "merge" else []))
+    assert (code, out) == (2, "")
+    assert err == f"error: {tmp_path}/file: a file stands where a folder is needed; give another folder\n"
 
 
 def test_they_need_neither_torch_nor_hydra() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from pathlib import Path
 
 import pytest
@@ -64,14 +65,33 @@ def test_model_takes_any_source(source: str) -> None:
     assert read_config([f"model={source}"]).model.source == source
 
 
-def test_a_template_needs_no_quoting() -> None:
-    prompt = "Say '{{ text }}': {% if x %}[a, b]{% endif %} = $5"
+@pytest.mark.parametrize("prompt", ["Say '{{ text }}': {% if x %}[a, b]{% endif %} = $5", "[{{ channel }}] {{ text }}", "[a]",
+                                    "'{{ text }}': is it good?", '"{{ a }}" or "{{ b }}"', "'tis {{ text }}"])  # fmt: skip
+def test_a_template_needs_no_quoting(prompt: str) -> None:
     assert read_config(["data=x.csv", f"task.prompt={prompt}"]).task.prompt == prompt
+    assert read_config(["data=x.csv", f"task.guided_regex={prompt}"]).task.guided_regex == prompt
+
+
+@pytest.mark.parametrize("word", ["'a, b'", '"a, b"'])
+def test_a_template_may_be_quoted(word: str) -> None:
+    assert read_config(["data=x.csv", f"task.prompt={word}"]).task.prompt == "a, b"
 
 
 @pytest.mark.parametrize("name", ["message", "token"])
 def test_columns_are_mapped_without_a_plus(name: str) -> None:
     assert read_config([f"input.columns.{name}=body"]).input.columns == {name: "body"}
+
+
+@pytest.mark.parametrize("tools", ['[{"type": "function", "function": {"name": "a"}}]',
+                                   "[{type: function, function: {name: a}}]"])  # fmt: skip
+def test_tools_may_be_json_in_place(tools: str) -> None:
+    assert read_config([f"task.tools={tools}"]).task.tools == [{"type": "function", "function": {"name": "a"}}]
+
+
+@pytest.mark.parametrize("column", ["Review text", "price (€)", "a,b", "it's", "[a]", "a: b", "null"])
+def test_a_column_may_have_any_name(column: str) -> None:
+    expected = None if column == "null" else column
+    assert read_config([f"input.columns.text={column}"]).input.columns == {"text": expected}
 
 
 def test_a_dollar_before_a_brace_may_be_meant(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -93,6 +113,13 @@ def test_words_that_yaml_reads_as_booleans_are_noted(
     read_config(["data=x.csv", f"task={tmp_path}/t.yaml"])
     note = "note: task.schema: an enum holds true or false; YAML reads yes, no, on and off as these: quote words\n"
     assert capsys.readouterr().err == (note if noted else "")
+
+
+def test_a_line_end_that_is_none_is_noted(capsys: pytest.CaptureFixture[str]) -> None:
+    assert read_config(["data=x.csv", 'sampling.stop=["\n"]']).sampling.stop == ("\n",)
+    assert capsys.readouterr().err == ""
+    assert read_config(["data=x.csv", r'sampling.stop=["\n"]']).sampling.stop == (r"\n",)
+    assert capsys.readouterr().err.startswith("note: sampling.stop: holds a backslash and an n, which is no line end")
 
 
 def test_sampling_overlays_the_tasks() -> None:
@@ -118,6 +145,18 @@ def test_a_task_may_be_a_file_of_ones_own(tmp_path: Path) -> None:
     assert (config.task.name, config.task.system, config.task.prompt) == ("tickets", "Label tickets.", "Say {{ body }}")
     assert config.effective_sampling.max_tokens == 7
     assert config.output.dir == "out/tickets-smollm2-x"
+
+
+def test_a_file_in_conf_need_not_list_every_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(CONF, tmp_path / "conf")
+    (tmp_path / "conf/task/tickets.yaml").write_text("name: tickets\nprompt: '{{ body }}'\n")
+    (tmp_path / "conf/model/mine.yaml").write_text("source: org/mine\n")
+    monkeypatch.setattr("pipeline.run.CONF", tmp_path / "conf")
+    words = ["task.guided_choice=[a,b]", "task.sampling.max_tokens=7", "model.tokenizer=org/other"]
+    config = read_config(["data=x.csv", "task=tickets", "model=mine", *words])
+    assert (config.task.guided_choice, config.task.sampling.max_tokens, config.model.tokenizer) == (["a", "b"], 7, "org/other")
+    with pytest.raises(ConfigError, match=r"task.systm: no such key; did you mean task.system\?"):
+        read_config(["data=x.csv", "task=tickets", "task.systm=x"])
 
 
 @pytest.mark.parametrize("text, line", [
@@ -156,11 +195,14 @@ def test_a_wrong_task_file_is_one_line(tmp_path: Path, text: str | None, line: s
     ("task.prompt=For ${{ price }}", "task.prompt: Hydra takes ${...} for the name of another key"),
     ("task.prompt=For ${price}", "task.prompt: Hydra takes ${...} for the name of another key (Interpolation key 'price' not "
                                  "found); where ${ is meant as text, write \\${"),
+    ("sampling.stop=END", "sampling.stop=END: must be a list; write 'sampling.stop=[END]'"),
+    ("retry_errors=timeout", "retry_errors=timeout: must be a list; write 'retry_errors=[timeout]'"),
     ("sampling.stop=[a", "sampling.stop=[a: cannot be read"),
     ("sampling.stop=a,b", "sampling.stop=a,b: a comma makes a list of runs"),
     ("--multirun", "--multirun: no such option"),
     ("smollm2", "smollm2: expected KEY=VALUE"),
     ("cluster.worker=3", "cluster: worker=3 is not below workers=1"),
+    ("cluster=slurm", "cluster.worker: SLURM_ARRAY_TASK_ID is not set in the environment; cluster=slurm is for tasks of `sbatch"),
     ("model=custom", "model.source: not set"),
     ("task.schema=nowhere.json", "task.schema: cannot read nowhere.json"),
     ("task.schema={a", "task.schema: the text given is not JSON"),
@@ -177,7 +219,10 @@ def test_a_wrong_task_file_is_one_line(tmp_path: Path, text: str | None, line: s
     ("data=https://host/x.csv?sv=1&sig=ab", "data: the address holds a password or a signature"),
     ("output.dir=s3://key:secret@bucket/out", "output.dir: the address holds a password"),
 ])  # fmt: skip
-def test_a_wrong_word_is_one_line_and_exit_code_2(word: str, line: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_wrong_word_is_one_line_and_exit_code_2(
+    word: str, line: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("SLURM_ARRAY_TASK_ID", raising=False)
     assert main([word]) == 2
     printed = capsys.readouterr()
     assert printed.err.startswith(f"error: {line}"), printed.err
@@ -198,7 +243,7 @@ def test_task_messages_are_an_alternative_to_prompt() -> None:
 def test_help_names_every_group_and_exit_code(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--help"]) == 0
     text = capsys.readouterr().out
-    for word in (*choices("model"), *choices("task"), "data", "output.dir", "75", "python -m pipeline.status"):
+    for word in (*choices("model"), *choices("task"), "data", "output.dir", "75", "1 storage", "python -m pipeline.status"):
         assert word in text
     assert max(map(len, text.splitlines())) <= 130
 

@@ -15,6 +15,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
@@ -319,6 +320,14 @@ def test_another_configuration_on_the_same_folder_is_refused(run: Run, table: An
     assert not ran.engines
 
 
+def test_other_columns_are_named_as_such(run: Run, table: Any) -> None:
+    assert run(f"data={table(prompt=['a'])}").code == 0
+    ran = run(f"data={table(prompt=['a'], more=['b'])}")
+    assert (ran.code, ran.engines) == (2, [])
+    assert ran.line == (f"{ran.folder} holds the output of another config: output.columns (those of data, or by output.flatten); "
+                        "set another output.dir, or these back")  # fmt: skip
+
+
 @pytest.mark.parametrize("words", [["engine.max_rows=3"], ["limits.max_seconds=100"], ["input.threads=1"], ["engine.depth=1"],
                                    ["guided.threads=1"], ["guided.compile_seconds=5"], ["output.spool=~/spool"]])
 def test_speed_and_limits_are_no_other_configuration(run: Run, table: Any, words: list[str]) -> None:
@@ -423,7 +432,8 @@ def test_static_workers_share_the_shards(run: Run, table: Any) -> None:
     words = (f"data={data}", "plan.rows_per_shard=5", "cluster.workers=3")
     first = run(*words, "cluster.worker=0")
     assert first.code == 3
-    assert "5 of 8 shards" in first.line
+    assert first.line.startswith("5 of 8 shards")
+    assert first.line.endswith("(1, 2, 4, 5, 7): this worker's are done, others have these; the last of them completes the run")
     assert run(*words, "cluster.worker=2").code == 3
     last = run(*words, "cluster.worker=1")
     assert last.code == 0
@@ -648,6 +658,15 @@ def test_memory_does_not_grow_with_the_input(tmp_path: Path, table: Any) -> None
     assert peaks[1] < 0.7
 
 
+def test_the_benchmark_of_the_host_runs_a_job(run: Run, table: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from jobs.bench.host import InstantEngine
+    from tests.pipeline.scripted_engine import ScriptedModel
+
+    answer = np.frombuffer(b"yes", dtype=np.uint8).astype(np.int32)
+    monkeypatch.setattr(ScriptedModel, "load", lambda self, progress: InstantEngine(answer, 4096))
+    assert [row["text"] for row in run(f"data={table(prompt=['a', 'b'])}").rows()] == ["yes", "yes"]
+
+
 def test_dry_run_prints_the_plan_and_writes_nothing(run: Run, table: Any) -> None:
     ran = run(f"data={table(prompt=['a', None, 'b' * 5000])}", "dry_run=true")
     assert ran.code == 0
@@ -658,6 +677,16 @@ def test_dry_run_prints_the_plan_and_writes_nothing(run: Run, table: Any) -> Non
     assert re.search(r"time:    about .* \(outputs of 1\) to .* \(of 256 tokens\) on the .* CPU cores of this machine", ran.out)
     assert not ran.folder.exists()
     assert not ran.engines
+
+
+def test_a_template_without_a_column_is_noted(run: Run, table: Any) -> None:
+    data = table(message=["a", "b"])
+    ran = run(f"data={data}", "task.prompt=Label {message}", "dry_run=true")
+    assert "prompts: made of no column\n" in ran.out
+    assert ran.err == ("note: the task's template uses no column, so every row gets the same prompt; "
+                       "in a template a column is written {{ message }}\n")  # fmt: skip
+    ran = run(f"data={data}", "task.prompt=Label {{ message }}", "dry_run=true")
+    assert ("prompts: made of message\n" in ran.out, ran.err) == (True, "")
 
 
 def test_dry_run_lists_every_row_that_is_refused(run: Run, table: Any) -> None:

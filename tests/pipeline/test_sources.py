@@ -99,6 +99,7 @@ def test_what_a_job_writes_itself_is_not_its_input(tmp_path: Path, monkeypatch: 
 @pytest.mark.parametrize("data, line", [
     ("nowhere.parquet", "data=nowhere.parquet: no such file or folder"),
     ("promts.parquet", "data=promts.parquet: no such file or folder; did you mean prompts.parquet?"),
+    ("a.csv,b.csv", "data=a.csv,b.csv: no such file or folder; a list is written 'data=[a.csv,b.csv]'"),
     ("no/*.parquet", "data=no/*.parquet: no file matches"),
     ("empty", "data=empty: the folder holds no .parquet, .jsonl or .csv file"),
     ("zero.parquet", "zero.parquet: empty (0 bytes)"),
@@ -152,6 +153,18 @@ def test_a_bad_input_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         make_plan(opened(data).files, 10)
     assert str(caught.value).replace(f"{tmp_path}/", "").startswith(line), str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_an_error_of_an_object_stores_own_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    class NoCredentials(Exception): ...
+
+    def isdir(self: Any, path: str) -> bool:
+        raise NoCredentials("there are none\nanywhere")
+
+    monkeypatch.setattr(fsspec.get_filesystem_class("memory"), "isdir", isdir)
+    with pytest.raises(ConfigError) as caught:
+        opened("memory://box/x.csv")
+    assert str(caught.value) == "data=memory://box/x.csv: cannot be read (NoCredentials: there are none)"
 
 
 # --- what is read ---
@@ -264,6 +277,21 @@ def test_csv_fields_may_be_long_but_a_quote_must_be_closed(tmp_path: Path, monke
     monkeypatch.setattr(csv, "LARGEST_BLOCK", 1 << 16)
     with pytest.raises(ConfigError, match=r"x.csv: a row is longer than 0 MiB, which a quote that is never closed also looks"):
         opened(path)
+
+
+@pytest.mark.parametrize("text, closed", [
+    ('id,text\n1,"open\n2,b\n', False), ('id,text\r\n1,"open\r\n2,b', False), ('id,text\n1,"an ""open""\nb', False),
+    ('id,text\n1,"two\nlines"\n', True), ('id,text\n1,"two\nlines\n"\n\n', True), ('id,text\n1,"two\nlines"', True),
+    ('id,text\n1,"two\nlines" \n', True), ('id,text\n1,a 5" pipe\n2,b\n', True), ('text\n"two\nlines"\nlines\n', True),
+])  # fmt: skip
+def test_a_csv_file_that_ends_within_a_quote_is_refused(tmp_path: Path, text: str, closed: bool) -> None:
+    path = tmp_path / "x.csv"
+    path.write_bytes(text.encode())
+    if closed:
+        opened(path)
+    else:
+        with pytest.raises(ConfigError, match=r"x.csv: a quote that opens in row 1, the last, is never closed; mend it"):
+            opened(path)
 
 
 def test_dictionaries_differ_from_file_to_file(tmp_path: Path) -> None:

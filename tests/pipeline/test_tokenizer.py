@@ -50,6 +50,8 @@ def test_special_tokens_as_plain_text(folder):
 def test_chat(folder):
     tokenizer = RowTokenizer(load_tokenizer(folder))
     assert tokenizer.render_chats([CHAT])[0] == RENDERED
+    with pytest.raises(ModelError, match=r"^model.chat_template: line 2: unexpected end of template"):
+        load_tokenizer(folder, "{{ messages }}\n{{ messages")
     own = RowTokenizer(load_tokenizer(folder, "{{ messages[1].content }} {{ tools[0].name if tools else 'none' }}"))
     assert own.render_chats([CHAT])[0] == "What is 2+2? none"
     assert own.render_chats([CHAT], [{"name": "add"}])[0] == "What is 2+2? add"
