@@ -37,6 +37,12 @@ class EngineConfig:
             raise ValueError("engine.depth must be 1 or 2")
         if self.page_size < 16 or self.page_size & (self.page_size - 1):
             raise ValueError("engine.page_size must be a power of two of at least 16")
+        for name in ("max_model_len", "max_rows", "max_step_tokens", "kv_pages"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"engine.{name}={value}: give at least 1, or null to leave it to the engine")
+        if self.window < 1 or self.cpu_kv_gib <= 0:
+            raise ValueError(f"engine.window={self.window} and engine.cpu_kv_gib={self.cpu_kv_gib:g} must be above 0")
         if not 0.05 <= self.gpu_memory <= 0.99:
             raise ValueError("engine.gpu_memory must lie between 0.05 and 0.99")
         if not 0 <= self.unpack_share < 1:

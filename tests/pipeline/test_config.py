@@ -184,6 +184,8 @@ def test_a_wrong_task_file_is_one_line(tmp_path: Path, text: str | None, line: s
     ("model=qwen2.5-0.5", "model=qwen2.5-0.5: no such model; did you mean qwen2.5-0.5b?"),
     ("task=nope", "task=nope: no such task; there are classify, "),
     ("engine.unpack_share=1", "engine.unpack_share=1: give a share of at least 0 (never unpack) and below 1"),
+    ("engine.max_rows=0", "engine.max_rows=0: give at least 1, or null to leave it to the engine"),
+    ("engine.window=0", "engine.window=0 and engine.cpu_kv_gib=2 must be above 0"),
     ("engine.depth=7", "engine.depth must be 1 or 2"),
     ("engine.dtype=fp8", "engine.dtype=fp8: give auto, bfloat16, float16 or float32"),
     ("engine.max_rows=many", "engine.max_rows=many: "),
