@@ -37,7 +37,7 @@ DEFAULT_CONTEXT = 8192       # the most taken unasked of what a model was traine
 
 
 class Engine:
-    """One model on one device. Not thread-safe: one thread submits and steps.
+    """One model on one device. Not thread-safe: the thread that makes it submits and steps.
 
     `weight_bytes`: what the weights take of its memory as they are kept, without unpacked copies.
     `guided` compiles and fills grammar masks, `tokenizer` is needed for stop strings, `progress` hears of the start-up.
@@ -51,6 +51,8 @@ class Engine:
         self.device = _device(config.device)
         _check_fp8(config, spec, self.device)
         on_gpu = self.device.type == "cuda"
+        if on_gpu and self.device.index is not None:
+            torch.cuda.set_device(self.device)       # kernels, streams and events are this thread's current device's
         dtype = getattr(torch, spec.run_dtype(config.dtype, self.device.type))
         self.max_model_len = config.max_model_len or min(spec.max_positions, DEFAULT_CONTEXT)
         max_rows = config.max_rows or (GPU_ROWS if on_gpu else CPU_ROWS)

@@ -282,6 +282,8 @@ def _device(name: str) -> torch.device:
         raise ConfigError(f"device={name}: no such device; there are auto, cuda, cuda:N and cpu") from None
     if device.type not in ("cpu", "cuda") or (device.type == "cuda" and not torch.cuda.is_available()):
         raise ConfigError(f"device={name}: torch has no such device here; set device=cpu, or install torch with CUDA")
+    if device.index is not None and device.type == "cuda":
+        torch.cuda.set_device(device)        # kernels run on this thread's current device
     return device
 
 
