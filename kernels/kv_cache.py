@@ -7,11 +7,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels import ref
 from kernels.overlap import after, launch_options, overlaps
+from kernels.quantize import within_e4m3
 from kernels.shapes import cdiv, next_power_of_2
 
-E4M3_MAX = tl.constexpr(ref.E4M3_MAX)
 TILE = 2048     # elements of q that one program handles: 16 a lane
 
 
@@ -61,7 +60,7 @@ def shifted(k, shift, heads, inside, d, D: tl.constexpr):
 def scaled(x, scales, inside):
     """x over the scales of its heads [HEADS], within what e4m3 holds."""
     scale = tl.load(scales, mask=inside, other=1.0)[:, None]
-    return tl.minimum(tl.maximum(x.to(tl.float32) / scale, -E4M3_MAX), E4M3_MAX)
+    return within_e4m3(x.to(tl.float32) / scale)
 
 
 # Where in their buffer positions and slots begin must not decide whether a step compiles this anew.

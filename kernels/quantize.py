@@ -18,11 +18,17 @@ LARGEST = tl.constexpr(ref.E4M3_MAX)
 
 
 @triton.jit
+def within_e4m3(y):
+    """y as far as e4m3 reaches. NaN stays NaN, so that a broken layer is seen at the end of the model."""
+    return tl.clamp(y, -LARGEST, LARGEST, tl.PropagateNan.ALL)
+
+
+@triton.jit
 def _write_row(y, out, scales, static, row, columns, inside, WIDTH: tl.constexpr, STATIC: tl.constexpr):
     """The row y (0 past WIDTH) as e4m3 and its scale: its largest / 448, or what `static` holds."""
     y = y.to(tl.float32)
     scale = tl.load(static) if STATIC else tl.div_rn(tl.maximum(tl.max(tl.abs(y), 0), 1e-12), LARGEST)
-    y = tl.minimum(tl.maximum(y * tl.div_rn(1.0, scale), -LARGEST), LARGEST)       # rounded as torch rounds
+    y = within_e4m3(y * tl.div_rn(1.0, scale))       # rounded as torch rounds
     tl.store(out + row * WIDTH + columns, y.to(tl.float8e4nv), mask=inside)
     tl.store(scales + row, scale)
 
@@ -69,7 +75,7 @@ def _quantize_blocks_kernel(x, out, scales, x_stride, WIDTH: tl.constexpr, BLOCK
     y = tl.load(x + row * x_stride + columns, mask=columns < WIDTH, other=0.0).to(tl.float32)
     scale = tl.div_rn(tl.maximum(tl.max(tl.abs(y), 0), 1e-12), LARGEST)
     y *= tl.div_rn(1.0, scale)
-    tl.store(out + row * WIDTH + columns, tl.minimum(tl.maximum(y, -LARGEST), LARGEST).to(tl.float8e4nv), mask=columns < WIDTH)
+    tl.store(out + row * WIDTH + columns, within_e4m3(y).to(tl.float8e4nv), mask=columns < WIDTH)
     tl.store(scales + row * tl.num_programs(1) + block, scale)
 
 

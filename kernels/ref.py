@@ -297,6 +297,7 @@ def decode_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: T
     if softcap:
         scores = softcap * torch.tanh(scores / softcap)
     scores = scores.float().masked_fill(~visible[:, None, None], NEG_INF)
+    v.masked_fill_(~visible[:, None, :, None], 0)        # a copy; what is not seen may be no number
     out = torch.empty_like(q) if out is None else out
     return out.copy_((torch.softmax(scores, -1).to(v.dtype) @ v).reshape(n, heads, dim))
 

@@ -68,7 +68,8 @@ def fail(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[int]]:
                 if part == "launch_forward":     # garbage where the step would have written
                     for cache in runner.caches.layers:
                         for row in plan.rows.tolist():
-                            cache.k[runner.table.block_table[row].long()] = float("nan")
+                            for stored in (cache.k, cache.v):
+                                stored[runner.table.block_table[row].long()] = float("nan")
                 raise error()
             return launch(runner, first, *rest)
 

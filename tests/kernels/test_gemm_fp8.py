@@ -10,6 +10,7 @@ import pytest
 import torch
 from quantized_products import check_fp8, check_fp8_blocks, check_fused_quantization, mend_interpreted_casts
 
+from kernels import quantize
 from kernels.split_k import Tile
 
 HALF = torch.empty(0, dtype=torch.float16)
@@ -46,6 +47,13 @@ def test_float32():
 @pytest.mark.parametrize("rows, outputs, inputs", [(1, 128, 256), (70, 256, 384)])
 def test_blocks(rows, outputs, inputs):
     check_fp8_blocks(HALF, rows, outputs, inputs)
+
+
+def test_what_is_no_number_stays_none():
+    x = torch.randn(3, 128, dtype=torch.float16)
+    x[1, 5], x[2] = float("nan"), float("nan")
+    for codes, _ in (quantize.fp8_quantize(x), quantize.fp8_quantize(x, torch.ones(1)), quantize.quantize_blocks(x, 128)):
+        assert torch.equal(codes.float().isnan(), x.isnan())
 
 
 @pytest.mark.parametrize("static", [False, True])

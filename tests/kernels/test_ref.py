@@ -174,3 +174,19 @@ def test_fp8_blocks():
     inputs = torch.cat([value.double() * scale.double() for value, scale in halves], -1)
     want = inputs @ (quantized.double() * spread.double()).t()
     torch.testing.assert_close(ref.fp8_block_matmul(x, quantized, blocks).double(), want, rtol=1e-4, atol=1e-2)
+
+
+@pytest.mark.parametrize("window", [0, 6])
+def test_keys_and_values_that_no_query_sees_may_be_no_numbers(window):
+    """Pages are not emptied for the next row, and a page's end is another's beginning."""
+    q, caches = torch.randn(2, 4, 16), torch.randn(2, 9, 2, 4, 16)
+    table, positions = torch.arange(1, 9).view(2, 4), torch.tensor([5, 9])
+
+    def attention(k, v):
+        return ref.decode_attention(q, k, v, table, torch.arange(2), positions, 0.25, window, 0.0, 16)
+
+    want = attention(*caches)
+    for row, position in enumerate(positions.tolist()):
+        for at in {*range(16)} - {*range(max(0, position + 1 - (window or 16)), position + 1)}:
+            caches[:, table[row, at // 4], :, at % 4] = float("nan")
+    assert torch.equal(attention(*caches), want)
