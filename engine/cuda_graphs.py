@@ -6,6 +6,7 @@ the step's rows is the dummy row. Graphs share one memory pool: they replay one 
 
 from __future__ import annotations
 
+import logging
 from bisect import bisect_left
 from collections.abc import Callable, Hashable, Iterable, KeysView
 from typing import Any, Generic, TypeVar
@@ -14,6 +15,8 @@ import torch
 from torch import Tensor
 
 Key = TypeVar("Key", bound=Hashable)
+
+_log = logging.getLogger(__name__)
 
 
 def graph_sizes(most: int) -> list[int]:
@@ -33,6 +36,7 @@ class CudaGraphs(Generic[Key]):
         self._launch, self._pool = launch, pool
         self._stream = torch.cuda.Stream()       # one for all: what the allocator caches, it caches for each stream apart
         self._graphs: dict[Key, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+        self._full = False
 
     @property
     def captured(self) -> KeysView[Key]:
@@ -45,9 +49,16 @@ class CudaGraphs(Generic[Key]):
         return result
 
     def launch_and_capture(self, key: Key) -> Tensor:
-        """Launched as it is, which makes what a capture of this shape may not, and captured besides."""
+        """Launched as it is, which makes what a capture of this shape may not, and captured besides. Where the memory for a graph
+        is not there, the step is none the worse for it; no other capture is tried then."""
         result = self._launch(key)
-        self._capture(key)
+        if not self._full:
+            try:
+                self._capture(key)
+            except torch.OutOfMemoryError:
+                self._full = True
+                _log.warning("no memory for more CUDA graphs: steps of other sizes than so far are launched without one, slower; "
+                             "lower engine.gpu_memory")
         return result
 
     def prepare(self, keys: Iterable[Key]) -> None:

@@ -9,13 +9,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from engine_cases import finish, mixed_requests, running, tokens_of
 from hypothesis import given
 from hypothesis import strategies as st
 from models import tiny_checkpoint
 
 from engine import mixed_steps
-from engine.cuda_graphs import graph_sizes
+from engine.cuda_graphs import CudaGraphs, graph_sizes
 from engine.mixed_steps import Shape, Shapes, tiles_of
 from engine.row_table import most_rest
 from engine.runner import Graphs
@@ -90,6 +91,23 @@ class LaunchedGraphs:
     def launch_and_capture(self, key: Any) -> Any:
         self.captured.add(key)
         return self._launch(key)
+
+
+def test_a_step_is_none_the_worse_for_a_graph_that_finds_no_memory(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    tried: list[int] = []
+
+    def capture(graphs: CudaGraphs[int], key: int) -> None:
+        tried.append(key)
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(torch.cuda, "Stream", lambda: None)
+    monkeypatch.setattr(CudaGraphs, "_capture", capture)
+    graphs = CudaGraphs(lambda n: torch.full((n,), n), None)
+    assert [graphs.launch_and_capture(n).tolist() for n in (2, 1)] == [[2, 2], [1]]
+    assert tried == [2] and not graphs.captured
+    assert len(caplog.records) == 1 and "engine.gpu_memory" in caplog.text
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
