@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 GPU_ROWS, CPU_ROWS = 2048, 32     # max_rows where it is not set
+MOST_ROWS = 65_535                # a grid of CUDA's has no more programs along its last dimensions
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +42,8 @@ class EngineConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"engine.{name}={value}: give at least 1, or null to leave it to the engine")
+        if self.max_rows is not None and self.max_rows > MOST_ROWS:
+            raise ValueError(f"engine.max_rows={self.max_rows}: give at most {MOST_ROWS}")
         if self.window < 1 or self.cpu_kv_gib <= 0:
             raise ValueError(f"engine.window={self.window} and engine.cpu_kv_gib={self.cpu_kv_gib:g} must be above 0")
         if not 0.05 <= self.gpu_memory <= 0.99:

@@ -1,6 +1,7 @@
 """Programmatic dependent launch (CUDA programming guide): a kernel starts while the one before it in the stream still runs.
 
-A kernel launched with `launch_options` may do what neither reads nor writes anything of the step, asking for weights say; then it
+A kernel launched with `launch_options` may do what neither reads nor writes anything of the step, asking for weights say (what it
+reads then, two kernels that do not take part have to stand behind: the last before it need not have finished); then it
 calls `after` in every program, and from there on all kernels before it have finished, since each of them waited in the same way.
 Kernels that do not take part, cuBLAS's among them, run after whatever precedes them has finished, as always.
 """

@@ -185,6 +185,7 @@ def test_a_wrong_task_file_is_one_line(tmp_path: Path, text: str | None, line: s
     ("task=nope", "task=nope: no such task; there are classify, "),
     ("engine.unpack_share=1", "engine.unpack_share=1: give a share of at least 0 (never unpack) and below 1"),
     ("engine.max_rows=0", "engine.max_rows=0: give at least 1, or null to leave it to the engine"),
+    ("engine.max_rows=70000", "engine.max_rows=70000: give at most 65535"),
     ("engine.window=0", "engine.window=0 and engine.cpu_kv_gib=2 must be above 0"),
     ("engine.depth=7", "engine.depth must be 1 or 2"),
     ("engine.dtype=fp8", "engine.dtype=fp8: give auto, bfloat16, float16 or float32"),
