@@ -226,15 +226,14 @@ class PromptBuilder:
             return {self._hide(key, hidden): self._hide(item, hidden) for key, item in value.items()}
         return [self._hide(item, hidden) for item in value] if isinstance(value, list) else value
 
-    def _encode_hidden(self, talk: _Talk) -> list[int]:
+    def _encode_hidden(self, talk: _Talk) -> np.ndarray:
         # A special token ends what stands before it anyway, so cutting there changes no other token.
         parts = re.split(f"([{chr(_MARK)}-{chr(_MARK + len(talk.hidden) - 1)}])", talk.text)
         plain = self._tokenizer.encode_batch(parts[::2], False)
-        ids = list(plain[0])
+        pieces = [plain[0]]
         for mark, rest in zip(parts[1::2], plain[1:], strict=True):
-            ids += self._tokenizer.encode_plain(talk.hidden[ord(mark) - _MARK])
-            ids += rest
-        return ids
+            pieces += [self._tokenizer.encode_plain(talk.hidden[ord(mark) - _MARK]), rest]
+        return np.concatenate(pieces)
 
     def _ask(self, row: dict[str, Any]) -> tuple[Ask, list[dict[str, Any]] | None]:
         """The task's parameters under the row's own, and the tools that the chat template shows. Raises Refused."""

@@ -48,8 +48,8 @@ class ScriptedTokenizer:
     def render_chats(self, conversations: Sequence[Sequence[Mapping[str, Any]]], tools: Sequence[Any] | None = None) -> list[str]:
         return [self._compiled.render(messages=messages, tools=tools) for messages in conversations]
 
-    def encode_batch(self, texts: Sequence[str], add_special_tokens: bool) -> list[list[int]]:
-        return [self._encode(text) for text in texts]
+    def encode_batch(self, texts: Sequence[str], add_special_tokens: bool) -> list[np.ndarray]:
+        return [np.array(self._encode(text), dtype=np.int32) for text in texts]
 
     def _encode(self, text: str) -> list[int]:
         ids = list(text.encode())
@@ -74,8 +74,8 @@ class ScriptedTokenizer:
                         ids += [256 + number, *part]
         return ids
 
-    def encode_plain(self, text: str) -> list[int]:
-        return list(text.encode())
+    def encode_plain(self, text: str) -> np.ndarray:
+        return np.array(list(text.encode()), dtype=np.int32)
 
     def decode_marked(self, tokens: Sequence[Sequence[int]]) -> list[str]:
         return self.decode_batch(tokens)
