@@ -196,7 +196,7 @@ class PromptBuilder:
             talk.text = self._tokenizer.render_chats([talk.messages], talk.tools)[0]
         except Exception as error:
             # Chat templates are code of the model's makers: what one raises on a conversation is an error of this row.
-            talk.prompt.status, talk.prompt.error = Status.TEMPLATE_ERROR, f"the chat template refuses: {first_line(error)}"
+            talk.prompt.refuse(Refused(Status.TEMPLATE_ERROR, f"the chat template refuses: {first_line(error)}"))
 
     def _encode(self, talks: list[_Talk]) -> None:
         """Fill in the tokens; a row whose text the tokenizer does not take, half a surrogate pair say, gets a status."""
