@@ -382,6 +382,9 @@ def test_rows_may_name_types_of_the_modules_that_the_job_allows() -> None:
     assert guide is not None and guide.spec == GuideSpec.choice(["red", "green"])
     with pytest.raises(Refused, match="may not name types of os"):
         guides.of_row({"schema": "os:PathLike"})
+    for name in ("json.loads", "TOOLS", "pytest", "build"):
+        with pytest.raises(Refused, match="not a type|one plain name"):
+            guides.of_row({"schema": f"tests.pipeline.test_prompts:{name}"})
 
 
 def test_a_template_that_takes_no_tools_refuses_them() -> None:
