@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from engine.guided.grammar import Grammar
 
 MOST = 2**30    # numbers of tokens and their ids are int32 in the engine, sums of two as well
+MOST_STOPS, LONGEST_STOP = 128, 1000    # each token of a row is looked at for all of them
 
 
 class EngineError(RuntimeError):
@@ -64,6 +65,8 @@ class SamplingParams:
             (-2.0 <= self.presence_penalty <= 2.0, "presence_penalty must lie in [-2, 2]"),
             (-2.0 <= self.frequency_penalty <= 2.0, "frequency_penalty must lie in [-2, 2]"),
             (all(self.stop), "stop strings must not be empty"),
+            (len(self.stop) <= MOST_STOPS, f"stop must have at most {MOST_STOPS} strings"),
+            (all(len(text) <= LONGEST_STOP for text in self.stop), f"stop strings must have at most {LONGEST_STOP} characters"),
             (all(0 <= token <= MOST for token in self.stop_token_ids), f"stop_token_ids must lie between 0 and {MOST}"),
             (self.logprobs is None or 0 <= self.logprobs <= 20, "logprobs must lie between 0 and 20"),
         )

@@ -96,7 +96,11 @@ class SafetensorsFolder:
         self._handles: dict[Path, Any] = {}
         index = folder / "model.safetensors.index.json"
         if index.exists():
-            self._shard = {name: folder / file for name, file in _read_json(index)["weight_map"].items()}
+            files: dict[str, str] = _read_json(index)["weight_map"]
+            for file in sorted(set(files.values())):
+                if Path(file).name != file:
+                    raise ModelError(f"{index} names {file!r}, which is no file of its own folder: fetch the model again")
+            self._shard = {name: folder / file for name, file in files.items()}
             for path in sorted(set(self._shard.values())):
                 if not path.exists():
                     raise ModelError(f"{folder}: {path.name} is missing, which {index.name} names: fetch the model again")

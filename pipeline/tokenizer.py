@@ -88,6 +88,11 @@ class RowTokenizer:
         return self._backend.decode_batch([np.asarray(row).tolist() for row in tokens], skip_special_tokens=False)
 
     @functools.cached_property
+    def longest_token(self) -> int:
+        """Bytes of text, in UTF-8, that one token stands for at most: a vocabulary writes no byte or space shorter than it is."""
+        return max(len(token.encode()) for token in self._backend.get_vocab(with_added_tokens=True))
+
+    @functools.cached_property
     def _plain_backend(self) -> Any:
         # A copy, because this is a switch of the whole tokenizer; made only for the rows that need it.
         backend = copy.deepcopy(self._backend)

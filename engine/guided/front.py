@@ -7,7 +7,7 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_origin
 
 from engine.guided.grammar import SchemaError
 from engine.guided.tools import Tool, allowed
@@ -55,6 +55,20 @@ class GuideSpec:
         return value["format"], [Tool(name, parameters) for name, parameters in value["tools"]], value["choice"]
 
     @classmethod
+    def of_named_type(cls, path: str) -> GuideSpec:
+        """From "package.module:Name" that is written in data: one name of a class, a type such as a Literal, or an outlines term.
+        Values, functions and the modules that a module imports are not for data to reach."""
+        from outlines.types.dsl import Term
+
+        name = path.partition(":")[2]
+        if "." in name or name.startswith("_"):
+            raise SchemaError("", f"{path}: rows name a type by one plain name, module:Name")
+        target = _load(path)
+        if not isinstance(target, (type, Term)) and get_origin(target) is None:
+            raise SchemaError("", f"{path} is not a type")
+        return cls._of_type(target, path)
+
+    @classmethod
     def of(cls, source: Any) -> GuideSpec:
         """From a schema (dict, bool or JSON text), a list of choices, "package.module:Name", or a type that outlines knows.
 
@@ -66,15 +80,15 @@ class GuideSpec:
         if isinstance(source, (list, tuple)):
             return cls.choice(source)
         if isinstance(source, str) and IMPORT_PATH.fullmatch(source.strip()):
-            return cls._of_type(_load(source.strip()))
+            return cls._of_type(_load(source.strip()), source.strip())
         if isinstance(source, str):
             return cls.schema(parse_schema(source))
         if source is None:
             raise SchemaError("", "no schema given")
-        return cls._of_type(source)
+        return cls._of_type(source, f"a value of type {type(source).__name__}")
 
     @classmethod
-    def _of_type(cls, source: Any) -> GuideSpec:
+    def _of_type(cls, source: Any, name: str) -> GuideSpec:
         from outlines.types import JsonSchema
         from outlines.types.dsl import CFG, Alternatives, Regex, String, python_types_to_terms, to_regex
 
@@ -84,8 +98,9 @@ class GuideSpec:
             return cls.schema(source.model_json_schema())
         try:
             term = python_types_to_terms(source)
-        except (TypeError, ValueError, RecursionError) as error:
-            raise SchemaError("", f"cannot make a guide of {source!r}: {error}") from None
+        except (TypeError, ValueError, RecursionError):  # their text may hold what the name stands for, not just its type
+            raise SchemaError("", f"cannot make a guide of {name}: give a Pydantic model, dataclass, TypedDict, enum, Literal "
+                              "or outlines term") from None
         if isinstance(term, JsonSchema):
             return cls.schema(json.loads(term.schema))
         if isinstance(term, Alternatives):

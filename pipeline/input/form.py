@@ -14,7 +14,7 @@ import pyarrow as pa
 from pipeline.config import TaskKeys
 from pipeline.exits import ConfigError
 from pipeline.input.formats import JSON_TEXT, first_line
-from pipeline.output.rows import Status
+from pipeline.output.rows import Status, brief
 
 GUIDES = ("schema", "guided_json", "guided_regex", "guided_choice")
 OVERRIDES = (*GUIDES, "tools", "tool_choice", "sampling", "adapter")
@@ -31,8 +31,8 @@ class Refused(Exception):
     """A row that cannot be run, with its status."""
 
     def __init__(self, status: Status, error: str) -> None:
-        super().__init__(error)
-        self.status, self.error = status, error
+        self.status, self.error = status, brief(error)
+        super().__init__(self.error)
 
 
 def refused(error: Exception) -> Refused:

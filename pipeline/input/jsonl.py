@@ -14,6 +14,7 @@ from pipeline.exits import ConfigError
 from pipeline.input.formats import CHUNK_ROWS, JSON_TEXT, Chunk, Scan, first_line, select
 
 BLOCK = 8 << 20    # bytes; the lines that start in one block are a row group, so that any is reached by a seek
+_MOST_NESTED = 200  # objects and lists within each other; Python's own stack ends at some hundreds
 _DIGITS = bytes.maketrans(b"123456789", b"0" * 9)
 _LONG, _LOW = b"0" * 20, b"-" + b"0" * 19  # with every digit a zero, the least that a whole number beyond 64 bits has
 _MOST_DIGITS = 308  # of whole numbers that a double holds, if not to the last digit
@@ -84,11 +85,14 @@ class JsonlReader:
             except orjson.JSONDecodeError:
                 if not line.strip():
                     continue
-                row = scrub(self._exact(number, line))
+                row = self._exact(number, line)
                 repaired.append(len(rows))
             if not isinstance(row, dict):
                 raise ConfigError(f"{self._name}, line {number}: not a JSON object")
-            rows.append(row)
+            if len(line) > 2 * _MOST_NESTED and line.count(b"[") + line.count(b"{") > _MOST_NESTED and _is_deep(row):
+                raise ConfigError(f"{self._name}, line {number}: lists and objects are nested more than {_MOST_NESTED} deep; "
+                                  "write the column as text")
+            rows.append(scrub(row) if repaired and repaired[-1] == len(rows) else row)
         return rows, frozenset(repaired)
 
     def _exact(self, number: int, line: bytes) -> Any:
@@ -169,6 +173,17 @@ def _text(value: Any) -> str:
         return orjson.dumps(value).decode()
     except TypeError:  # whole numbers beyond 64 bits, or very deep
         return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+
+
+def _is_deep(value: Any) -> bool:
+    """Whether more than _MOST_NESTED lists and objects stand within each other; without recursion."""
+    level = [value]
+    for _ in range(_MOST_NESTED):
+        inner = (item for node in level for item in (node.values() if isinstance(node, dict) else node))
+        level = [item for item in inner if isinstance(item, (dict, list))]
+        if not level:
+            return False
+    return True
 
 
 def _whole(digits: str) -> int:

@@ -26,6 +26,7 @@ from pipeline.output.rows import Status
 
 # Private-use characters stand for the special tokens of a row's own text, and for themselves, while the chat template is applied.
 _MARK, _MARKS = 0xF0000, 0x1FFFE
+_BATCH_BYTES = 16 << 20  # of text tokenised in one call, which takes many times as much memory
 
 
 Tokens = Sequence[int] | np.ndarray
@@ -39,6 +40,10 @@ class Tokenizer(Protocol):
 
     @property
     def special_tokens(self) -> Sequence[str]: ...
+
+    @property
+    def longest_token(self) -> int:
+        """Bytes of text, in UTF-8, that one token stands for at most."""
 
     def render_chats(self, conversations: Sequence[Sequence[Mapping[str, Any]]], tools: Sequence[Any] | None = None) -> list[str]:
         """Each conversation as text, with the header of the answer. Raises what the template raises where it refuses one."""
@@ -95,13 +100,14 @@ class _Talk:
 
 
 class PromptBuilder:
-    """Makes prompts of chunks of rows, in any thread. `guide`: of the task's schema or tools. `default`: what rows get unasked.
-    """
+    """Makes prompts of chunks of rows, in any thread. `guide`: of the task's schema or tools. `max_model_len`: a text that cannot
+    be within it is not tokenised. `default`: what rows get unasked."""
 
     def __init__(self, form: Form, task: TaskKeys, sampling: Sampling, tokenizer: Tokenizer, guides: Guides, guide: Guide | None,
-                 tools: ToolReader) -> None:
+                 tools: ToolReader, max_model_len: int | None = None) -> None:
         self._form, self._tokenizer, self._guides, self._sampling = form, tokenizer, guides, sampling
-        self._tools = tools
+        self._tools, self._max_model_len = tools, max_model_len
+        self._longest_token = tokenizer.longest_token
         if "tools" in form.overrides:
             tools.check_columns()
         self.default = Ask(sampling.params(), sampling.n or 1, guide=guide)
@@ -145,7 +151,8 @@ class PromptBuilder:
             prompts.append(prompt)
         if self._chat:
             self._render(talks)
-        self._encode([talk for talk in talks if talk.prompt.status is Status.OK])
+        for batch in self._batches([talk for talk in talks if talk.prompt.status is Status.OK]):
+            self._encode(batch)
         return prompts
 
     @property
@@ -196,7 +203,25 @@ class PromptBuilder:
             talk.text = self._tokenizer.render_chats([talk.messages], talk.tools)[0]
         except Exception as error:
             # Chat templates are code of the model's makers: what one raises on a conversation is an error of this row.
-            talk.prompt.status, talk.prompt.error = Status.TEMPLATE_ERROR, f"the chat template refuses: {first_line(error)}"
+            talk.prompt.refuse(Refused(Status.TEMPLATE_ERROR, f"the chat template refuses: {first_line(error)}"))
+
+    def _batches(self, talks: list[_Talk]) -> Iterator[list[_Talk]]:
+        """What to encode at once; a text too long for the context, should each of its tokens be the longest, gets a status."""
+        batch: list[_Talk] = []
+        held = 0
+        for talk in talks:
+            size = len(talk.text.encode("utf-8", "surrogatepass"))
+            if self._max_model_len is not None and size > self._max_model_len * self._longest_token:
+                talk.prompt.refuse(Refused(Status.PROMPT_TOO_LONG, f"{size} bytes of prompt are more than the tokens of "
+                                                                   f"engine.max_model_len={self._max_model_len} can be"))
+                continue
+            if batch and held + size > _BATCH_BYTES:
+                yield batch
+                batch, held = [], 0
+            batch.append(talk)
+            held += size
+        if batch:
+            yield batch
 
     def _encode(self, talks: list[_Talk]) -> None:
         """Fill in the tokens; a row whose text the tokenizer does not take, half a surrogate pair say, gets a status."""

@@ -89,7 +89,7 @@ class Guides:
             module = value.strip().partition(":")[0]
             if module not in self._row_types:
                 raise SchemaError("", f"rows may not name types of {module}; allow it with guided.row_types=[{module}]")
-            return GuideSpec.of(value)
+            return GuideSpec.of_named_type(value.strip())
         value = json_value(value, name, Status.SCHEMA_ERROR)
         if not isinstance(value, (dict, bool)):
             raise Refused(Status.SCHEMA_ERROR, f"{name} is not an object, true or false")

@@ -22,6 +22,7 @@ from pipeline.output.store import Store, client_errors, storage_errors
 
 FORMAT = 1
 BLOCK_ROWS = 512                 # rows turned into Arrow at once
+BLOCK_BYTES = 64 << 20           # of input rows that are repeated for their samples
 ROW_GROUP_ROWS = 32_768
 ROW_GROUP_BYTES = 64 << 20       # in memory, before compression
 _PREFIX = "gristmill."
@@ -147,13 +148,29 @@ def _output(shard: Shard, layout: OutputLayout, results: Mapping[tuple[int, int]
             break
         ids = list(islice(row_ids, len(rows)))
         picked = [results[row, sample] for row in rows for sample in range(results[row, 0].samples)]
-        if len(picked) > len(rows):
-            indices = [result.row - rows.start for result in picked]
-            block, ids = block.take(indices), [ids[index] for index in indices]
-        yield layout.table(block, ids, picked)
+        if len(picked) == len(rows):
+            yield layout.table(block, ids, picked)
+            continue
+        for piece in _pieces(block, [result.row - rows.start for result in picked]):
+            indices = [result.row - rows.start for result in picked[piece]]
+            first, end = indices[0], indices[-1] + 1
+            repeated = block.slice(first, end - first).take([index - first for index in indices])
+            yield layout.table(repeated, [ids[index] for index in indices], picked[piece])
     if start != shard.num_rows:
         raise ConfigError(f"the input of shard {shard.index} no longer holds the {shard.num_rows} rows that were planned:"
                           " restore it, or set another output.dir")
+
+
+def _pieces(block: pa.Table, indices: list[int]) -> Iterator[slice]:
+    """Cuts `indices`, rising and each once for every sample, where the rows of `block` come to as much as one array may hold."""
+    sizes = [block.slice(index, 1).nbytes for index in range(block.num_rows)]
+    start = size = 0
+    for end, index in enumerate(indices):
+        if end > start and (end - start == BLOCK_ROWS or size + sizes[index] > BLOCK_BYTES):
+            yield slice(start, end)
+            start, size = end, 0
+        size += sizes[index]
+    yield slice(start, len(indices))
 
 
 def _blocks(tables: Iterable[pa.Table], schema: pa.Schema) -> Iterator[pa.Table]:

@@ -46,6 +46,16 @@ def test_shards(folder, tmp_path):
         open_checkpoint(tmp_path / "sharded")
 
 
+@pytest.mark.parametrize("place", ["../{}", "{folder}/{}", "./{}"])
+def test_an_index_names_files_of_its_folder_only(place, folder):
+    (folder / "model.safetensors").rename(folder.parent / "model.safetensors")
+    (folder / "here.safetensors").write_bytes(b"")
+    file = place.format("model.safetensors", folder=folder.parent)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"model.norm.weight": file}}))
+    with pytest.raises(ModelError, match="no file of its own folder"):
+        open_checkpoint(folder)
+
+
 @pytest.mark.parametrize("prefix", ["language_model.model.", "model.language_model."])
 def test_multimodal_folder_shows_its_decoder(prefix, tmp_path):
     path = tiny_checkpoint("gemma3", tmp_path)

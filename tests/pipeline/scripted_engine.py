@@ -37,6 +37,8 @@ TEMPLATE = (
 class ScriptedTokenizer:
     """UTF-8 bytes as tokens, and two special tokens above them."""
 
+    longest_token = max(map(len, SPECIAL))
+
     def __init__(self, chat_template: str | None = TEMPLATE) -> None:
         self.chat_template, self.special_tokens = chat_template, SPECIAL
         self._compiled = (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import pyarrow as pa
@@ -15,6 +16,7 @@ from engine.guided.tools import read_tools
 from engine.request import SamplingParams
 from pipeline.config import Sampling, TaskKeys
 from pipeline.exits import ConfigError
+from pipeline.input import prompts as prompts_module
 from pipeline.input.form import Refused
 from pipeline.input.formats import JSON_TEXT, Chunk
 from pipeline.input.prompts import Form, Prompt, PromptBuilder, row_seed
@@ -266,6 +268,26 @@ def test_repaired_text_runs_and_says_so() -> None:
     assert prompts[1].note is None
 
 
+def test_long_texts_are_tokenised_apart_and_hopeless_ones_not_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prompts_module, "_BATCH_BYTES", 100)
+    calls: list[list[int]] = []
+
+    class Watched(ScriptedTokenizer):
+        def encode_batch(self, texts: Sequence[str], add_special_tokens: bool) -> Any:
+            calls.append([len(text.encode()) for text in texts])
+            return super().encode_batch(texts, add_special_tokens)
+
+    tokenizer, keys = Watched(None), TaskKeys()
+    most = 20 * tokenizer.longest_token
+    table = pa.table({"prompt": ["a" * 60, "é" * 20, "b", "c" * most, "é" * (most // 2 + 1), "d"]})
+    builder = PromptBuilder(Form(keys, {}, table.schema), keys, Sampling(), tokenizer, Guides(ScriptedGrammars()), None,
+                            ToolReader(None, "auto", keys), 20)
+    prompts = builder.build(Chunk(table), 0)
+    assert calls == [[60, 40], [1], [most], [1]]
+    assert [prompt.status for prompt in prompts] == [Status.OK] * 4 + [Status.PROMPT_TOO_LONG, Status.OK]
+    assert prompts[4].error == f"{most + 2} bytes of prompt are more than the tokens of engine.max_model_len=20 can be"
+
+
 # --- special tokens in a row's text ---
 
 
@@ -382,6 +404,9 @@ def test_rows_may_name_types_of_the_modules_that_the_job_allows() -> None:
     assert guide is not None and guide.spec == GuideSpec.choice(["red", "green"])
     with pytest.raises(Refused, match="may not name types of os"):
         guides.of_row({"schema": "os:PathLike"})
+    for name in ("json.loads", "TOOLS", "pytest", "build"):
+        with pytest.raises(Refused, match=r"not a type|one plain name"):
+            guides.of_row({"schema": f"tests.pipeline.test_prompts:{name}"})
 
 
 def test_a_template_that_takes_no_tools_refuses_them() -> None:

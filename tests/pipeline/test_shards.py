@@ -16,7 +16,7 @@ from pipeline.input.plan import InputFile, Shard, make_plan
 from pipeline.output import part
 from pipeline.output.layout import RESULTS, OutputLayout
 from pipeline.output.part import PartInfo
-from pipeline.output.rows import RowResult, Status
+from pipeline.output.rows import MOST_ERROR, RowResult, Status
 from pipeline.output.run_folder import RunFolder
 
 SCALARS = pa.schema([("prompt", pa.string())])
@@ -160,6 +160,31 @@ def test_wide_rows_make_small_row_groups(tmp_path: Path, monkeypatch: pytest.Mon
     writer.append(*map(RowResult, range(64)))
     writer.commit([pa.table({"prompt": ["x" * 10_000] * 64})])
     assert pq.read_metadata(parts(tmp_path)[0]).num_row_groups == 4
+
+
+def test_a_wide_row_with_many_samples_is_repeated_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, shard = one_shard(tmp_path, OutputLayout.make(SCALARS), 3)
+    writer = folder.open_shard(shard)
+    samples = (1, 70, 3)
+    writer.append(*(RowResult(row, sample, n, text=f"{row}.{sample}") for row, n in enumerate(samples) for sample in range(n)))
+    monkeypatch.setattr(part, "BLOCK_BYTES", 100_000)
+    taken: list[int] = []
+    table = OutputLayout.table
+    monkeypatch.setattr(OutputLayout, "table", lambda *args: (taken.append(args[1].nbytes), table(*args))[1])
+    prompts = ["a", "b" * 10_000, "c"]
+    assert writer.commit([pa.table({"prompt": prompts})])
+    assert len(taken) == 8 and max(taken) <= 100_000
+    rows = pq.read_table(parts(tmp_path)[0]).select(["prompt", "sample", "text"]).to_pylist()
+    assert rows == [{"prompt": prompts[row], "sample": sample, "text": f"{row}.{sample}"}
+                    for row, n in enumerate(samples) for sample in range(n)]
+
+
+def test_an_error_is_one_short_line() -> None:
+    long, sharp = RowResult(0, error="a" * 10**6), RowResult(0, error="red: \x1b[31m\n\u202eé")
+    assert long.error == "a" * (MOST_ERROR - 1) + "…"
+    assert sharp.error == "red: \\x1b[31m\\n\\u202eé"
+    assert RowResult(0, error=long.error).error == long.error    # as it comes back from a journal
+    assert RowResult(0, error=sharp.error).error == sharp.error
 
 
 def test_the_footer_names_run_plan_and_shard(tmp_path: Path) -> None:

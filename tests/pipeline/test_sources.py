@@ -226,6 +226,8 @@ def test_jsonl_types(tmp_path: Path) -> None:
     (["1.5", "1" * 30], f"line 3: column a holds {'1' * 30}, which loses digits beside the fractions of other rows"),
     (["1", "1" * 400], "line 3: not JSON (a number of 400 digits)"),
     (["1", "[" * 9999 + "]" * 9999], "line 3: not JSON (maximum recursion depth exceeded"),
+    (["[]", "[" * 200 + "]" * 200], "line 3: lists and objects are nested more than 200 deep; write the column as text"),
+    (["[]", '{"b":[' * 490 + '"\\ud800"' + "]}" * 490], "line 3: lists and objects are nested more than 200 deep"),
 ])  # fmt: skip
 @pytest.mark.parametrize("block", [8 << 20, 10])
 def test_jsonl_numbers_that_no_column_holds_are_refused(
@@ -236,6 +238,17 @@ def test_jsonl_numbers_that_no_column_holds_are_refused(
     with pytest.raises(ConfigError) as caught:
         opened(tmp_path / "x.jsonl")
     assert str(caught.value).startswith(f"{tmp_path}/x.jsonl, {line}")
+
+
+def test_jsonl_may_be_nested_and_wide(tmp_path: Path) -> None:
+    values = ["[" * 199 + '"\\ud800"' + "]" * 199, json.dumps([[]] * 1000), "[" * 199 + "1" * 30 + "]" * 199,
+              '"' + "[" * 1000 + '"']
+    lines = [f'{{"{key}": {value}}}' for key, value in zip("abcd", values, strict=True)]
+    (tmp_path / "x.jsonl").write_text("\n".join(lines))
+    rows = everything(opened(tmp_path / "x.jsonl"))
+    assert rows[0]["a"] == values[0].replace("\\ud800", "�")
+    assert rows[1]["b"] == values[1].replace(" ", "")
+    assert (rows[2]["c"], rows[3]["d"]) == (values[2], "[" * 1000)
 
 
 def test_jsonl_numbers_keep_every_digit(tmp_path: Path) -> None:

@@ -79,6 +79,13 @@ def test_prompts_are_never_cut(folder):
     assert len(RowTokenizer(load_tokenizer(folder)).encode_batch(["0123456789"], True)[0]) == 10
 
 
+def test_the_longest_token(folder):
+    tokenizer = RowTokenizer(load_tokenizer(folder))
+    texts = [tokenizer.decode_marked([[token]])[0] for token in range(len(tokenizer.tokenizer))]
+    longest = max(len(text.encode()) for text in texts)
+    assert longest <= tokenizer.longest_token <= 2 * longest
+
+
 def test_threads_share_one(folder):
     tokenizer, wrong = RowTokenizer(load_tokenizer(folder)), []
 

@@ -100,6 +100,30 @@ def test_what_is_no_guide(source: Any, reason: str) -> None:
         GuideSpec.of(source)
 
 
+def test_data_names_types_and_nothing_else(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "named_types.py").write_text(
+        "import enum, os, typing\nclass Team(enum.Enum):\n    A = 'a'\n    B = 'b'\n"
+        "class Plain:\n    class Inner: pass\n"
+        "Size = typing.Literal['s', 'm']\nkey = 'secret'\nkeys = ['secret']\n_Size = Size\ndef find() -> None: ...\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert GuideSpec.of_named_type("named_types:Team").kind == "choice"
+    assert GuideSpec.of_named_type("named_types:Size") == GuideSpec.choice(["s", "m"])
+    reasons = {"one plain name": ["os.environ", "Team.A", "_Size", "__builtins__"], "not a type": ["os", "key", "keys", "find"],
+               "cannot import": ["Absent"]}
+    for reason, names in reasons.items():
+        for name in names:
+            with pytest.raises(SchemaError, match=reason) as caught:
+                GuideSpec.of_named_type(f"named_types:{name}")
+            assert "secret" not in str(caught.value)
+
+
+def test_an_error_does_not_show_what_a_name_stands_for() -> None:
+    with pytest.raises(SchemaError, match="cannot make a guide of os:environ: ") as caught:
+        GuideSpec.of("os:environ")
+    assert "PATH" not in str(caught.value)
+
+
 @pytest.mark.parametrize("source", [True, False, "true", {}])
 def test_the_smallest_schemas(source: Any) -> None:
     assert GuideSpec.of(source).kind == "schema"
