@@ -20,6 +20,7 @@ from engine.guided.front import parse_schema
 from engine.guided.grammar import SchemaError
 from engine.guided.hints import example, schema_hints
 from engine.guided.lower import ExtraKeys, Lowered, lower
+from engine.guided.regexes import overflow
 from engine.guided.regular import choice_dfa, schema_dfa
 from engine.guided.regular_numbers import NotRegular
 from engine.guided.simple import choice_check, validator_of
@@ -207,7 +208,7 @@ class LLGuidanceBackend:
         original = parse_schema(schema) if isinstance(schema, str) else schema
         check = validator_of(original).check
         loosest: dict[str, Any] = {"$schema": "https://json-schema.org/draft/2020-12/schema"}
-        near = original if isinstance(original, dict) else {}
+        near = original if isinstance(original, dict) and not overflow(original) else loosest
         options: JsonCompileOptions = {**WHITESPACE[self.whitespace], "lenient": True}
         for candidate in (near, loosest):
             source = LLMatcher.grammar_from_json_schema(json.dumps(candidate), overrides=options)

@@ -35,6 +35,9 @@ REFUSED: dict[str, Any] = {
     "nested repetitions": {"type": "string", "pattern": "^((a{1,100}){1,100}){1,100}$"},
     "hundreds of key patterns": {"type": "object", "patternProperties": {f"^k{i}_": {} for i in range(300)}},
     "too many slots": {"type": "array", "contains": {"type": "string"}, "minContains": 1000},
+    "the least integer": {"enum": [{"a": [-(2**63) + 1]}]},
+    "a range at the least integer": {"type": "integer", "minimum": -(2**63), "maximum": -(2**63) + 1},
+    "a range below the least integer": {"type": "integer", "minimum": -1e20, "maximum": -1e19},
     "deep": json.loads('{"items":' * 500 + "{}" + "}" * 500),
     "back-reference": {"type": "string", "pattern": r"^(a+)b\1$"},
     "unique without enough values": {"type": "array", "items": {"type": "boolean"}, "uniqueItems": True, "minItems": 3},
@@ -82,6 +85,10 @@ def test_taken(backend: LLGuidanceBackend, name: str) -> None:
     for seed in range(3):
         tokens, _ = walk(backend, grammar, seed, budget)
         grammar.check(backend.vocabulary.text(grammar.close(tokens, budget).tolist()).decode())
+
+
+def test_loose_without_the_least_integer(backend: LLGuidanceBackend) -> None:
+    assert accepts(backend, backend.compile_loose({"const": -(2**63)}), "[1]")
 
 
 def test_the_text_of_special_tokens(backend: LLGuidanceBackend) -> None:
