@@ -35,6 +35,7 @@ REFUSED: dict[str, Any] = {
     "nested repetitions": {"type": "string", "pattern": "^((a{1,100}){1,100}){1,100}$"},
     "hundreds of key patterns": {"type": "object", "patternProperties": {f"^k{i}_": {} for i in range(300)}},
     "too many slots": {"type": "array", "contains": {"type": "string"}, "minContains": 1000},
+    "endless slots": {"contains": {}, "minContains": 10**10},
     "the least integer": {"enum": [{"a": [-(2**63) + 1]}]},
     "a range at the least integer": {"type": "integer", "minimum": -(2**63), "maximum": -(2**63) + 1},
     "a range below the least integer": {"type": "integer", "minimum": -1e20, "maximum": -1e19},
