@@ -24,6 +24,7 @@ _DRAFTS = {
 _BY_URI = {uri.partition("://")[2].rstrip("#"): draft for draft, uri in _DRAFTS.items()}
 
 _MAX_WORK = 10_000       # subschemas applied to one value
+_PATTERN_BYTES = 4 << 20  # of the patterns of a schema, compiled
 _WHOLE = "json-schema:///document"      # the document itself, in the registry of its validators
 
 _MAPS = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas", "dependencies")
@@ -65,6 +66,18 @@ class Dialect:
         raise SchemaError(pointer, f"not a JSON Schema: {first.message}")
 
 
+def pattern_options(schema: Node) -> jsonschema_rs.FancyRegexOptions:
+    """Limits for the patterns of `schema`: twenty bytes make one of megabytes, and a schema may hold thousands."""
+    patterns, stack = 0, [schema]
+    while stack:
+        node: Any = stack.pop()
+        if isinstance(node, dict):
+            named = node.get("patternProperties")
+            patterns += isinstance(node.get("pattern"), str) + (len(named) if isinstance(named, dict) else 0)
+        stack.extend(node.values() if isinstance(node, dict) else node if isinstance(node, list) else ())
+    return jsonschema_rs.FancyRegexOptions(size_limit=_PATTERN_BYTES // max(1, patterns))
+
+
 class Document:
     """A schema with its references resolved on demand. Subschemas are told apart by identity: they are never copied.
 
@@ -84,6 +97,7 @@ class Document:
         self._targets: dict[str, Node] = {"": self.root}
         self._validators: dict[int, Any] = {}
         self._registry: Any = None
+        self._pattern_options = pattern_options(self.root)
         self._dynamic: dict[str, list[Node]] = {}
         self._index(self.root, "", "")
 
@@ -185,7 +199,11 @@ class Document:
         if id(node) not in self._validators:
             self._registry = self._registry or jsonschema_rs.Registry([(_WHOLE, self.root)])
             reference = {"$schema": _DRAFTS[self.draft], "$ref": f"{_WHOLE}#{quote(self.pointer(node))}"}
-            self._validators[id(node)] = jsonschema_rs.validator_for(reference, registry=self._registry, validate_formats=False)
+            try:
+                self._validators[id(node)] = jsonschema_rs.validator_for(
+                    reference, registry=self._registry, validate_formats=False, pattern_options=self._pattern_options)
+            except jsonschema_rs.ValidationError as error:
+                raise SchemaError(self.pointer(node), f"{error.message}: its patterns are too large") from None
         return self._validators[id(node)].is_valid(value)
 
     def check_work(self) -> None:

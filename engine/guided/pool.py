@@ -37,7 +37,7 @@ class GrammarPool:
     """
 
     def __init__(self, backend: GrammarBackend, workers: int | None = None, seconds: float = 10.0, max_bytes: int = 1 << 20,
-                 max_depth: int = 100, max_grammars: int = 4096) -> None:
+                 max_depth: int = 100, max_grammars: int = 512) -> None:
         self._backend, self._seconds, self._max_bytes, self._max_depth = backend, seconds, max_bytes, max_depth
         self._max_grammars = max_grammars
         self._executor = ThreadPoolExecutor(workers or max(2, min(8, os.cpu_count() or 1)), thread_name_prefix="grammar")

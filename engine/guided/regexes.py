@@ -22,13 +22,14 @@ _SPACE = r"\t-\r \u00a0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000\ufeff"
 _NO_SPACE = (r"\x00-\x08\x0e-\x1f!-\u009f\u00a1-\u167f\u1681-\u1fff\u200b-\u2027\u202a-\u202e\u2030-\u205e\u2060-\u2fff"
              r"\u3001-\ufefe\uff00-\U0010ffff")
 
+_OPTIONS = jsonschema_rs.FancyRegexOptions(size_limit=4 << 20)
 _LEAST, _NEAR = -(2**63), 1024           # as far as doubles round to it
 
 
-@lru_cache(4096)
+@lru_cache(128)
 def _validator(pattern: str) -> Any:
     try:
-        return jsonschema_rs.validator_for({"pattern": pattern}, validate_formats=False)
+        return jsonschema_rs.validator_for({"pattern": pattern}, validate_formats=False, pattern_options=_OPTIONS)
     except jsonschema_rs.ValidationError:
         raise SchemaError("", f"{pattern!r} is no regular expression, or too large a one") from None
 
@@ -48,9 +49,9 @@ def overflow(schema: Any) -> str:
             stack.extend((key, child, is_value or key in ("enum", "const")) for key, child in node.items())
         elif isinstance(node, list):
             stack.extend((key, child, is_value) for child in node)
-        elif isinstance(node, (int, float)):
-            if (is_value and abs(node - _LEAST) <= _NEAR) or (key in ("maximum", "exclusiveMaximum") and node <= _LEAST + _NEAR):
-                return f"the grammar engine cannot count as low as {node}: use a number further from -2^63"
+        elif isinstance(node, (int, float)) and node <= _LEAST + _NEAR and (
+                key in ("maximum", "exclusiveMaximum") or (is_value and node >= _LEAST - _NEAR)):
+            return f"the grammar engine cannot count as low as {node}: use a number further from -2^63"
     return ""
 
 

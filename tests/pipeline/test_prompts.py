@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import pyarrow as pa
 import pytest
@@ -11,6 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.guided.front import GuideSpec
+from engine.guided.grammar import GrammarBackend
+from engine.guided.pool import GrammarPool
 from engine.guided.tools import read_tools
 from engine.request import SamplingParams
 from pipeline.config import Sampling, TaskKeys
@@ -382,6 +384,12 @@ def test_rows_may_name_types_of_the_modules_that_the_job_allows() -> None:
     assert guide is not None and guide.spec == GuideSpec.choice(["red", "green"])
     with pytest.raises(Refused, match="may not name types of os"):
         guides.of_row({"schema": "os:PathLike"})
+
+
+def test_nothing_is_made_of_a_schema_before_its_size_is_known() -> None:
+    guides = Guides(GrammarPool(cast(GrammarBackend, None), max_bytes=100))
+    with pytest.raises(Refused, match="larger than 100 bytes"):
+        guides.of_row({"schema": json.dumps({"type": "no type", "title": "x" * 100})})
 
 
 def test_a_template_that_takes_no_tools_refuses_them() -> None:
