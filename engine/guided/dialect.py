@@ -24,10 +24,12 @@ _DRAFTS = {
 _BY_URI = {uri.partition("://")[2].rstrip("#"): draft for draft, uri in _DRAFTS.items()}
 
 _MAX_WORK = 10_000       # subschemas applied to one value
+_MAX_WALK = 1000         # levels of JSON: the engine stands some thousands
 _PATTERN_BYTES = 4 << 20  # of the patterns of a schema, compiled
 _WHOLE = "json-schema:///document"      # the document itself, in the registry of its validators
 
 _MAPS = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas", "dependencies")
+_REFERENCES = ("$ref", "$dynamicRef", "$recursiveRef")
 _COUNTS = ("minLength", "maxLength", "minItems", "maxItems", "minContains", "maxContains", "minProperties", "maxProperties")
 _LISTS = ("allOf", "anyOf", "oneOf", "prefixItems", "items")
 _SINGLE = ("additionalProperties", "items", "additionalItems", "not", "if", "then", "else", "contains", "propertyNames",
@@ -232,6 +234,20 @@ class Document:
                     work[id(node)] = 0
                     stack += [(node, True), *((n, False) for n in here)]
                     starts += below
+
+    def is_shallow(self) -> bool:
+        """Whether no walk along references, each followed once, can get so deep that the stack of the grammar engine ends."""
+        references: set[str] = set()
+        deepest = 0
+        stack: list[tuple[Any, int]] = [(self.root, 1)]
+        while stack:
+            value, depth = stack.pop()
+            deepest = max(deepest, depth)
+            if isinstance(value, dict):
+                references |= {text for key in _REFERENCES if isinstance(text := value.get(key), str)}
+            children = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+            stack.extend((child, depth + 1) for child in children)
+        return (1 + len(references)) * deepest <= _MAX_WALK
 
     def _applied(self, node: dict[str, Any]) -> tuple[list[Node], list[Node]]:
         """The subschemas that apply to the same value as `node`, and those that apply to its properties and items."""

@@ -15,6 +15,7 @@ from engine.guided.automaton import MAX_STATES, TokenAutomaton, token_automaton
 from engine.guided.byte_dfa import ByteDfa, TooLarge
 from engine.guided.closed import ClosedGrammar
 from engine.guided.closing import Closer, byte_tokenizer
+from engine.guided.dialect import Document
 from engine.guided.distinct import CallScanner, Scanner, Unique, either
 from engine.guided.front import parse_schema
 from engine.guided.grammar import SchemaError
@@ -206,9 +207,11 @@ class LLGuidanceBackend:
     def compile_loose(self, schema: str | dict[str, Any] | bool) -> LooseGrammar:
         """The keywords that the engine knows, the others left out; any JSON where even that cannot be."""
         original = parse_schema(schema) if isinstance(schema, str) else schema
+        document = Document(original)
+        document.check_work()                            # the outputs are checked against all of it
         check = validator_of(original).check
         loosest: dict[str, Any] = {"$schema": "https://json-schema.org/draft/2020-12/schema"}
-        near = original if isinstance(original, dict) and not overflow(original) else loosest
+        near = original if isinstance(original, dict) and not overflow(original) and document.is_shallow() else loosest
         options: JsonCompileOptions = {**WHITESPACE[self.whitespace], "lenient": True}
         for candidate in (near, loosest):
             source = LLMatcher.grammar_from_json_schema(json.dumps(candidate), overrides=options)

@@ -92,6 +92,14 @@ def test_loose_without_the_least_integer(backend: LLGuidanceBackend) -> None:
     assert accepts(backend, backend.compile_loose({"const": -(2**63)}), "[1]")
 
 
+def test_loose_with_many_references(backend: LLGuidanceBackend) -> None:
+    below = {f"d{i}": {"properties": {"x": {"$ref": f"#/$defs/d{i + 1}"}}} for i in range(5000)}
+    chain = {"$defs": {**below, "d5000": {"type": "string"}}, "$ref": "#/$defs/d0"}
+    assert accepts(backend, backend.compile_loose(chain), "[1]")
+    with pytest.raises(SchemaError, match="more than 10000 subschemas"):
+        backend.compile_loose(REFUSED["allOf 2^40"])
+
+
 def test_the_text_of_special_tokens(backend: LLGuidanceBackend) -> None:
     label = "<|end|>x<|stop|>"
     for grammar, text in ((backend.compile_schema({"enum": [label]}), dumps(label)), (backend.compile_choice([label]), label)):
