@@ -33,6 +33,7 @@ REFUSED: dict[str, Any] = {
     "a billion characters": {"type": "string", "minLength": 10**9},
     "a million repetitions": {"type": "string", "pattern": "^a{1000000}$"},
     "nested repetitions": {"type": "string", "pattern": "^((a{1,100}){1,100}){1,100}$"},
+    "long forced text": {"type": "string", "pattern": "^([ -~]|é(a{10001}){10001})$"},
     "hundreds of key patterns": {"type": "object", "patternProperties": {f"^k{i}_": {} for i in range(300)}},
     "too many slots": {"type": "array", "contains": {"type": "string"}, "minContains": 1000},
     "endless slots": {"contains": {}, "minContains": 10**10},
@@ -98,6 +99,12 @@ def test_loose_with_many_references(backend: LLGuidanceBackend) -> None:
     assert accepts(backend, backend.compile_loose(chain), "[1]")
     with pytest.raises(SchemaError, match="more than 10000 subschemas"):
         backend.compile_loose(REFUSED["allOf 2^40"])
+
+
+def test_what_a_regex_forces_is_bounded(backend: LLGuidanceBackend) -> None:
+    guide = backend.compile_regex("[ -~]|é(a{1001}){2000}").start()
+    guide.accept(backend.vocabulary.tokenize("é".encode()))
+    assert len(guide.forced()) < 1_000_000
 
 
 def test_the_text_of_special_tokens(backend: LLGuidanceBackend) -> None:
