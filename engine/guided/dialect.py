@@ -24,9 +24,12 @@ _DRAFTS = {
 _BY_URI = {uri.partition("://")[2].rstrip("#"): draft for draft, uri in _DRAFTS.items()}
 
 _MAX_WORK = 10_000       # subschemas applied to one value
+_MAX_WALK = 1000         # levels of JSON: the engine stands some thousands
+_PATTERN_BYTES = 32 << 20      # of the patterns of a schema, compiled: a name in any alphabet of at most 100 letters takes 8 MB
 _WHOLE = "json-schema:///document"      # the document itself, in the registry of its validators
 
 _MAPS = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas", "dependencies")
+_REFERENCES = ("$ref", "$dynamicRef", "$recursiveRef")
 _COUNTS = ("minLength", "maxLength", "minItems", "maxItems", "minContains", "maxContains", "minProperties", "maxProperties")
 _LISTS = ("allOf", "anyOf", "oneOf", "prefixItems", "items")
 _SINGLE = ("additionalProperties", "items", "additionalItems", "not", "if", "then", "else", "contains", "propertyNames",
@@ -65,6 +68,18 @@ class Dialect:
         raise SchemaError(pointer, f"not a JSON Schema: {first.message}")
 
 
+def pattern_options(schema: Node) -> jsonschema_rs.FancyRegexOptions:
+    """Limits for the patterns of `schema`: twenty bytes make one of megabytes, and a schema may hold thousands."""
+    patterns, stack = 0, [schema]
+    while stack:
+        node: Any = stack.pop()
+        if isinstance(node, dict):
+            named = node.get("patternProperties")
+            patterns += isinstance(node.get("pattern"), str) + (len(named) if isinstance(named, dict) else 0)
+        stack.extend(node.values() if isinstance(node, dict) else node if isinstance(node, list) else ())
+    return jsonschema_rs.FancyRegexOptions(size_limit=_PATTERN_BYTES // max(1, patterns))
+
+
 class Document:
     """A schema with its references resolved on demand. Subschemas are told apart by identity: they are never copied.
 
@@ -84,6 +99,7 @@ class Document:
         self._targets: dict[str, Node] = {"": self.root}
         self._validators: dict[int, Any] = {}
         self._registry: Any = None
+        self._pattern_options = pattern_options(self.root)
         self._dynamic: dict[str, list[Node]] = {}
         self._index(self.root, "", "")
 
@@ -185,7 +201,11 @@ class Document:
         if id(node) not in self._validators:
             self._registry = self._registry or jsonschema_rs.Registry([(_WHOLE, self.root)])
             reference = {"$schema": _DRAFTS[self.draft], "$ref": f"{_WHOLE}#{quote(self.pointer(node))}"}
-            self._validators[id(node)] = jsonschema_rs.validator_for(reference, registry=self._registry, validate_formats=False)
+            try:
+                self._validators[id(node)] = jsonschema_rs.validator_for(
+                    reference, registry=self._registry, validate_formats=False, pattern_options=self._pattern_options)
+            except jsonschema_rs.ValidationError as error:
+                raise SchemaError(self.pointer(node), f"{error.message}: its patterns are too large") from None
         return self._validators[id(node)].is_valid(value)
 
     def check_work(self) -> None:
@@ -214,6 +234,20 @@ class Document:
                     work[id(node)] = 0
                     stack += [(node, True), *((n, False) for n in here)]
                     starts += below
+
+    def is_shallow(self) -> bool:
+        """Whether no walk along references, each followed once, can get so deep that the stack of the grammar engine ends."""
+        references: set[str] = set()
+        deepest = 0
+        stack: list[tuple[Any, int]] = [(self.root, 1)]
+        while stack:
+            value, depth = stack.pop()
+            deepest = max(deepest, depth)
+            if isinstance(value, dict):
+                references |= {text for key in _REFERENCES if isinstance(text := value.get(key), str)}
+            children = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+            stack.extend((child, depth + 1) for child in children)
+        return (1 + len(references)) * deepest <= _MAX_WALK
 
     def _applied(self, node: dict[str, Any]) -> tuple[list[Node], list[Node]]:
         """The subschemas that apply to the same value as `node`, and those that apply to its properties and items."""

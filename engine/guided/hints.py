@@ -15,6 +15,7 @@ FORMATS = {
     "hostname": "a", "ipv4": "0.0.0.0", "ipv6": "::", "uuid": "00000000-0000-0000-0000-000000000000", "uri": "a:a",
 }
 _PREFERRED = [ord(c) for c in "a0A-_. /:@"] + list(range(0x21, 0x7F))
+_LONGEST = 10_000        # characters of an example
 
 
 def schema_hints(schema: Any) -> list[bytes]:
@@ -48,7 +49,12 @@ def example(pattern: str) -> str | None:
 
 
 def _shortest(parsed: Any) -> str:
-    return "".join(_pieces(parsed))
+    text = ""
+    for piece in _pieces(parsed):
+        text += piece
+        if len(text) > _LONGEST:
+            raise ValueError("too long to be a hint")
+    return text
 
 
 def _pieces(parsed: Any) -> Iterator[str]:
@@ -66,9 +72,10 @@ def _pieces(parsed: Any) -> Iterator[str]:
         elif code is op.SUBPATTERN:
             yield _shortest(value[-1])
         elif code in (op.MAX_REPEAT, op.MIN_REPEAT):
-            if value[0] > 10_000:
+            once = _shortest(value[2]) if value[0] else ""
+            if len(once) * value[0] > _LONGEST:
                 raise ValueError("too long to be a hint")
-            yield _shortest(value[2]) * value[0] if value[0] else ""
+            yield once * value[0]
         elif code is not op.AT:
             raise ValueError(f"no example for {code}")
 

@@ -15,11 +15,13 @@ from engine.guided.automaton import MAX_STATES, TokenAutomaton, token_automaton
 from engine.guided.byte_dfa import ByteDfa, TooLarge
 from engine.guided.closed import ClosedGrammar
 from engine.guided.closing import Closer, byte_tokenizer
+from engine.guided.dialect import Document
 from engine.guided.distinct import CallScanner, Scanner, Unique, either
 from engine.guided.front import parse_schema
 from engine.guided.grammar import SchemaError
 from engine.guided.hints import example, schema_hints
 from engine.guided.lower import ExtraKeys, Lowered, lower
+from engine.guided.regexes import overflow
 from engine.guided.regular import choice_dfa, schema_dfa
 from engine.guided.regular_numbers import NotRegular
 from engine.guided.simple import choice_check, validator_of
@@ -47,9 +49,12 @@ MAX_AUTOMATA = 256
 MAX_AUTOMATA_BYTES = 512 << 20       # of the tables of all of them
 
 
-def default_limits() -> LLParserLimits:
-    """Above llguidance's own, at which real schemas ran into an error after some hundred tokens."""
-    return LLParserLimits(initial_lexer_fuel=20_000_000, step_lexer_fuel=5_000_000, step_max_items=500_000,
+def default_limits(fuel: int = 20_000_000) -> LLParserLimits:
+    """Above llguidance's own, at which real schemas ran into an error after some hundred tokens.
+
+    fuel: what all rows of one grammar together may spend on new states of its lexer.
+    """
+    return LLParserLimits(initial_lexer_fuel=fuel, step_lexer_fuel=5_000_000, step_max_items=500_000,
                           max_items_in_row=50_000, max_lexer_states=2_000_000, verbose_errors=False)
 
 
@@ -134,11 +139,11 @@ class LLGrammar(ClosedGrammar):
     def __init__(self, backend: LLGuidanceBackend, source: str, check: Callable[[str], Any], hints: Sequence[bytes] = (),
                  is_json: bool = True, scanner: Callable[[], Scanner] | None = None, notes: Sequence[tuple[str, str]] = (),
                  vocabulary: GrammarVocabulary | None = None, opening: bytes = b"",
-                 automaton: TokenAutomaton | None = None) -> None:
-        vocabulary = vocabulary or backend.vocabulary
+                 automaton: TokenAutomaton | None = None, limits: LLParserLimits | None = None) -> None:
+        vocabulary, limits = vocabulary or backend.vocabulary, limits or backend.limits
         self.notes, self._scanner, self.automaton = notes, scanner, automaton
-        self._matcher = _matcher(vocabulary.tokenizer, source, backend.limits)
-        by_bytes = _matcher(byte_tokenizer(), source, backend.limits)
+        self._matcher = _matcher(vocabulary.tokenizer, source, limits)
+        by_bytes = _matcher(byte_tokenizer(), source, limits)
         super().__init__(vocabulary, Closer(by_bytes, vocabulary.tokenize, check, hints, is_json, scanner, opening), check)
 
     def start(self) -> LLGuide:
@@ -177,6 +182,8 @@ class LLGuidanceBackend:
             raise ValueError(f"guided whitespace must be one of {', '.join(WHITESPACE)}, not {whitespace!r}")
         self.vocab_size = vocab_size
         self.limits = limits or default_limits()
+        # Nothing but this bounds how long a text a regex may force at once; patterns of schemas the validator bounds as well.
+        self.regex_limits = limits or default_limits(2_000_000)
         self._extra_keys = extra_keys
         self.whitespace = whitespace
         self.vocabulary = GrammarVocabulary(tokenizer, vocab_size, eos_token_ids)
@@ -205,9 +212,11 @@ class LLGuidanceBackend:
     def compile_loose(self, schema: str | dict[str, Any] | bool) -> LooseGrammar:
         """The keywords that the engine knows, the others left out; any JSON where even that cannot be."""
         original = parse_schema(schema) if isinstance(schema, str) else schema
+        document = Document(original)
+        document.check_work()                            # the outputs are checked against all of it
         check = validator_of(original).check
         loosest: dict[str, Any] = {"$schema": "https://json-schema.org/draft/2020-12/schema"}
-        near = original if isinstance(original, dict) else {}
+        near = original if isinstance(original, dict) and not overflow(original) and document.is_shallow() else loosest
         options: JsonCompileOptions = {**WHITESPACE[self.whitespace], "lenient": True}
         for candidate in (near, loosest):
             source = LLMatcher.grammar_from_json_schema(json.dumps(candidate), overrides=options)
@@ -219,7 +228,7 @@ class LLGuidanceBackend:
 
     def compile_regex(self, pattern: str) -> LLGrammar:
         source = LLMatcher.grammar_from_regex(pattern)
-        start = _matcher(byte_tokenizer(), source, self.limits)
+        start = _matcher(byte_tokenizer(), source, self.regex_limits)
 
         def check(text: str) -> str:
             matcher, data = start.deep_copy(), list(text.encode())
@@ -227,7 +236,7 @@ class LLGuidanceBackend:
                 raise ValueError(f"{text!r} does not match {pattern!r}")
             return text
 
-        return LLGrammar(self, source, check, [(example(pattern) or "").encode()], is_json=False)
+        return LLGrammar(self, source, check, [(example(pattern) or "").encode()], is_json=False, limits=self.regex_limits)
 
     def compile_choice(self, choices: Sequence[str]) -> LLGrammar:
         check = choice_check(choices)

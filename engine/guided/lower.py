@@ -20,7 +20,7 @@ from engine.guided.facts import Facts
 from engine.guided.grammar import SchemaError
 from engine.guided.lower_arrays import write_arrays
 from engine.guided.lower_objects import write_objects
-from engine.guided.regexes import engine_pattern, refusal
+from engine.guided.regexes import engine_pattern, overflow, refusal
 
 # Formats are annotations, so only those that help a model to write a good value need be kept.
 _FORMATS = {"date-time", "time", "date", "duration", "email", "hostname", "ipv4", "ipv6", "uri", "uuid"}
@@ -146,6 +146,8 @@ class Writer:
             writable = [v for v in values if _writable(v)]
             if len(writable) < len(values):
                 self.note(place, "enum: no values with control characters, which outputs cannot hold")
+            if reason := overflow({"enum": writable}):
+                raise SchemaError(place, reason)
             return [{"enum": writable}] if writable else []
         scalars = self._scalars(facts, place)
         out = [scalars] if scalars else []

@@ -29,6 +29,8 @@ def write_arrays(writer: Writer, facts: Facts, key: frozenset[int], place: str) 
     for node, at_least, at_most in wanted:
         if at_most is not None and at_most < at_least:
             return []
+        if max(filled + at_least, at_most or 0) > _MAX_SLOTS:
+            raise SchemaError(place, f"more than {_MAX_SLOTS} items with schemas of their own")
         for i in range(filled, filled + at_least):
             extra.setdefault(i, []).append(node)
         filled += at_least

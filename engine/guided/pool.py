@@ -8,8 +8,9 @@ import os
 import threading
 import time
 from collections import OrderedDict
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
+from queue import SimpleQueue
 from typing import Any
 
 from engine.guided.front import GuideSpec
@@ -37,12 +38,19 @@ class GrammarPool:
     """
 
     def __init__(self, backend: GrammarBackend, workers: int | None = None, seconds: float = 10.0, max_bytes: int = 1 << 20,
-                 max_depth: int = 100, max_grammars: int = 4096) -> None:
+                 max_depth: int = 100, max_grammars: int = 512) -> None:
         self._backend, self._seconds, self._max_bytes, self._max_depth = backend, seconds, max_bytes, max_depth
         self._max_grammars = max_grammars
-        self._executor = ThreadPoolExecutor(workers or max(2, min(8, os.cpu_count() or 1)), thread_name_prefix="grammar")
         self._jobs: OrderedDict[GuideSpec, _Job] = OrderedDict()
         self._lock = threading.RLock()
+        self._closed = False
+        self._moved = time.monotonic()                   # when a worker last took up a guide or laid one down
+        self._waiting: SimpleQueue[_Job | None] = SimpleQueue()
+        # Daemons: one that is lost in a compilation that was given up must not keep the process from ending.
+        self._workers = [threading.Thread(target=self._work, name=f"grammar_{i}", daemon=True)
+                         for i in range(workers or max(2, min(8, os.cpu_count() or 1)))]
+        for worker in self._workers:
+            worker.start()
 
     def submit(self, source: Any) -> Future[Grammar]:
         """Start compiling, if nobody has. The future gives the grammar or raises SchemaError; see `get` for the time limit.
@@ -55,7 +63,7 @@ class GrammarPool:
         """The grammar, waited for. Raises SchemaError (also the second time) where it cannot be kept or takes too long."""
         job = self._job(source)
         if not job.future.done():
-            job.started.wait()
+            self._await_start(job)
             try:
                 job.future.exception(max(0.0, job.start_time + self._seconds - time.monotonic()))
             except FutureTimeout:
@@ -68,8 +76,10 @@ class GrammarPool:
 
     def close(self) -> None:
         """Drop what has not started; whoever waits for it gets a RuntimeError."""
-        self._executor.shutdown(wait=False, cancel_futures=True)
         with self._lock:
+            self._closed = True
+            for _ in self._workers:
+                self._waiting.put(None)
             for job in self._jobs.values():
                 if not job.started.is_set():
                     self._settle(job, error=RuntimeError("the grammar pool is closed"))
@@ -79,14 +89,33 @@ class GrammarPool:
         spec = source if isinstance(source, GuideSpec) else GuideSpec.of(source)
         with self._lock:
             job = self._jobs.get(spec)
+            if job is None and self._closed:
+                raise RuntimeError("the grammar pool is closed")
             if job is None:
                 job = self._jobs[spec] = _Job(spec)
-                self._executor.submit(self._run, job)
+                self._waiting.put(job)
                 while len(self._jobs) > self._max_grammars:
                     self._jobs.popitem(last=False)
             else:
                 self._jobs.move_to_end(spec)
         return job
+
+    def _await_start(self, job: _Job) -> None:
+        """Until a worker takes `job` up, or it is refused: where none moves, all are lost in what was given up."""
+        while not job.started.wait(self._seconds):
+            if time.monotonic() - self._moved > 2 * self._seconds:
+                with self._lock:
+                    self._jobs.pop(job.spec, None)       # it may be tried again
+                reason = "not compiled: all compilers are still busy with schemas that took too long; make those simpler"
+                self._settle(job, error=SchemaError("", reason))
+                job.started.set()
+
+    def _work(self) -> None:
+        while (job := self._waiting.get()) is not None:
+            if not job.future.done():                    # refused or closed while it waited
+                self._moved = time.monotonic()
+                self._run(job)
+                self._moved = time.monotonic()
 
     def _run(self, job: _Job) -> None:
         job.start_time = time.monotonic()

@@ -22,11 +22,14 @@ _SPACE = r"\t-\r \u00a0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000\ufeff"
 _NO_SPACE = (r"\x00-\x08\x0e-\x1f!-\u009f\u00a1-\u167f\u1681-\u1fff\u200b-\u2027\u202a-\u202e\u2030-\u205e\u2060-\u2fff"
              r"\u3001-\ufefe\uff00-\U0010ffff")
 
+_OPTIONS = jsonschema_rs.FancyRegexOptions(size_limit=32 << 20)
+_LEAST, _NEAR = -(2**63), 1024           # as far as doubles round to it
 
-@lru_cache(4096)
+
+@lru_cache(128)
 def _validator(pattern: str) -> Any:
     try:
-        return jsonschema_rs.validator_for({"pattern": pattern}, validate_formats=False)
+        return jsonschema_rs.validator_for({"pattern": pattern}, validate_formats=False, pattern_options=_OPTIONS)
     except jsonschema_rs.ValidationError:
         raise SchemaError("", f"{pattern!r} is no regular expression, or too large a one") from None
 
@@ -34,6 +37,22 @@ def _validator(pattern: str) -> Any:
 def matches(pattern: str, text: str) -> bool:
     """Whether `pattern` is found in `text`, by the same rules as the final check."""
     return _validator(pattern).is_valid(text)
+
+
+def overflow(schema: Any) -> str:
+    """Why the numbers of `schema` may not reach the grammar engine: it dies where it takes one for the least 64-bit integer, as
+    a value or as the end of a range. Empty: they may."""
+    stack = [("", schema, False)]                        # keyword, what stands there, whether that is a value
+    while stack:
+        key, node, is_value = stack.pop()
+        if isinstance(node, dict):
+            stack.extend((key, child, is_value or key in ("enum", "const")) for key, child in node.items())
+        elif isinstance(node, list):
+            stack.extend((key, child, is_value) for child in node)
+        elif isinstance(node, (int, float)) and node <= _LEAST + _NEAR and (
+                key in ("maximum", "exclusiveMaximum") or (is_value and node >= _LEAST - _NEAR)):
+            return f"the grammar engine cannot count as low as {node}: use a number further from -2^63"
+    return ""
 
 
 @lru_cache(4096)
@@ -45,7 +64,7 @@ def _refusal(leaf: str) -> str:
 
 def refusal(leaf: dict[str, Any]) -> str:
     """Why the grammar engine does not take a schema without children; "Unsatisfiable ..." where nothing fits; empty: it does."""
-    return _refusal(json.dumps(leaf))
+    return overflow(leaf) or _refusal(json.dumps(leaf))
 
 
 def can_meet(first: str, second: str) -> bool:

@@ -8,7 +8,8 @@ from typing import Any
 import jsonschema_rs
 import orjson
 
-from engine.guided.dialect import Dialect
+from engine.guided.dialect import Dialect, pattern_options
+from engine.guided.grammar import SchemaError
 
 
 def parse_strict(text: str | bytes) -> Any:
@@ -47,7 +48,12 @@ class Validator:
     """
 
     def __init__(self, schema: dict[str, Any] | bool) -> None:
-        self._validator = jsonschema_rs.validator_for(Dialect.of(schema).schema, validate_formats=False, retriever=_offline)
+        whole = Dialect.of(schema).schema
+        try:
+            self._validator = jsonschema_rs.validator_for(whole, validate_formats=False, retriever=_offline,
+                                                          pattern_options=pattern_options(whole))
+        except jsonschema_rs.ValidationError as error:   # the schema is one: Dialect has looked
+            raise SchemaError("", f"{error.message}: the patterns are too large, let them repeat less") from None
 
     def check(self, text: str | bytes) -> Any:
         """The parsed value. Raises ValueError with one line that says where and why it does not fit."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
@@ -11,12 +10,10 @@ from typing import Any, Protocol
 
 from engine.guided.front import IMPORT_PATH, GuideSpec
 from engine.guided.grammar import Grammar, SchemaError
-from engine.guided.tools import ToolCheck
-from engine.guided.validate import Validator
 from pipeline.input.form import GUIDES, Refused, json_value
 from pipeline.output.rows import Status
 
-_KEPT = 4096
+_KEPT = 512              # each may take megabytes
 
 
 class Grammars(Protocol):
@@ -96,18 +93,10 @@ class Guides:
         return GuideSpec.schema(value)
 
     def _make(self, spec: GuideSpec) -> Guide:
-        if spec.kind == "tools":
-            return Guide(spec, self._grammars.get(spec), ToolCheck(*spec.read_tools()).check)
-        if spec.kind != "schema":
-            grammar = self._grammars.get(spec)
-            return Guide(spec, grammar, grammar.check)
         try:
-            validator = Validator(json.loads(spec.text))
-        except ValueError as error:
-            raise SchemaError("", f"not a JSON Schema: {error}") from None
-        try:
-            return Guide(spec, self._grammars.get(spec), validator.check)
+            grammar, retries = self._grammars.get(spec), 0
         except SchemaError:
-            if not self._retries:
+            if spec.kind != "schema" or not self._retries:
                 raise
-            return Guide(spec, self._grammars.get(spec.loosened()), validator.check, self._retries)
+            grammar, retries = self._grammars.get(spec.loosened()), self._retries
+        return Guide(spec, grammar, grammar.check, retries)

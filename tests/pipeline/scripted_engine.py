@@ -23,6 +23,8 @@ import numpy as np
 
 from engine.guided.front import GuideSpec
 from engine.guided.grammar import SchemaError
+from engine.guided.simple import validator_of
+from engine.guided.tools import ToolCheck
 from engine.request import Completion, EngineError, EngineStats, FinishReason, Request
 from pipeline.config import RunConfig
 from pipeline.estimate import ModelSize
@@ -92,9 +94,13 @@ class ScriptedTokenizer:
 class ScriptedGrammar:
     spec: GuideSpec
     min_tokens: int = 4
+    check: Callable[[str], Any] = str
 
-    def check(self, text: str) -> str:
-        return text
+    def __post_init__(self) -> None:
+        if self.spec.kind == "tools":
+            self.check = ToolCheck(*self.spec.read_tools()).check
+        elif self.spec.kind in ("schema", "loose"):
+            self.check = validator_of(json.loads(self.spec.text)).check
 
     def text(self, tokens: Sequence[int]) -> str:
         return bytes(tokens).decode("utf-8", "replace")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import pyarrow as pa
 import pytest
@@ -12,6 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.guided.front import GuideSpec
+from engine.guided.grammar import GrammarBackend
+from engine.guided.pool import GrammarPool
 from engine.guided.tools import read_tools
 from engine.request import SamplingParams
 from pipeline.config import Sampling, TaskKeys
@@ -407,6 +409,12 @@ def test_rows_may_name_types_of_the_modules_that_the_job_allows() -> None:
     for name in ("json.loads", "TOOLS", "pytest", "build"):
         with pytest.raises(Refused, match=r"not a type|one plain name"):
             guides.of_row({"schema": f"tests.pipeline.test_prompts:{name}"})
+
+
+def test_nothing_is_made_of_a_schema_before_its_size_is_known() -> None:
+    guides = Guides(GrammarPool(cast(GrammarBackend, None), max_bytes=100))
+    with pytest.raises(Refused, match="larger than 100 bytes"):
+        guides.of_row({"schema": json.dumps({"type": "no type", "title": "x" * 100})})
 
 
 def test_a_template_that_takes_no_tools_refuses_them() -> None:

@@ -33,8 +33,13 @@ REFUSED: dict[str, Any] = {
     "a billion characters": {"type": "string", "minLength": 10**9},
     "a million repetitions": {"type": "string", "pattern": "^a{1000000}$"},
     "nested repetitions": {"type": "string", "pattern": "^((a{1,100}){1,100}){1,100}$"},
+    "long forced text": {"type": "string", "pattern": "^([ -~]|é(a{10001}){10001})$"},
     "hundreds of key patterns": {"type": "object", "patternProperties": {f"^k{i}_": {} for i in range(300)}},
     "too many slots": {"type": "array", "contains": {"type": "string"}, "minContains": 1000},
+    "endless slots": {"contains": {}, "minContains": 10**10},
+    "the least integer": {"enum": [{"a": [-(2**63) + 1]}]},
+    "a range at the least integer": {"type": "integer", "minimum": -(2**63), "maximum": -(2**63) + 1},
+    "a range below the least integer": {"type": "integer", "minimum": -1e20, "maximum": -1e19},
     "deep": json.loads('{"items":' * 500 + "{}" + "}" * 500),
     "back-reference": {"type": "string", "pattern": r"^(a+)b\1$"},
     "unique without enough values": {"type": "array", "items": {"type": "boolean"}, "uniqueItems": True, "minItems": 3},
@@ -82,6 +87,24 @@ def test_taken(backend: LLGuidanceBackend, name: str) -> None:
     for seed in range(3):
         tokens, _ = walk(backend, grammar, seed, budget)
         grammar.check(backend.vocabulary.text(grammar.close(tokens, budget).tolist()).decode())
+
+
+def test_loose_without_the_least_integer(backend: LLGuidanceBackend) -> None:
+    assert accepts(backend, backend.compile_loose({"const": -(2**63)}), "[1]")
+
+
+def test_loose_with_many_references(backend: LLGuidanceBackend) -> None:
+    below = {f"d{i}": {"properties": {"x": {"$ref": f"#/$defs/d{i + 1}"}}} for i in range(5000)}
+    chain = {"$defs": {**below, "d5000": {"type": "string"}}, "$ref": "#/$defs/d0"}
+    assert accepts(backend, backend.compile_loose(chain), "[1]")
+    with pytest.raises(SchemaError, match="more than 10000 subschemas"):
+        backend.compile_loose(REFUSED["allOf 2^40"])
+
+
+def test_what_a_regex_forces_is_bounded(backend: LLGuidanceBackend) -> None:
+    guide = backend.compile_regex("[ -~]|é(a{1001}){2000}").start()
+    guide.accept(backend.vocabulary.tokenize("é".encode()))
+    assert len(guide.forced()) < 1_000_000
 
 
 def test_the_text_of_special_tokens(backend: LLGuidanceBackend) -> None:

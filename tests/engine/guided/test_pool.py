@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -92,6 +94,22 @@ def test_a_slow_schema_is_given_up_and_blocks_no_other(counting: Counting) -> No
     pool.close()
 
 
+def test_behind_compilations_that_were_given_up(counting: Counting) -> None:
+    pool = GrammarPool(counting, workers=1, seconds=0.1)
+    with pytest.raises(SchemaError, match="longer than"):
+        pool.get({"sleep": 600})
+    with pytest.raises(SchemaError, match="busy with schemas that took too long"):
+        pool.get({"a": 1})
+    counting.release.set()
+    assert pool.submit({"a": 1}).result(timeout=60)
+
+
+def test_a_lost_compilation_does_not_keep_the_process() -> None:
+    code = ("import time\nfrom types import SimpleNamespace\nfrom engine.guided.pool import GrammarPool\n"
+            "GrammarPool(SimpleNamespace(compile_schema=lambda schema: time.sleep(600)), 1).submit({})")
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
 def test_time_in_the_queue_does_not_count(counting: Counting) -> None:
     pool = GrammarPool(counting, workers=1, seconds=0.4)
     for i in range(4):
@@ -129,6 +147,8 @@ def test_close_lets_no_one_wait(counting: Counting) -> None:
     waiting = pool.submit({"n": 1})
     pool.close()
     assert isinstance(waiting.exception(timeout=1), RuntimeError)
+    with pytest.raises(RuntimeError):
+        pool.submit({"n": 2})
     counting.release.set()
 
 

@@ -87,6 +87,7 @@ def test_examples_match(pattern: str) -> None:
 
 def test_hints() -> None:
     assert example("^(?!a)b") is None and example("(") is None and example("a{100000}") is None
+    assert example("((a{999}){999}){999}") is None and example("a{6000}b{6000}") is None
     hints = schema_hints(
         {"properties": {"a": {"pattern": '^"x"$'}, "b": {"format": "uuid"}}, "required": ["é"], "patternProperties": {"^k$": {}}}
     )

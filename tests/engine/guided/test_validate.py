@@ -79,6 +79,12 @@ def test_what_is_no_schema(schema: dict) -> None:
         Validator(schema)
 
 
+def test_patterns_are_bounded_together() -> None:
+    Validator({"pattern": r"^[\p{L}\p{N} .,'-]{1,64}$"})
+    with pytest.raises(SchemaError, match="repeat less"):
+        Validator({"properties": {f"k{i}": {"pattern": rf"\pL{{50}}{i}"} for i in range(100)}})
+
+
 def test_nothing_is_fetched() -> None:
     with pytest.raises(ValueError, match="defs"):
         Validator({"$ref": "http://127.0.0.1:9/schema.json"})
