@@ -374,10 +374,11 @@ def _prefill_tile(cache: Tensor) -> tuple[int, int, dict[str, int]]:
 
 @cache
 def _shared_bytes(device: torch.device) -> int:
-    """Shared memory that a program may have there: 227 KB on an H100, 163 KB on an A100, 99 KB on most others."""
+    """What Triton lets a program have of shared memory there: 227 KB on an H100, 163 KB on an A100, 99 KB on most others."""
     if device.type != "cuda":
         return 0
-    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin       # type: ignore[attr-defined]
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return triton.runtime.driver.active.utils.get_device_properties(index)["max_shared_mem"]
 
 
 def prefill_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, rows: Tensor, starts: Tensor,
