@@ -14,6 +14,8 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor
 
+from engine.memory import is_out_of_memory
+
 Key = TypeVar("Key", bound=Hashable)
 
 _log = logging.getLogger(__name__)
@@ -55,7 +57,9 @@ class CudaGraphs(Generic[Key]):
         if not self._full:
             try:
                 self._capture(key)
-            except torch.OutOfMemoryError:
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
                 self._full = True
                 _log.warning("no memory for more CUDA graphs: steps of other sizes than so far are launched without one, slower; "
                              "lower engine.gpu_memory")

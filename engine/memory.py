@@ -73,3 +73,12 @@ def _worst_step(model: Decoder, table: RowTable, tokens: int) -> None:
     dummies = torch.full((table.max_rows,), table.dummy, dtype=torch.int32, device=device)
     ops.sample(model.logits(sampled), table.params, dummies, torch.zeros_like(dummies))
     torch.cuda.synchronize(device)
+
+
+def is_out_of_memory(error: BaseException | None) -> bool:
+    """Also where it came up while a graph was captured, or a library under torch ran into it."""
+    while error is not None:
+        if isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error) or "ALLOC_FAILED" in str(error):
+            return True
+        error = error.__cause__ or error.__context__
+    return False

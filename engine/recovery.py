@@ -12,6 +12,7 @@ from collections.abc import Hashable, Iterable
 
 import torch
 
+from engine.memory import is_out_of_memory
 from engine.outputs import in_one_line
 from engine.plan import StepPlan
 from engine.request import Completion, EngineError
@@ -36,7 +37,7 @@ class Recovery:
         scheduler = self._scheduler
         rows = [row for row in plan.rows.tolist() if scheduler.rows.active[row]]
         reason = in_one_line(error)
-        out_of_memory = _is_out_of_memory(error)
+        out_of_memory = is_out_of_memory(error)
         if not out_of_memory and where not in self._logged:      # once for each place: a step is tried again many times
             self._logged.add(where)
             _log.warning("a step of %d rows failed\n%s", len(rows), where)
@@ -78,12 +79,3 @@ class Recovery:
             torch.cuda.empty_cache()
         _log.warning("out of memory in a step of %d rows and %d tokens: going on with at most %d rows and %d tokens a step",
                      plan.rows.size, plan.num_tokens, rows, tokens)
-
-
-def _is_out_of_memory(error: BaseException | None) -> bool:
-    """Also where it came up while a graph was captured, or a library under torch ran into it."""
-    while error is not None:
-        if isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error) or "ALLOC_FAILED" in str(error):
-            return True
-        error = error.__cause__ or error.__context__
-    return False

@@ -93,14 +93,19 @@ class LaunchedGraphs:
         return self._launch(key)
 
 
+@pytest.mark.parametrize("ends", [True, False])
 def test_a_step_is_none_the_worse_for_a_graph_that_finds_no_memory(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ends: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     tried: list[int] = []
 
     def capture(graphs: CudaGraphs[int], key: int) -> None:
         tried.append(key)
-        raise torch.OutOfMemoryError("CUDA out of memory")
+        try:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        finally:
+            if not ends:
+                raise RuntimeError("the capture cannot be ended")
 
     monkeypatch.setattr(torch.cuda, "Stream", lambda: None)
     monkeypatch.setattr(CudaGraphs, "_capture", capture)
