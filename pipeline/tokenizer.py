@@ -47,7 +47,7 @@ def _check_syntax(tokenizer: PreTrainedTokenizerFast) -> None:
     except TemplateSyntaxError as error:
         raise ModelError(f"model.chat_template: line {error.lineno}: {error.message}") from None
     except Exception:
-        return      # of this conversation
+        return      # of this conversation: rows that come to the same say so
 
 
 class RowTokenizer:

@@ -12,6 +12,7 @@ import jsonschema_rs
 from llguidance import LLMatcher, LLParserLimits
 
 from engine.guided.closing import byte_tokenizer
+from engine.guided.dialect import pattern_options
 from engine.guided.grammar import SchemaError
 
 _ANY = r"[\s\S]"
@@ -22,14 +23,14 @@ _SPACE = r"\t-\r \u00a0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000\ufeff"
 _NO_SPACE = (r"\x00-\x08\x0e-\x1f!-\u009f\u00a1-\u167f\u1681-\u1fff\u200b-\u2027\u202a-\u202e\u2030-\u205e\u2060-\u2fff"
              r"\u3001-\ufefe\uff00-\U0010ffff")
 
-_OPTIONS = jsonschema_rs.FancyRegexOptions(size_limit=32 << 20)
 _LEAST, _NEAR = -(2**63), 1024           # as far as doubles round to it
 
 
 @lru_cache(128)
 def _validator(pattern: str) -> Any:
     try:
-        return jsonschema_rs.validator_for({"pattern": pattern}, validate_formats=False, pattern_options=_OPTIONS)
+        schema = {"pattern": pattern}
+        return jsonschema_rs.validator_for(schema, validate_formats=False, pattern_options=pattern_options(schema))
     except jsonschema_rs.ValidationError:
         raise SchemaError("", f"{pattern!r} is no regular expression, or too large a one") from None
 
