@@ -9,16 +9,21 @@ import pytest
 
 
 class S3Server:
-    """moto's application. `spoil`: (method, path) -> HTTP status to answer with, or None to let the request through."""
+    """moto's application. `spoil`: (method, path) -> HTTP status to answer with, or None to let the request through.
+
+    One request at a time: moto looks for the key and then writes it, so that two conditional PUTs at once could both win.
+    """
 
     def __init__(self, app: Callable) -> None:
         self.app = app
+        self.lock = threading.Lock()
         self.spoil: Callable[[str, str], str | None] = lambda method, path: None
 
     def __call__(self, environ: dict, start_response: Callable) -> Iterator[bytes]:
         status = self.spoil(environ["REQUEST_METHOD"], environ["PATH_INFO"])
         if status is None:
-            return self.app(environ, start_response)
+            with self.lock:
+                return self.app(environ, start_response)
         environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
         code = {"409": "ConditionalRequestConflict", "503": "SlowDown"}[status[:3]]
         start_response(status, [("Content-Type", "application/xml")])
