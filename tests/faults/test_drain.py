@@ -14,7 +14,6 @@ from pipeline.output.shards import journalled
 from tests.faults.jobs import Job, Run, Zygote, assert_readable, assert_same, make_job
 
 ROWS = 1200
-TURNS = {"SCRIPTED_DELAY": "0.05", "SCRIPTED_TURNS": "30"}
 
 
 @pytest.fixture(scope="module")
@@ -24,10 +23,11 @@ def many(zygote: Zygote, tmp_path_factory: pytest.TempPathFactory) -> Job:
     return job
 
 
-def start_many(zygote: Zygote, folder: Path, *keys: str) -> tuple[Job, Run]:
-    """500 rows running at once, each for a second and a half at least."""
+def start_many(zygote: Zygote, folder: Path, *keys: str, turns: int = 30) -> tuple[Job, Run]:
+    """500 rows running at once, each for turns / 20 seconds at least."""
     job = make_job(zygote, folder, rows=ROWS, rows_per_shard=ROWS)
-    run = job.start("engine.max_rows=500", *keys, env=TURNS, rows=str(folder / "first"))
+    env = {"SCRIPTED_DELAY": "0.05", "SCRIPTED_TURNS": str(turns)}
+    run = job.start("engine.max_rows=500", *keys, env=env, rows=str(folder / "first"))
     while not (folder / "first").exists() or len((folder / "first").read_bytes().splitlines()) < 500:
         time.sleep(0.01)
     time.sleep(0.3)
@@ -66,7 +66,7 @@ def test_a_signal_while_500_rows_run(zygote: Zygote, tmp_path: Path, many: Job, 
 
 
 def test_a_second_signal_ends_it_at_once(zygote: Zygote, tmp_path: Path, many: Job) -> None:
-    job, run = start_many(zygote, tmp_path, "limits.grace_seconds=60")
+    job, run = start_many(zygote, tmp_path, "limits.grace_seconds=60", turns=400)
     run.send(signal.SIGTERM)
     time.sleep(0.3)
     run.send(signal.SIGTERM)
@@ -91,7 +91,7 @@ def test_a_second_signal_ends_an_engine_that_hears_none(job: Job) -> None:
 
 def test_a_signal_and_no_time_left(zygote: Zygote, tmp_path: Path, many: Job) -> None:
     """As a scheduler does: a warning, and SIGKILL before the job could end by itself."""
-    job, run = start_many(zygote, tmp_path, "limits.grace_seconds=60")
+    job, run = start_many(zygote, tmp_path, "limits.grace_seconds=60", turns=400)
     run.send(signal.SIGUSR2)
     time.sleep(0.5)
     run.send(signal.SIGKILL)

@@ -523,7 +523,7 @@ def test_rows_that_outlast_the_grace_are_aborted_and_computed_again(tmp_path: Pa
     job.send_signal(signal.SIGTERM)
     _, err = job.communicate(timeout=30)
     assert job.returncode == 75, err
-    assert time.monotonic() - began < 10
+    assert time.monotonic() - began < 30
     again = scripted(*words)
     out, err = again.communicate(timeout=60)
     assert again.returncode == 0, err
@@ -550,10 +550,10 @@ def test_a_signal_while_the_model_loads_ends_the_run(run: Run, table: Any, monke
 
 def test_a_row_that_takes_too_long_is_cut(run: Run, table: Any) -> None:
     data = table(prompt=["a", "SLOW", "SLOW", "b"])
-    ran = run(f"data={data}", "limits.row_seconds=0.5", "limits.max_error_rate=1", delay=0.05)
+    ran = run(f"data={data}", "limits.row_seconds=2", "limits.max_error_rate=1", delay=0.05)
     assert ran.code == 0
     assert [row["status"] for row in ran.rows()] == ["ok", "timeout", "timeout", "ok"]
-    assert ran.rows()[1]["error"] == "ran longer than limits.row_seconds=0.5"
+    assert ran.rows()[1]["error"] == "ran longer than limits.row_seconds=2"
     assert ran.rows()[1]["finish_reason"] == "aborted"
     again = run(f"data={data}", "retry_errors=[timeout]")
     assert again.code == 0
@@ -608,8 +608,8 @@ def test_an_engine_that_gives_up_is_one_line(run: Run, table: Any) -> None:
 
 def test_an_engine_that_hangs_is_stopped_with_its_stacks(tmp_path: Path, table: Any) -> None:
     data = table(prompt=["a"])
-    job = scripted(f"data={data}", f"output.dir={tmp_path / 'out'}", "limits.hang_seconds=1", SCRIPTED_DELAY="50")
-    _, err = job.communicate(timeout=30)
+    job = scripted(f"data={data}", f"output.dir={tmp_path / 'out'}", "limits.hang_seconds=1", SCRIPTED_DELAY="300")
+    _, err = job.communicate(timeout=120)
     assert job.returncode == 75
     assert "no step for limits.hang_seconds=1" in err
     assert "in step" in err

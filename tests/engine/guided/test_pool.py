@@ -80,13 +80,13 @@ def test_a_schema_that_trips_the_compiler_is_refused(counting: Counting, caplog:
 
 
 def test_a_slow_schema_is_given_up_and_blocks_no_other(counting: Counting) -> None:
-    pool = GrammarPool(counting, workers=2, seconds=0.2)
+    pool = GrammarPool(counting, workers=2, seconds=1)
     slow = pool.submit({"sleep": 30})
     assert pool.get({"quick": 1}) is not None
     begin = time.monotonic()
-    with pytest.raises(SchemaError, match=r"longer than 0\.2 s"):
+    with pytest.raises(SchemaError, match="longer than 1 s"):
         pool.get({"sleep": 30})
-    assert time.monotonic() - begin < 5
+    assert time.monotonic() - begin < 20
     assert isinstance(slow.exception(timeout=1), SchemaError)
     with pytest.raises(SchemaError):
         pool.get({"sleep": 30})
@@ -95,7 +95,7 @@ def test_a_slow_schema_is_given_up_and_blocks_no_other(counting: Counting) -> No
 
 
 def test_behind_compilations_that_were_given_up(counting: Counting) -> None:
-    pool = GrammarPool(counting, workers=1, seconds=0.1)
+    pool = GrammarPool(counting, workers=1, seconds=0.5)
     with pytest.raises(SchemaError, match="longer than"):
         pool.get({"sleep": 600})
     with pytest.raises(SchemaError, match="busy with schemas that took too long"):
@@ -111,10 +111,10 @@ def test_a_lost_compilation_does_not_keep_the_process() -> None:
 
 
 def test_time_in_the_queue_does_not_count(counting: Counting) -> None:
-    pool = GrammarPool(counting, workers=1, seconds=0.4)
+    pool = GrammarPool(counting, workers=1, seconds=1.5)
     for i in range(4):
-        pool.submit({"sleep": 0.25, "i": i})
-    assert pool.get({"sleep": 0.25, "i": 3}) is not None
+        pool.submit({"sleep": 0.5, "i": i})
+    assert pool.get({"sleep": 0.5, "i": 3}) is not None
 
 
 def test_limits_come_first(counting: Counting) -> None:
