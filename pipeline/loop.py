@@ -53,6 +53,8 @@ class Loop:
             self._drain(reason, limits, watchdog)
         if self._given_up is not None:
             reason = self._turns(self._stop.interrupted, limits, watchdog)
+        elif self._over():
+            reason = None    # what still ran was the end of it
         self._feed.stop()
         self._collect.close()
         self._look(limits, now=True)
@@ -60,17 +62,21 @@ class Loop:
 
     def _turns(self, stop: Callable[[], str | None], limits: LimitKeys, watchdog: Watchdog) -> str | None:
         """Until there is nothing left to do (None), or `stop` gives a reason."""
-        while (reason := stop()) is None:
+        while not self._over():
+            if reason := stop():
+                return reason
             self._admit()
             if self._engine.pending:
                 self._step()
-            elif self._feed.exhausted and not self._ready:
-                break
             else:
                 self._ready.extend(self._feed.take(wait=0.05))
             self._look(limits)
             watchdog.turn()
-        return reason
+        return None
+
+    def _over(self) -> bool:
+        """There is nothing left to do."""
+        return not self._engine.pending and not self._ready and self._feed.exhausted
 
     def _admit(self) -> None:
         """Row by row as there is room: whole batches would wait for their slowest row."""
@@ -108,7 +114,9 @@ class Loop:
             elif self._to_resample(work, completion):
                 work.resampled += 1
                 self._ready.appendleft(work)
-            elif completion.finish_reason is not FinishReason.ABORTED or work.cut is not None:
+            elif completion.finish_reason is FinishReason.ABORTED and work.cut is None:
+                self._ready.appendleft(work)  # still to do, by the next attempt
+            else:
                 self._collect.put(work, completion)
 
     def _to_resample(self, work: Work, completion: Completion) -> bool:

@@ -489,6 +489,22 @@ def test_a_budget_of_tokens_drains_and_the_same_command_goes_on(run: Run, table:
     assert submitted < 1000  # rows in flight at a stop may be computed again, journalled ones are not
 
 
+@pytest.mark.parametrize("limit", ["limits.max_tokens=26", "limits.max_seconds=0.2"])
+def test_a_budget_that_the_last_rows_use_up_leaves_nothing_to_resume(run: Run, table: Any, limit: str) -> None:
+    """Tokens are counted as the rows end; the time is over while they run, and they end within the grace."""
+    ran = run(f"data={table(prompt=['a', 'b', None])}", limit, delay=0.3)
+    assert (ran.code, (ran.folder / "_SUCCESS").exists()) == (0, True)
+    assert "stopped by" not in ran.err
+    assert Counter(row["status"] for row in ran.rows()) == {"ok": 2, "prompt_null": 1}
+
+
+def test_a_row_that_the_grace_cuts_off_is_left_to_resume(run: Run, table: Any) -> None:
+    data = table(prompt=["a", "SLOW"])
+    ran = run(f"data={data}", "limits.max_seconds=0.2", "limits.grace_seconds=0.1", delay=0.1)
+    assert (ran.code, (ran.folder / "_SUCCESS").exists()) == (75, False)
+    assert run(f"data={data}").code == 0
+
+
 def test_a_budget_of_gpu_hours_counts_the_gpu_that_the_engine_uses(run: Run, table: Any) -> None:
     """Whatever the driver tells of it, or of others."""
     data = table(prompt=["a", "b"])
