@@ -7,7 +7,8 @@ import os
 import sys
 from collections.abc import Callable, Mapping
 
-from pipeline.exits import JobError
+from pipeline.addresses import HOLDS_SECRET, holds_secret
+from pipeline.exits import ConfigError, JobError
 
 _BAR = 30
 
@@ -24,6 +25,8 @@ def run(main: Callable[[argparse.Namespace], int], parser: argparse.ArgumentPars
     """Parse the command line and do it."""
     arguments = parser.parse_args()
     try:
+        if holds_secret(arguments.out):
+            raise ConfigError(f"OUT: {HOLDS_SECRET}, which would be printed; leave it out, and set it in the environment")
         return int(main(arguments))
     except JobError as error:
         print(f"error: {error}", file=sys.stderr)

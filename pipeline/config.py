@@ -16,15 +16,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 from engine.config import EngineConfig
 from engine.guided.front import IMPORT_PATH
 from engine.request import SamplingParams
+from pipeline.addresses import HOLDS_SECRET, SECRET_NAMES, holds_secret
 from pipeline.exits import ConfigError
 from pipeline.output.rows import Status
 
-_SECRETS = "token|secret|password|passwd|credentials?|api_?key|access_?key"
-_SECRET = re.compile(rf"(^|_)({_SECRETS})$", re.IGNORECASE)
-# An address, or several chained by `::`, with a password (keys of S3 have slashes in them) or a signature.
-_SECRET_URL = re.compile(
-    rf"^(\S+::)?[\w+.-]+://([^/@\s]*:(?!\d+/)[^@\s]+@|\S*[?&]([\w-]*[_-])?({_SECRETS}|sig|signature)=)", re.IGNORECASE)
-
+_SECRET = re.compile(rf"(^|_)({SECRET_NAMES})$", re.IGNORECASE)
 
 Config = TypeVar("Config", bound=BaseModel)
 
@@ -270,9 +266,9 @@ def refuse_secrets(raw: Mapping[str, Any]) -> None:
                 "set them in the environment (HF_TOKEN, AWS_SECRET_ACCESS_KEY, ...)"
             )
         for item in value if isinstance(value, list) else [value]:
-            if isinstance(item, str) and _SECRET_URL.match(item):
-                raise ConfigError(f"{key}: the address holds a password or a signature, which would be written beside the "
-                                  "results; leave it out, and set it in the environment")
+            if isinstance(item, str) and holds_secret(item):
+                raise ConfigError(f"{key}: {HOLDS_SECRET}, which would be written beside the results; leave it out, and set it "
+                                  "in the environment, or fetch the file first")
 
 
 def flatten(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

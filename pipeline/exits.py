@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from enum import IntEnum
 
+from pipeline.addresses import hide_secrets
+
 
 class Exit(IntEnum):
     COMPLETE = 0
@@ -15,9 +17,13 @@ class Exit(IntEnum):
 
 
 class JobError(Exception):
-    """An error that ends the run with one line and `exit_code`."""
+    """An error that ends the run with one line and `exit_code`. Secrets of addresses, which it may quote from a client library or
+    the command line, are hidden."""
 
     exit_code = Exit.FAILED
+
+    def __init__(self, line: str) -> None:
+        super().__init__(hide_secrets(line))
 
 
 class ConfigError(JobError):

@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from pipeline.addresses import hide_secrets
 from pipeline.config import RunConfig
 
 _PACKAGES = ("gristmill", "torch", "triton", "transformers", "tokenizers", "llguidance", "outlines", "pyarrow", "datasets")
@@ -24,7 +25,7 @@ def provenance(config: RunConfig, model: dict[str, str]) -> dict[str, Any]:
         "host": socket.gethostname(),
         "platform": platform.platform(),
         "python": platform.python_version(),
-        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "command": [Path(sys.argv[0]).name, *map(hide_secrets, sys.argv[1:])],      # also of words that others overrule
         "packages": {name: version for name in _PACKAGES if (version := _version(name))},
         "commit": _commit(),
         "slurm_job": os.environ.get("SLURM_JOB_ID"),

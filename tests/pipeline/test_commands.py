@@ -64,6 +64,14 @@ def test_status_of_a_run_that_is_under_way(folder: RunFolder, call) -> None:
     assert json.loads(out)["done"] == done
 
 
+@pytest.mark.parametrize("name", ["status", "verify", "errors"])
+def test_an_address_with_a_secret_is_not_printed(call, name: str) -> None:
+    code, out, err = call(name, "memory://out?sig=abc")
+    assert (code, out) == (2, "")
+    assert err.startswith("error: OUT: the address holds a password, a key or a signature")
+    assert "abc" not in err
+
+
 def test_status_of_a_run_that_is_done(folder: RunFolder, call) -> None:
     code, out, _ = call("status", finish(folder).out)
     assert code == 0

@@ -218,8 +218,10 @@ def test_a_wrong_task_file_is_one_line(tmp_path: Path, text: str | None, line: s
     ("data=[a.csv,s3://key:secret@bucket/x.csv]", "data: the address holds a password"),
     ("data=s3://key:sec/ret@bucket/x.csv", "data: the address holds a password"),
     ("data=zip://x.csv::ftp://me:secret@host/x.zip", "data: the address holds a password"),
-    ("data=https://bucket/x.csv?X-Amz-Date=1&X-Amz-Signature=ab", "data: the address holds a password or a signature"),
-    ("data=https://host/x.csv?sv=1&sig=ab", "data: the address holds a password or a signature"),
+    ("data=https://bucket/x.csv?X-Amz-Date=1&X-Amz-Signature=ab", "data: the address holds a password, a key or a signature"),
+    ("data=https://host/x.csv?sv=1&sig=ab", "data: the address holds a password, a key or a signature"),
+    ("data=https://host/x.csv?key=ab", "data: the address holds a password, a key or a signature"),
+    ("data=https://token@host/x.csv", "data: the address holds a password, a key or a signature"),
     ("output.dir=s3://key:secret@bucket/out", "output.dir: the address holds a password"),
 ])  # fmt: skip
 def test_a_wrong_word_is_one_line_and_exit_code_2(
