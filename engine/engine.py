@@ -47,6 +47,8 @@ class Engine:
     def __init__(self, checkpoint: Checkpoint, config: EngineConfig, tokenizer: PreTrainedTokenizerFast | None = None,
                  guided: GrammarBackend | None = None, progress: Callable[[str], None] = lambda message: None) -> None:
         spec = checkpoint.spec
+        if len(spec.eos_token_ids) > MAX_STOP_IDS:
+            raise ValueError(f"the model's config names {len(spec.eos_token_ids)} tokens as eos_token_id; at most {MAX_STOP_IDS}")
         self.config, self.vocab_size = config, spec.vocab_size
         self.device = _device(config.device)
         _check_fp8(config, spec, self.device)

@@ -11,8 +11,10 @@ from typing import Any
 import torch
 
 from engine.gguf_quants import BLOCK_TYPES, UNSUPPORTED_NAMES, BlockType, dequantize
-from engine.models.spec import ModelError
+from engine.models.config_keys import COUNT, SIZE, TEXT, check_keys
+from engine.models.errors import ModelError
 
+_KINDS = {"general.architecture": TEXT, "general.file_type": COUNT, "general.alignment": SIZE, "split.count": COUNT}
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
 
@@ -54,7 +56,7 @@ class GgufFile:
             self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
         try:
             self._parse()
-        except struct.error:
+        except (struct.error, RecursionError):
             raise ModelError(f"{path} is cut short or damaged: fetch it again") from None
 
     def read(self, name: str) -> torch.Tensor:
@@ -79,6 +81,7 @@ class GgufFile:
         for _ in range(n_keys):
             key = reader.string()
             self.metadata[key] = reader.value(reader.scalar("I"))
+        check_keys(self.metadata, _KINDS, str(self.path))
         if self.metadata.get("split.count", 1) > 1:
             raise ModelError(f"{self.path} is one part of a split GGUF: join the parts with llama-gguf-split --merge")
 
@@ -101,7 +104,7 @@ class GgufFile:
         for size in shape:
             weights *= size
         size = weights // kind.weights * kind.bytes
-        if weights % kind.weights or start + size > len(self._map):
+        if not weights or weights % kind.weights or start + size > len(self._map):
             raise ModelError(f"{self.path} is cut short or damaged at tensor {name}: fetch it again")
         return TensorInfo(shape, kind, start, size)
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from engine.gguf import GgufFile
+from engine.models.config_keys import COUNT, FLAG, SIZE, TEXT, TEXTS, Kind, check_keys, either, list_of, needed
 from engine.models.quantization import GGUF_KEPT
 from engine.models.spec import ModelError, merge_token_ids
 
@@ -25,6 +26,19 @@ _ROPE_FACTORS = "rope_freqs.weight"            # Llama 3's frequency divisors: p
 # End-of-turn tokens that chat models emit; the metadata names one end token only.
 _END_TOKENS = ("<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|eom_id|>", "<|end_of_text|>", "<end_of_turn>")
 _CONTROL, _USER_DEFINED = 3, 4
+
+# What is worked with here; the rest is checked as the config that is made of it.
+_BY_LAYER = either(SIZE, list_of(SIZE))
+_KINDS = {
+    **dict.fromkeys(("embedding_length", "attention.key_length"), SIZE), "rope.scaling.type": TEXT,
+    **dict.fromkeys(("attention.head_count", "attention.head_count_kv", "feed_forward_length"), _BY_LAYER),
+    "attention.sliding_window_pattern": either(SIZE, list_of(FLAG)),
+}
+_TOKENIZER_KINDS = {
+    **dict.fromkeys(("model", "pre"), TEXT), **dict.fromkeys(("tokens", "merges"), TEXTS), "token_type": list_of(COUNT),
+    "scores": list_of(Kind("a number", lambda value: isinstance(value, (int, float)))),
+    **dict.fromkeys([f"{name}_token_id" for name in ("bos", "eos", "eot", "eom", "unknown", "padding")], COUNT),
+}
 
 
 class GgufTensors:
@@ -67,13 +81,14 @@ def hf_config(file: GgufFile) -> dict[str, Any]:
     if arch not in _MODEL_TYPES:
         raise ModelError(f"{file.path}: GGUF architecture {arch!r} is not supported; supported: {', '.join(_MODEL_TYPES)}")
 
+    where = f"{file.path}: the GGUF metadata"
+    check_keys(meta, {f"{arch}.{key}": kind for key, kind in _KINDS.items()}, where)
+
     def get(key: str, default: Any = None) -> Any:
         return meta.get(f"{arch}.{key}", default)
 
     def need(key: str) -> Any:
-        if (value := get(key)) is None:
-            raise ModelError(f"{file.path}: the GGUF metadata has no {arch}.{key}")
-        return value
+        return needed(meta, f"{arch}.{key}", where)
 
     def uniform(value: Any, key: str) -> Any:
         if isinstance(value, list):
@@ -87,9 +102,12 @@ def hf_config(file: GgufFile) -> dict[str, Any]:
     if get("attention.value_length", head_dim) != head_dim or get("rope.dimension_count", head_dim) != head_dim:
         raise ModelError(f"{file.path}: value_length and rope.dimension_count must be key_length ({head_dim})")
     window = get("attention.sliding_window")
+    embedding = file.tensors.get("token_embd.weight")
+    if embedding is None or len(embedding.shape) != 2:
+        raise ModelError(f"{file.path} has no matrix token_embd.weight: it is no language model, or damaged")
     config = {
         "model_type": "mistral" if arch == "llama" and window else _MODEL_TYPES[arch],
-        "vocab_size": file.tensors["token_embd.weight"].shape[0],
+        "vocab_size": embedding.shape[0],
         "hidden_size": need("embedding_length"),
         "intermediate_size": uniform(need("feed_forward_length"), "feed_forward_length"),
         "num_hidden_layers": need("block_count"),
@@ -106,7 +124,7 @@ def hf_config(file: GgufFile) -> dict[str, Any]:
         "mlp_bias": "blk.0.ffn_gate.bias" in file.tensors,
         "tie_word_embeddings": "output.weight" not in file.tensors,
         "bos_token_id": meta.get("tokenizer.ggml.bos_token_id"),
-        "eos_token_id": list(_end_token_ids(meta)),
+        "eos_token_id": list(_end_token_ids(tokenizer_keys(file))),
         "torch_dtype": {0: "float32", 1: "float16"}.get(meta.get("general.file_type", -1), "bfloat16"),
     }
     if arch == "gemma3":
@@ -131,10 +149,25 @@ def _rope_scaling(file: GgufFile, arch: str) -> dict[str, Any] | None:
     return {"rope_type": kind, "factor": file.metadata.get(f"{arch}.rope.scaling.factor")}
 
 
+def tokenizer_keys(file: GgufFile) -> dict[str, Any]:
+    """The metadata of the tokenizer, without tokenizer.ggml. before the keys. Raises ModelError where it cannot be used."""
+    meta = {key.removeprefix("tokenizer.ggml."): value for key, value in file.metadata.items() if key.startswith("tokenizer.")}
+    where = f"{file.path}: the GGUF metadata"
+    kinds = {f"tokenizer.ggml.{key}": kind for key, kind in _TOKENIZER_KINDS.items()}
+    check_keys(file.metadata, {**kinds, "tokenizer.chat_template": TEXT}, where)
+    size = len(meta.get("tokens", ()))
+    for key in ("token_type", "scores"):
+        if key in meta and len(meta[key]) != size:
+            raise ModelError(f"{where} has {size} tokens, but {len(meta[key])} entries in tokenizer.ggml.{key}")
+    for key, value in meta.items():
+        if key.endswith("_token_id") and key in _TOKENIZER_KINDS and value >= size:
+            raise ModelError(f"{where} holds {value} as tokenizer.ggml.{key}, of {size} tokens")
+    return meta
+
+
 def _end_token_ids(meta: dict[str, Any]) -> tuple[int, ...]:
-    tokens, kinds = meta.get("tokenizer.ggml.tokens", []), meta.get("tokenizer.ggml.token_type", [])
-    special = {tokens[i]: i for i, kind in enumerate(kinds) if kind in (_CONTROL, _USER_DEFINED)}
-    named = (meta.get(f"tokenizer.ggml.{key}_token_id") for key in ("eos", "eot", "eom"))
+    special = {meta["tokens"][i]: i for i, kind in enumerate(meta.get("token_type", ())) if kind in (_CONTROL, _USER_DEFINED)}
+    named = (meta.get(f"{key}_token_id") for key in ("eos", "eot", "eom"))
     return merge_token_ids(*named, *(special.get(token) for token in _END_TOKENS))
 
 
@@ -151,4 +184,6 @@ def _hf_name(file: GgufFile, name: str) -> str:
 def _split_halves(weight: torch.Tensor, heads: int) -> torch.Tensor:
     """Rows of each head from rope's interleaved pairs, as the converter orders them, back to Hugging Face's two halves."""
     rows = weight.shape[0]
+    if rows % (2 * heads):
+        raise ModelError(f"the GGUF metadata speaks of {heads} heads, but queries or keys have {rows} rows: fetch the file again")
     return weight.view(heads, rows // heads // 2, 2, -1).transpose(1, 2).reshape(weight.shape)

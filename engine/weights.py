@@ -5,7 +5,6 @@ Safetensors and GGUF only. Pickled weights run code when they are loaded, so the
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,8 +14,11 @@ from safetensors import SafetensorError, safe_open
 from engine.fingerprint import fingerprint_files
 from engine.gguf import GgufFile, find_gguf
 from engine.gguf_hf import GgufTensors
+from engine.models.config_keys import TEXT, TOKENS, check_keys, check_value, mapping_of, needed, read_json
 from engine.models.names import text_name
 from engine.models.spec import ModelError, ModelSpec, merge_token_ids
+
+LEAST_BITS = 4      # of a weight, in any format that is read
 
 
 class TensorSource(Protocol):
@@ -33,8 +35,12 @@ class Checkpoint:
 
     def __init__(self, path: Path, config: dict[str, Any], source: TensorSource, files: list[Path]) -> None:
         self.path, self.config, self.files, self._source = path, config, files, source
-        self.spec = ModelSpec.from_hf(config)
+        self.spec = spec = ModelSpec.from_hf(config)
         self._names = source.names()
+        weights = spec.vocab_size * spec.hidden_size + sum(inputs * outputs for _, inputs, outputs in spec.linears())
+        if weights > sum(file.stat().st_size for file in files) * 8 // LEAST_BITS:      # before memory is asked for them
+            raise ModelError(f"{path}: its config speaks of {weights:,} weights, which its files are too small for: they do not "
+                             "belong together, or are cut short")
 
     def names(self) -> set[str]:
         return set(self._names)
@@ -70,19 +76,15 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         why = "only pickled weights, which are never loaded: convert them to safetensors" if pickled else "no *.safetensors"
         raise ModelError(f"{path} has {why}")
     files = [path / "config.json"]
-    config = _read_json(path / "config.json")
+    config = read_json(path / "config.json")
     if (generation := path / "generation_config.json").exists():
         files.append(generation)
-        config["eos_token_id"] = list(merge_token_ids(config.get("eos_token_id"), _read_json(generation).get("eos_token_id")))
+        defaults = read_json(generation)
+        for file, values in zip(files, (config, defaults), strict=True):
+            check_keys(values, {"eos_token_id": TOKENS}, str(file))
+        config["eos_token_id"] = list(merge_token_ids(config.get("eos_token_id"), defaults.get("eos_token_id")))
     folder = SafetensorsFolder(path, multimodal="text_config" in config)
     return Checkpoint(path, config, folder, files + folder.files)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ModelError(f"{path} is not valid JSON ({error}): fetch the model again") from None
 
 
 class SafetensorsFolder:
@@ -96,7 +98,8 @@ class SafetensorsFolder:
         self._handles: dict[Path, Any] = {}
         index = folder / "model.safetensors.index.json"
         if index.exists():
-            files: dict[str, str] = _read_json(index)["weight_map"]
+            files: dict[str, str] = needed(read_json(index), "weight_map", str(index))
+            check_value(files, mapping_of(TEXT), str(index), "weight_map")
             for file in sorted(set(files.values())):
                 if Path(file).name != file:
                     raise ModelError(f"{index} names {file!r}, which is no file of its own folder: fetch the model again")

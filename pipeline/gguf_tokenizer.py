@@ -13,7 +13,9 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from transformers import PreTrainedTokenizerFast
 
 from engine.gguf import GgufFile
+from engine.gguf_hf import tokenizer_keys
 from engine.models.spec import ModelError
+from pipeline.input.formats import first_line
 
 _NORMAL, _CONTROL, _USER_DEFINED, _UNUSED = 1, 3, 4, 5
 _INSTEAD = "give model.tokenizer, a folder with the model's tokenizer.json"
@@ -33,12 +35,12 @@ _WHOLE_WORDS_FIRST = _BOS_BY_DEFAULT = (_LLAMA3, _TEKKEN)            # a word in
 
 def gguf_tokenizer(file: GgufFile) -> PreTrainedTokenizerFast:
     """Raises ModelError for a tokenizer model or split keyword that is not supported."""
-    meta = {key.removeprefix("tokenizer.ggml."): value for key, value in file.metadata.items() if key.startswith("tokenizer.")}
+    meta = tokenizer_keys(file)
     build = {"gpt2": _byte_level, "llama": _sentencepiece}.get(meta.get("model", ""))
     if build is None:
         raise ModelError(f"{file.path}: tokenizer {meta.get('model')!r} is not supported; supported: gpt2, llama; {_INSTEAD}")
     for key in ("tokens", "token_type", "merges" if meta["model"] == "gpt2" else "scores"):
-        if key not in meta:
+        if key not in meta or not meta["tokens"]:
             raise ModelError(f"{file.path}: the GGUF metadata has no tokenizer.ggml.{key}; {_INSTEAD}")
     tokens: list[str] = meta["tokens"]
     tokenizer = build(file, meta)
@@ -79,7 +81,7 @@ def _byte_level(file: GgufFile, meta: dict[str, Any]) -> Tokenizer:
     # Unused entries only pad the embedding; text never yields them.
     vocab = {token: i for i, (token, kind) in enumerate(zip(meta["tokens"], meta["token_type"], strict=True)) if kind != _UNUSED}
     merges = [tuple(merge.split(" ")) for merge in meta["merges"]]
-    tokenizer = Tokenizer(models.BPE(vocab, merges, ignore_merges=split in _WHOLE_WORDS_FIRST))
+    tokenizer = _bpe(file, vocab, merges, ignore_merges=split in _WHOLE_WORDS_FIRST)
     tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizer, decoders.ByteLevel()
     if split is _QWEN2:
         tokenizer.normalizer = normalizers.NFC()
@@ -91,8 +93,8 @@ def _sentencepiece(file: GgufFile, meta: dict[str, Any]) -> Tokenizer:
     unknown = tokens[meta.get("unknown_token_id", 0)]
     merges = meta.get("merges")
     merges = list(_merges(meta)) if merges is None else [tuple(merge.split(" ")) for merge in merges]
-    tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, merges, unk_token=unknown, fuse_unk=True,
-                                     byte_fallback=True))
+    tokenizer = _bpe(file, {token: i for i, token in enumerate(tokens)}, merges, unk_token=unknown, fuse_unk=True,
+                     byte_fallback=True)
     spaces = normalizers.Replace(" ", "▁")
     decoder = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
     if meta.get("add_space_prefix", True):
@@ -102,6 +104,13 @@ def _sentencepiece(file: GgufFile, meta: dict[str, Any]) -> Tokenizer:
         tokenizer.normalizer = spaces
     tokenizer.decoder = decoders.Sequence(decoder)
     return tokenizer
+
+
+def _bpe(file: GgufFile, vocab: dict[str, int], merges: list[Any], **options: Any) -> Tokenizer:
+    try:
+        return Tokenizer(models.BPE(vocab, merges, **options))
+    except Exception as error:      # of no class of its own: merges of tokens that the vocabulary has not
+        raise ModelError(f"{file.path}: the GGUF metadata's tokenizer is damaged ({first_line(error)}); {_INSTEAD}") from None
 
 
 def _merges(meta: dict[str, Any]) -> Iterator[tuple[str, str]]:

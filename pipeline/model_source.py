@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import fnmatch
 import hashlib
-import json
 import logging
 import os
 import re
@@ -25,6 +24,9 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from filelock import FileLock
+
+from engine.models.config_keys import read_json
+from engine.models.errors import ModelError
 
 _log = logging.getLogger(__name__)
 
@@ -114,7 +116,11 @@ def _from_hub(source: str, accept: Accept | None) -> Path:
         config = _snapshot(source, repo, revision, ["config.json"]) / "config.json"
         if not config.exists():
             raise ModelSourceError(f"{source} on the Hugging Face hub has no config.json: it is not a model that can be run")
-        accept(json.loads(config.read_text(encoding="utf-8")))
+        try:
+            read = read_json(config)
+        except ModelError as error:
+            raise ModelSourceError(str(error)) from None
+        accept(read)
     return _snapshot(source, repo, revision, _HUB_FILES)
 
 

@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerFast
 from engine.gguf import GgufFile, find_gguf
 from engine.models.spec import ModelError
 from pipeline.gguf_tokenizer import gguf_tokenizer
+from pipeline.input.formats import first_line
 
 
 def load_tokenizer(model: Path, chat_template: str | None = None) -> PreTrainedTokenizerFast:
@@ -25,7 +26,7 @@ def load_tokenizer(model: Path, chat_template: str | None = None) -> PreTrainedT
     if (gguf := find_gguf(model)) is not None:
         tokenizer = gguf_tokenizer(GgufFile(gguf))
     elif (model / "tokenizer.json").exists():
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(model, local_files_only=True)
+        tokenizer = _from_folder(model)
     else:
         raise ModelError(f"{model} has no tokenizer.json: give model.tokenizer, a folder that has one, or write one with "
                          "AutoTokenizer.from_pretrained(...).save_pretrained(...)")
@@ -38,6 +39,14 @@ def load_tokenizer(model: Path, chat_template: str | None = None) -> PreTrainedT
     tokenizer.backend_tokenizer.no_truncation()
     tokenizer.backend_tokenizer.no_padding()
     return tokenizer
+
+
+def _from_folder(model: Path) -> PreTrainedTokenizerFast:
+    try:
+        return PreTrainedTokenizerFast.from_pretrained(model, local_files_only=True)
+    except Exception as error:      # tokenizers has no class of its own, and transformers takes the files as it wants them to be
+        raise ModelError(f"{model}: its tokenizer.json, or what goes with it, cannot be read ({type(error).__name__}: "
+                         f"{first_line(error)}); fetch it again, or give model.tokenizer, a folder with another") from error
 
 
 def _check_syntax(tokenizer: PreTrainedTokenizerFast) -> None:

@@ -11,12 +11,22 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from engine.models.config_keys import COUNT, FLAG, OBJECT, TEXT, TEXTS, check_keys, either, list_of, whole
 from engine.models.errors import ModelError
 from engine.models.names import stored_names
 from kernels.formats import FP8_BLOCK
 
 GROUPS = (-1, 32, 64, 128)      # inputs that share a scale; -1: all of them
 GGUF_KEPT = ("Q4_0", "Q4_K", "Q6_K", "Q8_0")
+
+_KINDS = {
+    **dict.fromkeys(("quant_method", "format"), TEXT), **dict.fromkeys(("bits", "w_bit"), COUNT),
+    **dict.fromkeys(("group_size", "q_group_size"), whole(-1)), "modules_in_block_to_quantize": list_of(either(TEXT, TEXTS)),
+    **dict.fromkeys(("modules_to_not_convert", "ignored_layers", "ignore"), TEXTS),
+    **dict.fromkeys(("dynamic", "sparsity_config", "config_groups", "types"), OBJECT),
+}
+_GROUP_KINDS = {"targets": TEXTS, "weights": OBJECT, "input_activations": OBJECT, "format": TEXT}
+_ARGS_KINDS = {"num_bits": COUNT, "type": TEXT, "strategy": TEXT, "group_size": whole(-1), "symmetric": FLAG}
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +110,7 @@ class Quantization:
     @classmethod
     def read(cls, raw: Mapping[str, Any], multimodal: bool = False) -> Quantization:
         """From a quantization_config. Raises ModelError."""
+        check_keys(raw, _KINDS, prefix="quantization_config.")
         method = raw.get("quant_method")
         if method not in _READERS:
             raise ModelError(f"quantization_config.quant_method={method!r} is not supported; supported: {', '.join(_READERS)}")
@@ -213,6 +224,7 @@ def _compressed_tensors(raw: Mapping[str, Any]) -> Quantization:
     for name, group in (raw.get("config_groups") or {}).items():
         if not isinstance(group, Mapping):
             raise ModelError(f"quantization_config.config_groups.{name}={group!r} is not supported: give its targets and weights")
+        check_keys(group, _GROUP_KINDS, prefix=f"quantization_config.config_groups.{name}.")
         _empty(group, "output_activations")
         scheme = _compressed_group(group, str(group.get("format") or raw.get("format")), f"config_groups.{name}")
         rules += [(target, scheme) for target in group.get("targets") or ("Linear",)]
@@ -225,12 +237,15 @@ def _compressed_tensors(raw: Mapping[str, Any]) -> Quantization:
 
 def _compressed_group(group: Mapping[str, Any], stored: str, where: str) -> Scheme:
     weights, inputs = group.get("weights") or {}, group.get("input_activations") or {}
-    kind = f"{weights.get('type', 'int')}{weights.get('num_bits', 8)}"
+    for name, args in (("weights", weights), ("input_activations", inputs)):
+        check_keys(args, _ARGS_KINDS, prefix=f"quantization_config.{where}.{name}.")
+    bits = weights.get("num_bits", 8)
+    kind = f"{weights.get('type', 'int')}{bits}"
     strategy, symmetric = weights.get("strategy") or "tensor", weights.get("symmetric", True)
     inputs_as = _inputs(inputs)
     if stored == "pack-quantized" and kind in ("int4", "int8") and strategy in ("group", "channel") and inputs_as == "plain":
         size = -1 if strategy == "channel" else _value(weights, "group_size", allowed=GROUPS)
-        return Packed(weights["num_bits"], size, symmetric, ordered=weights.get("actorder") in ("group", "dynamic", True))
+        return Packed(bits, size, symmetric, ordered=weights.get("actorder") in ("group", "dynamic", True))
     if stored in ("float-quantized", "naive-quantized") and kind == "float8" and symmetric:
         if strategy in ("tensor", "channel") and inputs_as in ("static", "token"):
             return Fp8(strategy, "weight_scale", static=inputs_as == "static")
@@ -271,9 +286,10 @@ def _breadth(text: str) -> int:
 
 
 def _gguf(raw: Mapping[str, Any]) -> Quantization:
-    if "types" not in raw:      # which the file's reader tells
+    if raw.get("types") is None:      # which the file's reader tells
         raise ModelError("quantization_config.quant_method='gguf' is not supported in a config.json: give the .gguf file")
-    rules = tuple((re.compile(re.escape(name) + "$"), Gguf(kind)) for name, kind in raw["types"].items())
+    rules = tuple((re.compile(re.escape(name) + "$"), Gguf(_value({name: kind}, name, allowed=GGUF_KEPT)))
+                  for name, kind in raw["types"].items())
     return Quantization("gguf", rules)
 
 

@@ -11,6 +11,22 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from engine.models.config_keys import (
+    COUNT,
+    FLAG,
+    NUMBER,
+    OBJECT,
+    POSITIVE,
+    SIZE,
+    TEXT,
+    TEXTS,
+    TOKENS,
+    check_keys,
+    check_value,
+    list_of,
+    needed,
+    whole,
+)
 from engine.models.errors import ModelError as ModelError
 from engine.models.quantization import Quantization
 
@@ -100,7 +116,10 @@ class ModelSpec:
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> ModelSpec:
         """Read a config.json, old or new (transformers 5) form, also the text part of multimodal Gemma 3. Raises ModelError."""
+        check_value(config, OBJECT, "the model", "its config")
+        check_keys(config, _KINDS)
         text = text_config(config)
+        check_keys(text, _KINDS)
         family = _FAMILIES.get(str(text.get("model_type")))
         if family is None:
             supported = ", ".join(sorted(set(_FAMILIES.values())))
@@ -111,27 +130,29 @@ class ModelSpec:
         _refuse_unsupported(text)
 
         num_layers, num_heads, hidden_size = (
-            _size(text, key) for key in ("num_hidden_layers", "num_attention_heads", "hidden_size"))
-        num_kv_heads = _size({"num_key_value_heads": num_heads, **_present(text)}, "num_key_value_heads")
+            needed(text, key) for key in ("num_hidden_layers", "num_attention_heads", "hidden_size"))
+        num_kv_heads = text.get("num_key_value_heads") or num_heads
         if num_heads % num_kv_heads:
             raise ModelError(f"num_attention_heads ({num_heads}) is not a multiple of num_key_value_heads ({num_kv_heads})")
         head_dim = text.get("head_dim") or (128 if family == "qwen3" else hidden_size // num_heads)
+        if head_dim < 2 or head_dim % 2:
+            raise ModelError(f"heads have {head_dim} dimensions; they must be a multiple of 2, of which rope turns pairs")
         attention_bias = bool(text.get("attention_bias", False)) and family in ("llama", "qwen3", "gemma3")
-        max_positions = _size(text, "max_position_embeddings")
+        max_positions = needed(text, "max_position_embeddings")
         kinds, window = _attention_kinds(text, family, num_layers)
         ropes = {kind: _rope(text, family, kind, head_dim, max_positions) for kind in set(kinds)}
         stored = config.get("quantization_config") or text.get("quantization_config") or config.get("compression_config")
         spec = cls(
             family=family,
-            vocab_size=_size(text, "vocab_size"),
+            vocab_size=needed(text, "vocab_size"),
             hidden_size=hidden_size,
             num_layers=num_layers,
             num_heads=num_heads,
             num_kv_heads=num_kv_heads,
             head_dim=head_dim,
-            intermediate_size=_size(text, "intermediate_size"),
+            intermediate_size=needed(text, "intermediate_size"),
             activation=_activation(text, "hidden_activation" if gemma else "hidden_act"),
-            norm_eps=float(text.get("rms_norm_eps", 1e-6)),
+            norm_eps=float(_present(text).get("rms_norm_eps", 1e-6)),
             norm_plus_one=gemma,
             qk_norm=family in ("qwen3", "gemma3"),
             qkv_bias=family == "qwen2" or attention_bias,
@@ -140,7 +161,7 @@ class ModelSpec:
             sandwich_norms=gemma,
             embed_scale=math.sqrt(hidden_size) if gemma else 1.0,
             tied_embeddings=bool(text.get("tie_word_embeddings", config.get("tie_word_embeddings", gemma))),
-            attn_scale=float(text["query_pre_attn_scalar"] if gemma else head_dim) ** -0.5,
+            attn_scale=float(needed(text, "query_pre_attn_scalar") if gemma else head_dim) ** -0.5,
             attn_softcap=float(text.get("attn_logit_softcapping") or 0.0) if gemma else 0.0,
             logit_softcap=float(text.get("final_logit_softcapping") or 0.0) if gemma else 0.0,
             max_positions=max_positions,
@@ -202,6 +223,24 @@ _FULL, _SLIDING = "full_attention", "sliding_attention"
 _FAMILIES = {name: name for name in ("llama", "mistral", "qwen2", "qwen3", "gemma3")} | {"gemma3_text": "gemma3"}
 _ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh"}
 
+_LAYERS = whole(1, 4096)         # so that a hostile number is refused before so many are listed
+_KINDS = {
+    "text_config": OBJECT, "quantization_config": OBJECT, "compression_config": OBJECT, "rope_parameters": OBJECT,
+    "rope_scaling": OBJECT, "num_hidden_layers": _LAYERS, "layer_types": TEXTS, "sliding_window": COUNT,
+    "max_window_layers": COUNT, "bos_token_id": whole(-1), "eos_token_id": TOKENS,
+    **dict.fromkeys(("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim",
+                     "max_position_embeddings", "sliding_window_pattern", "_sliding_window_pattern"), SIZE),
+    **dict.fromkeys(("num_local_experts", "num_experts", "n_routed_experts"), COUNT),
+    **dict.fromkeys(("rope_theta", "rope_local_base_freq", "partial_rotary_factor", "query_pre_attn_scalar"), POSITIVE),
+    **dict.fromkeys(("rms_norm_eps", "attn_logit_softcapping", "final_logit_softcapping"), NUMBER),
+    **dict.fromkeys(("attention_bias", "mlp_bias", "tie_word_embeddings", "use_sliding_window"), FLAG),
+    **dict.fromkeys(("model_type", "hidden_act", "hidden_activation"), TEXT),
+}
+_ROPE_KINDS = {
+    "rope_type": TEXT, "type": TEXT, "original_max_position_embeddings": SIZE, "factors": list_of(POSITIVE),
+    **dict.fromkeys(("rope_theta", "partial_rotary_factor", "factor", "low_freq_factor", "high_freq_factor"), POSITIVE),
+}
+
 # What published Gemma 3 text_configs leave out, because it is the default of their config class.
 _GEMMA3_DEFAULTS: dict[str, Any] = {
     "vocab_size": 262_208, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256, "query_pre_attn_scalar": 256,
@@ -212,13 +251,6 @@ _GEMMA3_DEFAULTS: dict[str, Any] = {
 
 def _present(config: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in config.items() if value is not None}
-
-
-def _size(config: Mapping[str, Any], key: str) -> int:
-    value = config.get(key)
-    if not isinstance(value, int) or value < 1:
-        raise ModelError(f"the model's config needs {key}, a whole number of at least 1, and has {value!r}")
-    return value
 
 
 def _activation(config: Mapping[str, Any], key: str) -> str:
@@ -251,7 +283,7 @@ def _attention_kinds(config: Mapping[str, Any], family: str, num_layers: int) ->
     elif family == "mistral":
         kinds = [_SLIDING] * num_layers
     else:
-        first = config.get("max_window_layers", 28)
+        first = _present(config).get("max_window_layers", 28)
         kinds = [_SLIDING if i >= first else _FULL for i in range(num_layers)]
     if unknown := set(kinds) - {_FULL, _SLIDING}:
         raise ModelError(f"layer_types {', '.join(sorted(unknown))} not supported; supported: {_FULL}, {_SLIDING}")
@@ -266,11 +298,14 @@ def _rope(config: Mapping[str, Any], family: str, kind: str, head_dim: int, max_
     theta = config.get("rope_local_base_freq") or 10_000.0 if local else config.get("rope_theta")
     params: Mapping[str, Any] = config.get("rope_parameters") or {}
     if _FULL in params or _SLIDING in params:
+        check_keys(params, {kind: OBJECT}, prefix="rope_parameters.")
         params = params.get(kind) or {}
     elif local:
         params = {}                      # flat parameters and rope_scaling are those of Gemma's full attention layers
     if config.get("rope_scaling") and not local:
         params = {**params, **config["rope_scaling"]}
+    params = _present(params)
+    check_keys(params, _ROPE_KINDS, prefix="rope: ")
 
     theta = float(params.get("rope_theta") or theta or (1_000_000.0 if family == "gemma3" else 10_000.0))
     if (params.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0) != 1.0:
@@ -283,11 +318,15 @@ def _rope(config: Mapping[str, Any], family: str, kind: str, head_dim: int, max_
             case "linear":
                 return RopeSpec(theta, head_dim, "linear", factor=float(params["factor"]))
             case "llama3":
+                low, high = float(params["low_freq_factor"]), float(params["high_freq_factor"])
+                if low >= high:
+                    raise ModelError(f"rope: low_freq_factor ({low:g}) must be below high_freq_factor ({high:g})")
                 return RopeSpec(
-                    theta, head_dim, "llama3", factor=float(params["factor"]), low_freq_factor=float(params["low_freq_factor"]),
-                    high_freq_factor=float(params["high_freq_factor"]),
-                    original_max_positions=int(params.get("original_max_position_embeddings") or max_positions))
+                    theta, head_dim, "llama3", factor=float(params["factor"]), low_freq_factor=low, high_freq_factor=high,
+                    original_max_positions=params.get("original_max_position_embeddings") or max_positions)
             case "factors":
+                if len(params["factors"]) != head_dim // 2:
+                    raise ModelError(f"rope: {len(params['factors'])} factors for {head_dim // 2} frequencies")
                 return RopeSpec(theta, head_dim, "factors", factors=tuple(float(x) for x in params["factors"]))
     except KeyError as missing:
         raise ModelError(f"rope scaling {scaling!r} needs the key {missing}") from None

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from engine_cases import full_logits, load_decoder
-from gguf import GGMLQuantizationType, GGUFWriter, LlamaFileType
+from gguf import GGMLQuantizationType, GGUFValueType, GGUFWriter, LlamaFileType
 from gguf.quants import dequantize as reference_dequantize
 from gguf.quants import quantize
 from models import load_reference, real_model, tiny_checkpoint
@@ -73,7 +73,8 @@ def test_q6_k_by_hand():
 def write_gguf(checkpoint: Checkpoint, path, tensor_type="F32", rope_factors=None, **extra) -> None:
     """Write a checkpoint as llama.cpp's converter does: its names, permuted llama queries and keys, Gemma's norms plus 1.
 
-    `tensor_type`: of all matrices, or a function from the file's names to it.
+    `tensor_type`: of all matrices, or a function from the file's names to it. `extra`: more metadata, or other (None: none), with
+    `__` for dots in the keys.
     """
     spec, arch = checkpoint.spec, META[checkpoint.spec.family]
     writer = GGUFWriter(path, arch)
@@ -96,7 +97,9 @@ def write_gguf(checkpoint: Checkpoint, path, tensor_type="F32", rope_factors=Non
     writer.add_eos_token_id(2)
     writer.add_bos_token_id(0)
     for key, value in extra.items():
-        (writer.add_string if isinstance(value, str) else writer.add_uint32)(key.replace("__", "."), value)
+        writer.kv_data[0].pop(name := key.replace("__", "."), None)
+        if value is not None:
+            writer.add_key_value(name, value, GGUFValueType.get_type(value))
     names = {
         "input_layernorm": "attn_norm", "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
         "self_attn.o_proj": "attn_output", "self_attn.q_norm": "attn_q_norm", "self_attn.k_norm": "attn_k_norm",
@@ -189,6 +192,10 @@ def _old_version(data: bytes) -> bytes:
     return data[:4] + b"\1" + data[5:]
 
 
+def _no_embedding(data: bytes) -> bytes:
+    return data.replace(b"token_embd.weight", b"token_embd.heights"[:17])
+
+
 def _other_name(data: bytes) -> bytes:
     return data.replace(b"blk.1.ffn_gate.weight", b"blk.1.ffn_gaze.weight")
 
@@ -196,7 +203,7 @@ def _other_name(data: bytes) -> bytes:
 @pytest.mark.parametrize(("damage", "says"), [
     (_other_architecture, "architecture 'mamba' is not supported"), (_cut, "cut short or damaged at tensor"),
     (_cut_head, "cut short or damaged"), (_not_gguf, "not a GGUF file"), (_old_version, "GGUF version 1"),
-    (_other_name, r"blk\.1\.ffn_gaze\.weight is not known"),
+    (_no_embedding, r"has no matrix token_embd\.weight"), (_other_name, r"blk\.1\.ffn_gaze\.weight is not known"),
 ])
 def test_refusals(damage, says, tmp_path):
     path = tmp_path / "model.gguf"
@@ -214,6 +221,29 @@ def test_metadata_refusals(extra, says, tmp_path):
     write_gguf(open_checkpoint(tiny_checkpoint("llama", tmp_path)), tmp_path / "model.gguf", **extra)
     with pytest.raises(ModelError, match=says):
         open_checkpoint(tmp_path / "model.gguf")
+
+
+@pytest.mark.parametrize(("key", "value", "says"), [
+    ("general.architecture", ["llama"], "as general.architecture"), ("general.file_type", [1], "as general.file_type"),
+    ("general.alignment", 0, "holds 0 as general.alignment"), ("split.count", "abc", "as split.count"),
+    ("llama.embedding_length", "abc", "holds 'abc' as llama.embedding_length"),
+    ("llama.embedding_length", None, "has no llama.embedding_length"),
+    ("llama.attention.head_count", 0, "holds 0 as llama.attention.head_count"),
+    ("llama.attention.head_count", 48, "speaks of 48 heads, but queries or keys have 64 rows"),
+    ("llama.feed_forward_length", [[1]], "as llama.feed_forward_length"),
+    ("llama.context_length", -1, "holds -1 as max_position_embeddings"),
+    ("llama.rope.scaling.type", 5, "as llama.rope.scaling.type"),
+    ("tokenizer.ggml.tokens", [1], r"holds \[1\] as tokenizer.ggml.tokens"),
+    ("tokenizer.ggml.tokens", ["a"], "has 1 tokens, but 4 entries in tokenizer.ggml.token_type"),
+    ("tokenizer.ggml.eos_token_id", 9, "holds 9 as tokenizer.ggml.eos_token_id, of 4 tokens"),
+    ("tokenizer.ggml.eos_token_id", "abc", "as tokenizer.ggml.eos_token_id"),
+])
+def test_metadata_of_another_kind_is_refused_by_name(key, value, says, tmp_path):
+    path = tmp_path / "model.gguf"
+    write_gguf(open_checkpoint(tiny_checkpoint("llama", tmp_path)), path, **{key.replace(".", "__"): value})
+    with pytest.raises(ModelError, match=says) as error:
+        open_checkpoint(path).tensor("model.layers.0.self_attn.q_proj.weight")
+    assert "\n" not in str(error.value)
 
 
 def test_unsupported_storage_type_is_named(tmp_path):

@@ -158,3 +158,53 @@ def test_gemma_does_not_run_in_float16():
 def test_refusals_name_the_key(changes, names):
     with pytest.raises(ModelError, match=names):
         spec(**changes)
+
+
+AWQ = {"quant_method": "awq", "bits": 4, "group_size": 32}
+PACKED = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32}
+
+
+@pytest.mark.parametrize(("changes", "says"), [
+    ({"hidden_size": "abc"}, r"holds 'abc' as hidden_size, which must be a whole number from 1 to 2147483647"),
+    ({"hidden_size": -64}, "holds -64 as hidden_size"),
+    ({"hidden_size": True}, "holds True as hidden_size"),
+    ({"vocab_size": None}, "has no vocab_size"),
+    ({"num_hidden_layers": 10**9}, "as num_hidden_layers, which must be a whole number from 1 to 4096"),
+    ({"head_dim": 7}, "heads have 7 dimensions"),
+    ({"hidden_size": 4, "num_attention_heads": 8}, "heads have 0 dimensions"),
+    ({"rms_norm_eps": [1]}, r"holds \[1\] as rms_norm_eps"),
+    ({"rms_norm_eps": float("nan")}, "holds nan as rms_norm_eps"),
+    ({"rope_theta": "abc"}, "as rope_theta, which must be a number above 0"),
+    ({"rope_theta": -1.0}, "as rope_theta"),
+    ({"rope_scaling": [8.0]}, "as rope_scaling, which must be an object"),
+    ({"rope_scaling": {"rope_type": "linear", "factor": None}}, "factor"),
+    ({"rope_scaling": {"rope_type": ["linear"]}}, "as rope: rope_type"),
+    ({"rope_scaling": {"rope_type": "llama3", **LLAMA3_ROPE, "high_freq_factor": 1.0}}, "must be below high_freq_factor"),
+    ({"rope_parameters": {"full_attention": [1]}}, "as rope_parameters.full_attention"),
+    ({"num_local_experts": "8"}, "as num_local_experts"),
+    ({"hidden_act": ["silu"]}, "as hidden_act"),
+    ({"model_type": ["llama"]}, "as model_type"),
+    ({"eos_token_id": "abc"}, "as eos_token_id"),
+    ({"eos_token_id": [2, -1]}, "as eos_token_id"),
+    ({"text_config": [1]}, "as text_config"),
+    ({"model_type": "mistral", "layer_types": [1, 2, 3, 4]}, "as layer_types"),
+    ({"model_type": "mistral", "sliding_window": "abc"}, "as sliding_window"),
+    ({"quantization_config": ["awq"]}, "as quantization_config"),
+    ({"quantization_config": {**AWQ, "quant_method": ["awq"]}}, r"as quantization_config\.quant_method"),
+    ({"quantization_config": {**AWQ, "group_size": 32.0}}, r"holds 32\.0 as quantization_config\.group_size"),
+    ({"quantization_config": {**AWQ, "modules_to_not_convert": 5}}, "modules_to_not_convert"),
+    ({"quantization_config": {"quant_method": "compressed-tensors", "config_groups": [1]}}, "config_groups"),
+    ({"quantization_config": {"quant_method": "compressed-tensors", "format": "pack-quantized",
+                              "config_groups": {"group_0": {"weights": {**PACKED, "num_bits": "4"}}}}},
+     r"holds '4' as quantization_config\.config_groups\.group_0\.weights\.num_bits"),
+])
+def test_values_of_another_kind_are_refused_by_name(changes, says):
+    with pytest.raises(ModelError, match=says) as error:
+        spec(**changes)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("config", [[], "abc", None, 5])
+def test_a_config_that_is_no_object_is_refused(config):
+    with pytest.raises(ModelError, match="must be an object"):
+        ModelSpec.from_hf(config)

@@ -114,6 +114,36 @@ def _bad_json(folder):
     (folder / "config.json").write_text('{"model_type": ')
 
 
+def _list(folder):
+    (folder / "config.json").write_text("[]")
+
+
+def _deep(folder):
+    (folder / "config.json").write_text("[" * 100_000)
+
+
+def _too_large(folder):
+    """More weights than could be asked memory for."""
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "vocab_size": 2**31 - 1}))
+
+
+def _generation(folder):
+    (folder / "generation_config.json").write_text('{"eos_token_id": "abc"}')
+
+
+def _generation_list(folder):
+    (folder / "generation_config.json").write_text("[2]")
+
+
+def _index(folder):
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": {"model.norm.weight": 5}}')
+
+
+def _index_without_map(folder):
+    (folder / "model.safetensors.index.json").write_text("{}")
+
+
 def _cut(folder):
     data = (folder / "model.safetensors").read_bytes()
     (folder / "model.safetensors").write_bytes(data[: len(data) // 2])
@@ -126,7 +156,11 @@ def _gone(folder):
 @pytest.mark.parametrize(("damage", "says"), [
     (_keep_pickle, "only pickled weights, which are never loaded"), (_only_config, r"no \*.safetensors"),
     (_no_config, "no config.json"), (_adapter, "LoRA adapter"), (_bad_json, "not valid JSON"), (_cut, "cut short or damaged"),
-    (_gone, "no model at"),
+    (_gone, "no model at"), (_list, r"config\.json holds \[\] as its content, which must be an object"),
+    (_deep, "not valid JSON"), (_too_large, "weights, which its files are too small for"),
+    (_generation, r"generation_config\.json holds 'abc' as eos_token_id"),
+    (_generation_list, r"generation_config\.json holds \[2\]"), (_index, r"index\.json holds \{.*\} as weight_map"),
+    (_index_without_map, "has no weight_map"),
 ])
 def test_refusals(damage, says, folder):
     damage(folder)

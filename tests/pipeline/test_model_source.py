@@ -179,3 +179,17 @@ def test_a_model_on_the_hub_is_refused_before_its_weights_are_fetched(bits, fetc
     (tmp_path / "config.json").unlink()
     with pytest.raises(ConfigError, match=r"^model\.source: org/name on the Hugging Face hub has no config\.json"):
         model.fingerprint()
+
+
+@pytest.mark.parametrize(("text", "says"), [
+    ('{"model_type": ', r"^model\.source: .*config\.json is not valid JSON"), ("[]", r"^model\.source: .*must be an object"),
+    ('{"model_type": "llama", "hidden_size": "abc"}', r"^model\.source: the model's config holds 'abc' as hidden_size"),
+])
+def test_a_broken_config_on_the_hub_is_one_line(text, says, monkeypatch, tmp_path):
+    hub = Hub(tmp_path, {})
+    hub.files["config.json"] = text
+    monkeypatch.setattr("huggingface_hub.snapshot_download", hub.snapshot_download)
+    model = RealModel(check({"model": {"source": "org/name"}, "data": "a.parquet", "output": {"dir": "out"}}))
+    with pytest.raises(ConfigError, match=says):
+        model.fingerprint()
+    assert hub.fetched == ["config.json"]

@@ -221,6 +221,27 @@ def test_unknown_kinds_are_refused(model, pre, says, tmp_path):
         load_tokenizer(path)
 
 
+@pytest.mark.parametrize(("merges", "says"), [
+    (["a b"], r"the GGUF metadata's tokenizer is damaged \(.*`b` out of vocabulary.*\); give model\.tokenizer"),
+    (["aa"], "the GGUF metadata's tokenizer is damaged"),
+    ([1], r"holds \[1\] as tokenizer\.ggml\.merges"),
+])
+def test_merges_that_do_not_fit_are_refused(merges, says, tmp_path):
+    path = write_vocabulary(tmp_path / "model.gguf", "gpt2", [("a", 1), ("aa", 1)], token_merges=merges, tokenizer_pre="gpt-2")
+    with pytest.raises(ModelError, match=says) as error:
+        load_tokenizer(path)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name, text", [("tokenizer.json", "{"), ("tokenizer.json", "[]"), ("tokenizer_config.json", "[]"),
+                                        ("tokenizer_config.json", '{"eos_token": 5}')])
+def test_a_folder_with_a_broken_tokenizer_is_refused(name, text, folder):
+    (folder / name).write_text(text)
+    with pytest.raises(ModelError, match=r"its tokenizer\.json, or what goes with it, cannot be read") as error:
+        load_tokenizer(folder)
+    assert "\n" not in str(error.value)
+
+
 def test_missing_metadata_is_named(tmp_path):
     with pytest.raises(ModelError, match=r"no tokenizer\.ggml\.merges"):
         load_tokenizer(write_vocabulary(tmp_path / "model.gguf", "gpt2", [("a", 1)]))
