@@ -73,6 +73,7 @@ def _run(config: RunConfig, model: Model, stop: Stop, progress: Progress) -> int
     shards = folder.pending_shards(*workers)
     if config.cluster.lease and not shards and not again:
         shards = folder.pending_shards()      # of others, who may have died on them
+    alone = fresh and config.cluster.workers == 1
     if shards or again:
         source.check_there([*shards, *again])
         try:
@@ -80,10 +81,12 @@ def _run(config: RunConfig, model: Model, stop: Stop, progress: Progress) -> int
             builder = make_builder(config, form, spec, model)
             reason = label(config, source, builder, folder, shards, again, model, stop, progress)
         except ConfigError:
-            if fresh and config.cluster.workers == 1:
+            if alone:
                 forget(folder)
             raise
         if reason is not None:
+            if alone:
+                forget(folder)
             progress.line(f"stopped by {reason}: every finished row is kept; the same command goes on from here")
             return Exit.DRAINED
     return finish(config, folder, spec)

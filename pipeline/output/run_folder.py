@@ -22,7 +22,7 @@ from pipeline.output.layout import OutputLayout
 from pipeline.output.part import PartInfo, ShardId, read_part
 from pipeline.output.retry import settled_rows
 from pipeline.output.shards import ShardWriter, is_later
-from pipeline.output.store import SUPERSEDED, Store, check_writable, open_store, sweep
+from pipeline.output.store import SUPERSEDED, LocalStore, Store, check_writable, open_store, sweep
 
 FORMAT = 1
 RUN, PLAN, MANIFEST, SUCCESS = "_run.json", "_plan.parquet", "_manifest.json", "_SUCCESS"
@@ -202,7 +202,10 @@ def _settle_run(store: Store, run: Mapping[str, Any]) -> None:
     if differ:
         changes = ", ".join(f"{key} (those of data, or by output.flatten)" if key == COLUMNS else
                             f"{key} (was {before.get(key, 'not set')}, is {fingerprint.get(key, 'not set')})" for key in differ)
-        raise ConfigError(f"{store.out} holds the output of another config: {changes}; set another output.dir, or these back")
+        empty = isinstance(store, LocalStore) and not any(store.work.glob("*.journal")) and not any(
+            name.startswith("part-") for name in store.names())
+        remedy = ", or these back" if not empty else ", these back, or, unless a job is at it, remove it: it holds no rows yet"
+        raise ConfigError(f"{store.out} holds the output of another config: {changes}; set another output.dir{remedy}")
 
 
 def _settle_plan(store: Store, found: Plan, on_change: Literal["refuse", "append"]) -> Plan:

@@ -561,7 +561,26 @@ def test_a_signal_while_the_model_loads_ends_the_run(run: Run, table: Any, monke
         ran = run(f"data={data}")
     assert ran.code == 75
     assert "stopped by signal SIGTERM" in ran.err
-    assert run(f"data={data}").code == 0
+    assert run(f"data={data}", "task.prompt=Mended {{ prompt }}").code == 0      # nothing was written under the other
+
+
+def test_a_run_that_is_killed_before_its_first_row_says_what_to_do(run: Run, table: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tests.pipeline.scripted_engine import ScriptedModel
+
+    def load(self: Any, progress: Any) -> Any:
+        raise KeyboardInterrupt      # as a second signal, it leaves things as they are
+
+    words = (f"data={table(prompt=['a'])}", "task.prompt=Mended {{ prompt }}")
+    with monkeypatch.context() as patch:
+        patch.setattr(ScriptedModel, "load", load)
+        with pytest.raises(KeyboardInterrupt):
+            run(words[0])
+    refused = run(*words)
+    assert refused.code == 2
+    assert refused.line.endswith("set another output.dir, these back, or, unless a job is at it, remove it: it holds no rows yet")
+    shutil.rmtree(refused.folder)
+    assert run(*words).code == 0
+    assert run(words[0]).line.endswith("set another output.dir, or these back")
 
 
 def test_a_row_that_takes_too_long_is_cut(run: Run, table: Any) -> None:
