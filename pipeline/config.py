@@ -127,6 +127,12 @@ class TaskKeys(Strict):
         return self
 
 
+def _one_character(value: str | None, word: str) -> str | None:
+    if value is not None and (len(value) != 1 or not value.isascii() or value in "\r\n"):
+        raise ValueError(f"{value!r} is not one ASCII character, nor the word {word}")
+    return value
+
+
 def _json_text(text: str | bytes, where: str = "the text given") -> Any:
     try:
         return orjson.loads(text)
@@ -156,12 +162,31 @@ class GuidedKeys(Strict):
 
 class InputKeys(Strict):
     format: Literal["auto", "parquet", "jsonl", "csv"] = "auto"
+    delimiter: str | None = None  # of CSV, one character or the word tab; null: a tab for .tsv, else a comma
+    quote: str | None = None  # of CSV, one character, or the word none: quotes are text like any other; null: "
     columns: dict[str, str | None] = {}  # name in the template or the contract -> column of the files; null: ignore it
     split: str = "train"  # of a Hugging Face dataset
     subset: str | None = None  # configuration of a Hugging Face dataset
     revision: str | None = None
     limit: int | None = Field(None, ge=1)  # only the first rows
     threads: int = Field(2, ge=1, le=64)  # that render and tokenise ahead of the engine
+
+    @field_validator("delimiter")
+    @classmethod
+    def _one_delimiter(cls, value: str | None) -> str | None:
+        value = "\t" if value in ("tab", "\\t") else value
+        return _one_character(value, "tab")
+
+    @field_validator("quote")
+    @classmethod
+    def _one_quote(cls, value: str | None) -> str | None:
+        return value if value == "none" else _one_character(value, "none")
+
+    @model_validator(mode="after")
+    def _two_characters(self) -> InputKeys:
+        if (self.delimiter or ",") == (self.quote or '"'):
+            raise ValueError("delimiter and quote are the same character")
+        return self
 
 
 class OutputKeys(Strict):

@@ -29,8 +29,8 @@ CONF = HOME / "conf"
 GROUPS = tuple(sorted(p.name for p in CONF.iterdir() if p.is_dir() and not p.name.startswith("_")))
 # Their values are text that Hydra's grammar would trip over (globs, URLs, braces, equal signs): quoted for the user.
 TEXT_KEYS = ("data", "out", "output.dir", "output.spool", "model.source", "model.tokenizer", "model.chat_template",
-             "task.prompt", "task.system", "task.schema", "task.guided_json", "task.guided_regex", "task.tools",
-             "task.tool_choice")  # fmt: skip
+             "input.delimiter", "input.quote", "task.prompt", "task.system", "task.schema", "task.guided_json",
+             "task.guided_regex", "task.tools", "task.tool_choice")  # fmt: skip
 LIST_KEYS = ("data", "task.schema", "task.guided_json", "task.tools")  # of these, those that a list may stand for
 OPEN_KEYS = ("input.columns.", "task.schema.", "task.guided_json.")  # mappings whose keys are the user's own
 
@@ -60,6 +60,7 @@ Keys (KEY=VALUE; python -m pipeline.run --cfg prints all of them with their valu
   input.columns.X   the column that stands for X: a name of the template, or messages, prompt, sampling, adapter, tools,
                     tool_choice, schema, guided_json, guided_regex, guided_choice
   input.limit       only the first rows               input.split   of a Hugging Face data set
+  input.delimiter   of CSV: one character, or tab; left out, a tab for .tsv and a comma else; also input.quote
   task.prompt       a Jinja template over the columns task.system   the same, for the system message
   task.schema       a JSON Schema or its path: every output is valid JSON under it; also task.guided_regex, .guided_choice
   task.tools        a JSON file of tools              task.tool_choice  none, auto, required, or the name of a tool
@@ -228,7 +229,7 @@ def _choice(words: Sequence[str], group: str) -> str:
 def _label(value: str) -> str:
     """A short name for a path, URL or hub id, fit for a folder's name."""
     last = value.rstrip("/").rpartition("/")[2] or value
-    return re.sub(r"[^\w.-]+", "_", re.sub(r"\.(parquet|jsonl|csv|gguf|yaml)$", "", last)).strip("._") or "data"
+    return re.sub(r"[^\w.-]+", "_", re.sub(r"\.(parquet|jsonl|csv|tsv|gguf|yaml)$", "", last)).strip("._") or "data"
 
 
 def _explain(error: Exception, words: Sequence[str], model: type[BaseModel]) -> ConfigError:

@@ -16,12 +16,12 @@ import fsspec
 import pyarrow as pa
 
 from pipeline.exits import ConfigError
-from pipeline.input.csv import CsvReader
+from pipeline.input.csv import CsvReader, Dialect
 from pipeline.input.formats import JSON_TEXT, Chunk, HfReader, ParquetReader, Reader, Scan, cast, first_line, select
 from pipeline.input.jsonl import JsonlReader
 from pipeline.input.plan import InputFile, Piece, Shard, check_unchanged, gone, make_plan
 
-READERS: dict[str, type] = {"parquet": ParquetReader, "jsonl": JsonlReader, "csv": CsvReader}
+READERS: dict[str, Callable[..., Reader]] = {"parquet": ParquetReader, "jsonl": JsonlReader, "csv": CsvReader}
 SUFFIXES = {
     ".parquet": "parquet",
     ".parq": "parquet",
@@ -30,6 +30,7 @@ SUFFIXES = {
     ".ndjson": "jsonl",
     ".json": "jsonl",
     ".csv": "csv",
+    ".tsv": "csv",
 }
 JSON_WORD = "a list or an object"
 _MAGIC = re.compile(r"[*?\[]")
@@ -195,19 +196,24 @@ def _files(entry: str, fs: fsspec.AbstractFileSystem, path: str, keys: Any, outp
         root, infos = path.rpartition("/")[0], {path: fs.info(path)}
     else:
         raise ConfigError(f"data={entry}: no such file or folder{_near(fs, path) or _list(entry)}")
-    return [_file(fs, p, os.path.relpath(p, root) if root else p, info, keys.format) for p, info in sorted(infos.items())]
+    return [_file(fs, p, os.path.relpath(p, root) if root else p, info, keys) for p, info in sorted(infos.items())]
 
 
-def _file(fs: fsspec.AbstractFileSystem, path: str, key: str, info: dict[str, Any], given: str) -> Found:
+def _file(fs: fsspec.AbstractFileSystem, path: str, key: str, info: dict[str, Any], keys: Any) -> Found:
     uri = fs.unstrip_protocol(path).removeprefix("file://").removeprefix("local://")
-    kind = _kind(path) if given == "auto" else given
+    kind = _kind(path) if keys.format == "auto" else keys.format
     if kind is None:
         raise ConfigError(f"data: {uri} is not .parquet, .jsonl or .csv; say which it is with input.format=...")
     if not info.get("size") and not (info := fs.info(path))["size"]:    # a listing may be wrong: of links, or without sizes
         raise ConfigError(f"{uri}: empty (0 bytes); write it again or leave it out")
 
+    reader = READERS[kind]
+    if kind == "csv":
+        delimiter = keys.delimiter or ("\t" if path.lower().endswith(".tsv") else ",")
+        reader = partial(CsvReader, dialect=Dialect(delimiter, keys.quote or '"'))
+
     def open(scan: Scan | None) -> Reader:
-        return READERS[kind](fs.open(path, "rb"), uri, _stamp(info if scan is None else fs.info(path)), scan)
+        return reader(fs.open(path, "rb"), uri, _stamp(info if scan is None else fs.info(path)), scan)
 
     return Found(key, uri, info["size"], open)
 

@@ -194,6 +194,9 @@ def test_a_wrong_task_file_is_one_line(tmp_path: Path, text: str | None, line: s
     ("sampling.n=0", "sampling.n=0: "),
     ("sampling.logprobs=3", "sampling.logprobs: no such key; there are "),
     ("input.limit=0", "input.limit=0: "),
+    ("input.delimiter=;;", "input.delimiter: ';;' is not one ASCII character, nor the word tab"),
+    ("input.quote=no", "input.quote: 'no' is not one ASCII character, nor the word none"),
+    ("input.quote=,", "input: delimiter and quote are the same character"),
     ("limits.max_error_rate=2", "limits.max_error_rate=2: "),
     ("task.prompt=For ${{ price }}", "task.prompt: Hydra takes ${...} for the name of another key"),
     ("task.prompt=For ${price}", "task.prompt: Hydra takes ${...} for the name of another key (Interpolation key 'price' not "
@@ -233,6 +236,12 @@ def test_a_wrong_word_is_one_line_and_exit_code_2(
     assert printed.err.startswith(f"error: {line}"), printed.err
     assert printed.err.count("\n") == 1
     assert not printed.out
+
+
+@pytest.mark.parametrize("word, value", [(";", ";"), ("|", "|"), ("\t", "\t"), ("\\t", "\t"), ("tab", "\t"), (",", ",")])
+def test_a_delimiter_is_written_as_it_is(word: str, value: str) -> None:
+    assert read_config([f"input.delimiter={word}"]).input.delimiter == value
+    assert read_config(['input.quote="']).input.quote == '"'
 
 
 def test_task_messages_are_an_alternative_to_prompt() -> None:

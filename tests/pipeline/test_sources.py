@@ -111,7 +111,7 @@ def test_what_a_job_writes_itself_is_not_its_input(tmp_path: Path, monkeypatch: 
     ("array.jsonl", "array.jsonl, line 1: not a JSON object"),
     ("drift.jsonl", "drift.jsonl, line 3: column a holds text here and a number before; make it one type"),
     ("latin.csv", "latin.csv: not CSV in UTF-8 ("),
-    ("ragged.csv", "ragged.csv: not CSV in UTF-8 ("),
+    ("ragged.csv", "ragged.csv: not CSV in UTF-8 (CSV parse error: Row #3: Expected 2 columns, got 3: 1,2,3); is input.delimi"),
     (["prompts.parquet", "other.parquet"], "prompts.parquet: has no column b, which other.parquet has; it has a"),
     (["prompts.parquet", "text_a.parquet"], "text_a.parquet: column a is string, but int64 in prompts.parquet"),
     (["prompts.parquet", "prompts.parquet"], "two input files have the same name"),
@@ -279,6 +279,30 @@ def test_a_column_may_be_null_in_some_files_and_never_in_others(tmp_path: Path) 
 def test_csv_is_taken_as_it_stands(tmp_path: Path) -> None:
     (tmp_path / "x.csv").write_text('id,text\n007,""\n1e5,\n')
     assert everything(opened(tmp_path / "x.csv")) == [{"id": "007", "text": ""}, {"id": "1e5", "text": None}]
+
+
+@pytest.mark.parametrize("name, text, keys", [
+    ("x.tsv", 'id\ttext\n1\t"a\tb, ""c"""\n', {}),
+    ("x.TSV", 'id\ttext\n1\t"a\tb, ""c"""\n', {}),
+    ("x.csv", 'id;text\n1;"a\tb, ""c"""\n', {"delimiter": ";"}),
+    ("x.csv", 'id\ttext\n1\t"a\tb, ""c"""\n', {"delimiter": "tab"}),
+    ("x.tsv", 'id|text\n1|"a\tb, ""c"""\n', {"delimiter": "|"}),
+    ("x.txt", 'id;text\n1;"a\tb, ""c"""\n', {"delimiter": ";", "format": "csv"}),
+    ("x.csv", "id,text\n1,'a\tb, \"c\"'\n", {"quote": "'"}),
+    ("x.csv", 'id|text\n1|a\tb, "c"\n', {"delimiter": "|", "quote": "none"}),
+])  # fmt: skip
+def test_what_stands_between_the_fields_of_csv(tmp_path: Path, name: str, text: str, keys: dict[str, str]) -> None:
+    (tmp_path / name).write_text(text)
+    source = opened(tmp_path / name, **keys)
+    assert everything(source) == [{"id": "1", "text": 'a\tb, "c"'}]
+    assert source.files[0].num_rows == 1
+
+
+def test_quotes_that_are_text_need_not_be_closed(tmp_path: Path) -> None:
+    (tmp_path / "x.tsv").write_text('id\ttext\n1\t"Who is it?\n2\tMe\n')
+    assert everything(opened(tmp_path / "x.tsv", quote="none")) == [{"id": "1", "text": '"Who is it?'}, {"id": "2", "text": "Me"}]
+    with pytest.raises(ConfigError, match=r"x\.tsv: a quote that opens in row 1, .* never closed; .* input\.quote=none"):
+        opened(tmp_path / "x.tsv")
 
 
 def test_csv_fields_may_be_long_but_a_quote_must_be_closed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
