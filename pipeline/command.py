@@ -21,6 +21,11 @@ def command(name: str, description: str, examples: str) -> argparse.ArgumentPars
     return parser
 
 
+def add_spool(parser: argparse.ArgumentParser) -> None:
+    """For the commands that look into the work folder of an output in an object store, or write there."""
+    parser.add_argument("--spool", metavar="DIR", help="the job's output.spool, where it has set one")
+
+
 def run(main: Callable[[argparse.Namespace], int], parser: argparse.ArgumentParser) -> int:
     """Parse the command line and do it."""
     arguments = parser.parse_args()

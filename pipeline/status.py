@@ -10,7 +10,7 @@ from datetime import timedelta
 
 import orjson
 
-from pipeline.command import command, histogram, ranges, run
+from pipeline.command import add_spool, command, histogram, ranges, run
 from pipeline.exits import Exit
 from pipeline.observe.metrics import read_metrics
 from pipeline.output.run_folder import RunFolder
@@ -116,7 +116,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--missing", metavar="WORKERS", nargs="?", type=int, const=0,
                         help="only print which workers, of so many, have shards left, as an array expression for sbatch; "
                              "without a number, which shards are missing")
-    parser.add_argument("--spool", help="the job's output.spool, where it has set one")
+    add_spool(parser)
     return parser
 
 

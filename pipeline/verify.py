@@ -11,7 +11,7 @@ import orjson
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.command import command, histogram, run
+from pipeline.command import add_spool, command, histogram, run
 from pipeline.exits import Exit, StorageError
 from pipeline.input.plan import Shard
 from pipeline.output.part import PartInfo
@@ -84,7 +84,7 @@ def _verify_part(folder: RunFolder, shard: Shard, info: PartInfo) -> Generator[s
 
 
 def main(arguments: argparse.Namespace) -> int:
-    folder = RunFolder.load(arguments.out)
+    folder = RunFolder.load(arguments.out, arguments.spool)
     wrong = 0
     for line in verify(folder):
         print(f"wrong: {line}", file=sys.stderr)
@@ -114,6 +114,7 @@ def _finalize(folder: RunFolder) -> None:
 def parser() -> argparse.ArgumentParser:
     parser = command("verify", "Read every part to the last page and hold it against the plan.", EXAMPLES)
     parser.add_argument("--finalize", action="store_true", help="if all is whole, write the report, _manifest.json and _SUCCESS")
+    add_spool(parser)
     return parser
 
 

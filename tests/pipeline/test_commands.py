@@ -16,6 +16,7 @@ from pipeline import errors, merge, status, verify
 from pipeline.command import ranges, run
 from pipeline.observe.metrics import SCHEMA, to_bytes
 from pipeline.output.run_folder import RunFolder
+from pipeline.run import read_config
 
 COMMANDS = {"status": status, "verify": verify, "merge": merge, "errors": errors}
 
@@ -152,6 +153,22 @@ def test_verify_sees_a_manifest_that_is_out_of_date(folder: RunFolder, call) -> 
     assert (code, "not finalized" in out) == (0, True)
     folder.finalize()
     assert "not finalized" not in call("verify", folder.out)[1]
+
+
+def test_finalize_of_an_object_store_uses_the_jobs_spool(call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    out, spool = f"memory://{tmp_path.name}", tmp_path / "spool"
+    info = {"config": read_config(["data=x.parquet", f"output.dir={out}", f"output.spool={spool}"]).resolved()}
+    folder = open_folder(out, write_input(tmp_path / "in"), spool=str(spool), info=info)
+    for shard in folder.plan.shards:
+        fill(folder, shard)
+    left = folder.store.work / f"00000.{'a' * 32}.journal"      # of a worker that lost the race, and did not live to the end
+    left.write_bytes(b"")
+    assert call("verify", out)[1].startswith(f"{out}: whole, but not finalized")
+    code, said, _ = call("verify", out, "--finalize", "--spool", spool)
+    assert (code, f"{out}: complete" in said) == (0, True)
+    assert not left.exists()
+    assert not (tmp_path / "cache").exists()
 
 
 def test_merge_keeps_order_and_columns(folder: RunFolder, call, tmp_path: Path) -> None:
