@@ -239,7 +239,9 @@ class RunConfig(Strict):
     cluster: ClusterKeys = ClusterKeys()
     seed: int = 0
     dry_run: bool = False
-    retry_errors: list[Status] = []  # of a finished output: compute the rows with these statuses again
+    # Of a finished output: compute the rows with these statuses again, those of this worker's own share also with cluster.lease:
+    # rows may fail again, so a part does not tell whether another worker has tried it already.
+    retry_errors: list[Status] = []
 
     @property
     def effective_sampling(self) -> Sampling:

@@ -73,7 +73,7 @@ Keys (KEY=VALUE; python -m pipeline.run --cfg prints all of them with their valu
   limits.row_seconds                                                a row that runs longer is cut: status timeout
   limits.max_error_rate                                             exit 4 above it
   cluster.worker  .workers  .lease  this process does every n-th shard, and with lease what others leave undone
-  retry_errors      [engine_error, timeout]: compute the failed rows of a finished output again
+  retry_errors      [engine_error, timeout]: compute the failed rows of a finished output again; each worker those of its share
 
 Exit codes
   0 complete   75 drained, run again to resume   2 configuration or other run's folder   3 shards of other workers missing
