@@ -61,7 +61,7 @@ class Input:
         # A column without a value in any file has no type of its own.
         self.schema = pa.schema([field.with_type(pa.string()) if pa.types.is_null(field.type) else field for field in schema])
         if not any(file.num_rows for file in self.files):
-            raise ConfigError(f"data: {self.files[0].uri}{' and the others' if len(self.files) > 1 else ''} hold no rows")
+            raise ConfigError(f"data: {self.files[0].uri} {'holds' if len(self.files) == 1 else 'and the others hold'} no rows")
         scans = [Scan(own, file.row_groups) for file, own in looked]
         self._open: dict[str, Callable[[], Reader]] = {
             item.key: partial(item.open, scan) for item, scan in zip(found, scans, strict=True)

@@ -105,7 +105,8 @@ def test_what_a_job_writes_itself_is_not_its_input(tmp_path: Path, monkeypatch: 
     ("zero.parquet", "zero.parquet: empty (0 bytes)"),
     ("cut.parquet", "cut.parquet: not a whole Parquet file ("),
     ("text.parquet", "text.parquet: not a whole Parquet file ("),
-    ("norows.parquet", "data: norows.parquet hold no rows"),
+    ("norows.parquet", "data: norows.parquet holds no rows"),
+    (["norows.parquet", "norows2.parquet"], "data: norows.parquet and the others hold no rows"),
     ("what.xyz", "data: what.xyz is not .parquet, .jsonl or .csv; say which it is with input.format=..."),
     ("bad.jsonl", "bad.jsonl, line 3: not JSON ("),
     ("array.jsonl", "array.jsonl, line 1: not a JSON object"),
@@ -131,7 +132,8 @@ def test_a_bad_input_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     Path("text.parquet").write_text("hello, this is not Parquet at all")
     Path("zero.parquet").touch()
     Path("empty").mkdir()
-    parquet(Path("norows.parquet"), {"a": pa.array([], pa.int64())})
+    for name in ("norows", "norows2"):
+        parquet(Path(f"{name}.parquet"), {"a": pa.array([], pa.int64())})
     parquet(Path("other.parquet"), {"a": [1], "b": [1]})
     parquet(Path("text_a.parquet"), {"a": ["x"]})
     Path("what.xyz").write_text("x")
