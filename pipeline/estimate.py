@@ -27,12 +27,13 @@ PRODUCTS, MEMORY = 0.65, 0.9      # of what torch's product and copy reach
 
 @dataclass(frozen=True, slots=True)
 class ModelSize:
-    """`params`: multiplied by each token, the LM head's included; in bytes on the device, `weights` and `token`: the keys and
-    values of one token over all layers."""
+    """`params`: multiplied by each token, the LM head's included; in bytes on the device, `weights`, `token`: the keys and values
+    of one token over all layers, and `copies`: of all weights that are packed, unpacked, where there is room for them."""
 
     params: int
     weights: int
     token: int
+    copies: int = 0
 
     @classmethod
     def of(cls, spec: ModelSpec, config: EngineConfig, device: str) -> ModelSize:
@@ -44,16 +45,18 @@ class ModelSize:
         dtype = getattr(torch, spec.run_dtype(config.dtype, device))
         method_of = linear_methods(spec, config.quantization, torch.device(device))
         blocks = sum(method_of(name).kept_bytes(inputs, outputs, dtype) for name, inputs, outputs in spec.linears())
+        packed = sum(inputs * outputs for name, inputs, outputs in spec.linears() if method_of(name).packs)
         embedding = spec.vocab_size * spec.hidden_size
         return cls(sum(inputs * outputs for _, inputs, outputs in spec.linears()) + embedding,
                    blocks + embedding * (1 if spec.tied_embeddings else 2) * dtype.itemsize,
-                   2 * spec.num_layers * spec.num_kv_heads * spec.head_dim * (1 if config.kv_dtype == "fp8" else dtype.itemsize))
+                   2 * spec.num_layers * spec.num_kv_heads * spec.head_dim * (1 if config.kv_dtype == "fp8" else dtype.itemsize),
+                   packed * dtype.itemsize)
 
 
 @dataclass(frozen=True, slots=True)
 class Device:
     """`kind`: "cuda" or "cpu"; `products`: FLOP/s; `memory`: bytes/s read; `room`: bytes for keys and values, on a GPU with the
-    weights; `overhead`: seconds a step."""
+    weights, of which `unpack_share` may go to copies of packed ones; `overhead`: seconds a step."""
 
     name: str
     kind: str
@@ -62,6 +65,7 @@ class Device:
     room: float
     overhead: float
     rows: int
+    unpack_share: float = EngineConfig().unpack_share
 
 
 # For jobs that are tried out on a machine without a GPU and will run on one.
@@ -79,7 +83,10 @@ class Workload:
 
 
 def seconds(size: ModelSize, device: Device, work: Workload) -> float:
-    room = device.room - (size.weights if device.kind == "cuda" else 0)         # unpacked copies of packed weights aside
+    room = device.room
+    if device.kind == "cuda":
+        room -= size.weights
+        room -= min(size.copies, device.unpack_share * room)
     fit = max(room, size.token) / (size.token * (work.prompt + work.output))
     steps = work.rows * work.output / max(1.0, min(device.rows, fit, work.rows))
     products = work.rows * (work.fresh + work.output) * 2 * size.params
@@ -112,7 +119,7 @@ def this_device(config: EngineConfig) -> Device:
         copy = _seconds(held.clone, lambda: torch.cuda.synchronize(device))
         room = torch.cuda.get_device_properties(device).total_memory * config.gpu_memory
         return Device(torch.cuda.get_device_name(device), "cuda", 2 * 8192**3 / product, 2 * held.nbytes / copy, room,
-                      H100.overhead, config.max_rows or GPU_ROWS)
+                      H100.overhead, config.max_rows or GPU_ROWS, config.unpack_share)
     if name not in ("auto", "cpu"):
         raise ConfigError(f"engine.device={name}: torch sees no such device here; leave it at auto, or set engine.device=cpu")
     a, held = torch.randn(1024, 1024), torch.empty(1 << 26, dtype=torch.uint8)

@@ -107,6 +107,20 @@ def test_the_cpu_keeps_keys_and_values_beside_the_weights() -> None:
     assert seconds(MISTRAL, device, work) == pytest.approx(20, rel=0.05)       # two rounds of ten steps
 
 
+def test_unpacked_copies_of_packed_weights_take_their_share() -> None:
+    """All that there is room for on a small GPU, each once on a large one, none of plain weights."""
+    packed, plain = (ModelSize.of(ModelSpec.from_hf(MISTRAL_CONFIG | more), EngineConfig(), "cuda") for more in (AWQ, {}))
+    assert (packed.copies / 2**30, plain.copies) == (pytest.approx(13.0, rel=0.01), 0)
+    work = Workload(10**6, 100, 100, 100)
+
+    def steps(size: ModelSize, room: float, share: float) -> float:
+        return seconds(size, Device("GPU", "cuda", 1e18, 1e18, size.weights + room, 1.0, 10**6, share), work)
+
+    assert steps(packed, 2e9, 0.5) == pytest.approx(2 * steps(packed, 2e9, 0), rel=0.01)
+    assert steps(packed, 1e11, 0.5) == pytest.approx(steps(packed, 1e11 - packed.copies, 0), rel=0.01)
+    assert steps(plain, 2e9, 0.5) == steps(plain, 2e9, 0)
+
+
 def test_a_prefix_is_counted_once() -> None:
     stem = list(range(100))
     prompts = [np.array([*stem, *own], dtype=np.int32) for own in ([1, 2, 3], [1, 2, 4, 5], [9])]
