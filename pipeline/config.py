@@ -208,7 +208,7 @@ class LimitKeys(Strict):
     on_budget: Literal["drain", "finish"] = "drain"  # finish: the three above end the run, what is not done becomes `aborted`
     row_seconds: float | None = Field(None, gt=0)  # a row that runs longer is cut: status timeout
     grace_seconds: float = Field(30.0, ge=0)  # for running rows, once a stop is asked for
-    hang_seconds: float = Field(900.0, gt=0)  # without a step of the engine: stack dump, exit code 75
+    hang_seconds: float = Field(900.0, gt=0)  # without a step, or for a chunk's chat template: stack dump, exit code 75
 
 
 class ClusterKeys(Strict):

@@ -148,7 +148,8 @@ def make_builder(config: RunConfig, form: Form, spec: GuideSpec | None, model: M
     tools = ToolReader(tokenizer.chat_template if config.task.chat else None, config.model.tool_format, config.task)
     guides = Guides(model.grammars(), keys.retries if keys.on_unsupported == "best_effort" else 0, keys.row_types)
     guide = task_guide(config, tools.task.spec or spec, guides)
-    return PromptBuilder(form, config.task, config.effective_sampling, tokenizer, guides, guide, tools, model.max_model_len())
+    return PromptBuilder(form, config.task, config.effective_sampling, tokenizer, guides, guide, tools, model.max_model_len(),
+                         config.limits.hang_seconds)
 
 
 def task_spec(config: RunConfig) -> GuideSpec | None:

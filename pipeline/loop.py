@@ -35,12 +35,8 @@ class Loop:
 
     def run(self, limits: LimitKeys) -> str | None:
         """Until all is done (None) or a stop is asked for (why). Raises what the threads of feed and collector ran into."""
-        watchdog = Watchdog(limits.hang_seconds)
-        watchdog.start()
-        try:
+        with Watchdog(limits.hang_seconds, "no step for") as watchdog:
             return self._run(limits, watchdog)
-        finally:
-            watchdog.stop()
 
     def _run(self, limits: LimitKeys, watchdog: Watchdog) -> str | None:
         self._progress.phase("prefill and decode")

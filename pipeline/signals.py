@@ -1,4 +1,4 @@
-"""When to stop: signals, budgets and the end of a Slurm allocation, asked by the run's loop; and what ends a loop that hangs."""
+"""When to stop: signals, budgets and the end of a Slurm allocation, asked by the run's loop; and what ends a run that hangs."""
 
 from __future__ import annotations
 
@@ -89,24 +89,29 @@ class Interrupted(Exception):
 
 
 class Watchdog(threading.Thread):
-    """Ends a process whose loop does not turn. What is journalled stays, and the job may be started anew, perhaps elsewhere."""
+    """While it is entered, ends a process in which there was no `turn` for so many seconds. What is journalled stays, and the job
+    may be started anew, perhaps elsewhere. `what`: "no step for", what is then said of the seconds."""
 
-    def __init__(self, seconds: float) -> None:
+    def __init__(self, seconds: float, what: str) -> None:
         super().__init__(name="watchdog", daemon=True)
-        self._seconds, self._turned, self._over = seconds, time.monotonic(), threading.Event()
+        self._seconds, self._what, self._turned, self._over = seconds, what, time.monotonic(), threading.Event()
 
-    def turn(self) -> None:
-        """The loop is alive."""
-        self._turned = time.monotonic()
+    def __enter__(self) -> Watchdog:
+        self.start()
+        return self
 
-    def stop(self) -> None:
+    def __exit__(self, *exc: object) -> None:
         self._over.set()
         self.join()
+
+    def turn(self) -> None:
+        """It is alive."""
+        self._turned = time.monotonic()
 
     def run(self) -> None:
         while not self._over.wait(min(self._seconds / 4, 5.0)):
             if time.monotonic() - self._turned > self._seconds:
-                print(f"stopped: no step for limits.hang_seconds={self._seconds:g}; the same command goes on from here. "
+                print(f"stopped: {self._what} limits.hang_seconds={self._seconds:g}; the same command goes on from here. "
                       "What every thread is doing:", file=sys.stderr, flush=True)
                 faulthandler.dump_traceback(all_threads=True)
                 os._exit(Exit.DRAINED)

@@ -6,6 +6,7 @@ A row that cannot become a prompt becomes a `Prompt` with a status; only what is
 from __future__ import annotations
 
 import hashlib
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -23,6 +24,7 @@ from pipeline.input.formats import Chunk, first_line
 from pipeline.input.schemas import Guide, Guides
 from pipeline.input.tools import ToolReader
 from pipeline.output.rows import Status
+from pipeline.signals import Watchdog
 
 # Private-use characters stand for the special tokens of a row's own text, and for themselves, while the chat template is applied.
 _MARK, _MARKS = 0xF0000, 0x1FFFE
@@ -101,12 +103,13 @@ class _Talk:
 
 class PromptBuilder:
     """Makes prompts of chunks of rows, in any thread. `guide`: of the task's schema or tools. `max_model_len`: a text that cannot
-    be within it is not tokenised. `default`: what rows get unasked."""
+    be within it is not tokenised. `hang_seconds`: that the chat template may take for a chunk; it is code of strangers, and one
+    that does not end ends the process. `default`: what rows get unasked."""
 
     def __init__(self, form: Form, task: TaskKeys, sampling: Sampling, tokenizer: Tokenizer, guides: Guides, guide: Guide | None,
-                 tools: ToolReader, max_model_len: int | None = None) -> None:
+                 tools: ToolReader, max_model_len: int | None = None, hang_seconds: float = math.inf) -> None:
         self._form, self._tokenizer, self._guides, self._sampling = form, tokenizer, guides, sampling
-        self._tools, self._max_model_len = tools, max_model_len
+        self._tools, self._max_model_len, self._hang_seconds = tools, max_model_len, hang_seconds
         self._longest_token = tokenizer.longest_token
         if "tools" in form.overrides:
             tools.check_columns()
@@ -117,7 +120,8 @@ class PromptBuilder:
         if not chat and form.base == "messages":
             raise ConfigError("the input has a column messages, but no chat template applies; set model.chat_template=FILE")
         self._chat = chat
-        self._folds_system = chat and not _takes_system(tokenizer)
+        with self._watched():
+            self._folds_system = chat and not _takes_system(tokenizer)
         special = sorted(filter(None, tokenizer.special_tokens), key=len, reverse=True)
         marks = f"{chr(_MARK)}-{chr(_MARK + _MARKS)}"
         self._special = re.compile("|".join([*map(re.escape, special), f"[{marks}]"]))
@@ -150,7 +154,8 @@ class PromptBuilder:
                 prompt.refuse(error)
             prompts.append(prompt)
         if self._chat:
-            self._render(talks)
+            with self._watched():
+                self._render(talks)
         for batch in self._batches([talk for talk in talks if talk.prompt.status is Status.OK]):
             self._encode(batch)
         return prompts
@@ -168,6 +173,9 @@ class PromptBuilder:
                     self._ask(given(row))
                 except Exception as error:
                     yield first_row + index, refused(error)
+
+    def _watched(self) -> Watchdog:
+        return Watchdog(self._hang_seconds, "the chat template did not end within")
 
     def _talk(self, prompt: Prompt, row: dict[str, Any], tools: list[dict[str, Any]] | None) -> _Talk:
         content = self._form.content(row)

@@ -650,6 +650,19 @@ def test_an_engine_that_hangs_is_stopped_with_its_stacks(tmp_path: Path, table: 
     assert "in step" in err
 
 
+@pytest.mark.parametrize("when", ["true", "'ENDLESS' in messages[0].content"])
+def test_a_chat_template_that_does_not_end_is_stopped(tmp_path: Path, table: Any, when: str) -> None:
+    """Of every conversation, and so already as the job looks whether it takes system messages, or of one."""
+    loops = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+    data = table(prompt=["a", "ENDLESS"])
+    job = scripted(f"data={data}", f"output.dir={tmp_path / 'out'}", "limits.hang_seconds=1",
+                   f"model.chat_template={{% if {when} %}}{loops}{{% endif %}}{{{{ messages[0].content }}}}")
+    _, err = job.communicate(timeout=60)
+    assert job.returncode == 75, err
+    assert "stopped: the chat template did not end within limits.hang_seconds=1" in err
+    assert "<template>" in err      # among what the threads are doing
+
+
 def test_an_error_of_a_thread_ends_the_run(run: Run, table: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     from pipeline.input.prompts import PromptBuilder
 
