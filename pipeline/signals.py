@@ -94,7 +94,7 @@ class Watchdog(threading.Thread):
 
     def __init__(self, seconds: float, what: str) -> None:
         super().__init__(name="watchdog", daemon=True)
-        self._seconds, self._what, self._turned, self._over = seconds, what, time.monotonic(), threading.Event()
+        self._seconds, self._what, self._turns, self._over = seconds, what, 0, threading.Event()
 
     def __enter__(self) -> Watchdog:
         self.start()
@@ -106,11 +106,16 @@ class Watchdog(threading.Thread):
 
     def turn(self) -> None:
         """It is alive."""
-        self._turned = time.monotonic()
+        self._turns += 1
 
     def run(self) -> None:
-        while not self._over.wait(min(self._seconds / 4, 5.0)):
-            if time.monotonic() - self._turned > self._seconds:
+        """Seconds are counted by looks and not by the clock: what was suspended for hours, all of it, has not hung."""
+        every = min(self._seconds / 4, 5.0)
+        seen, still = self._turns, 0.0
+        while not self._over.wait(every):
+            turns = self._turns
+            seen, still = turns, still + every if turns == seen else 0.0
+            if still > self._seconds:
                 print(f"stopped: {self._what} limits.hang_seconds={self._seconds:g}; the same command goes on from here. "
                       "What every thread is doing:", file=sys.stderr, flush=True)
                 faulthandler.dump_traceback(all_threads=True)

@@ -650,6 +650,20 @@ def test_an_engine_that_hangs_is_stopped_with_its_stacks(tmp_path: Path, table: 
     assert "in step" in err
 
 
+def test_a_process_that_was_suspended_has_not_hung() -> None:
+    """As Slurm suspends a job to make room for another, for longer than limits.hang_seconds."""
+    code = "from pipeline.signals import Watchdog\nwith Watchdog(2, 'no step for'):\n    print('ready', flush=True)\n    input()"
+    process = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    process.stdout.readline()
+    process.send_signal(signal.SIGSTOP)
+    time.sleep(3)
+    process.send_signal(signal.SIGCONT)
+    time.sleep(0.7)      # the watchdog looks twice a second
+    process.communicate("\n", timeout=30)
+    assert process.returncode == 0
+
+
 @pytest.mark.parametrize("when", ["true", "'ENDLESS' in messages[0].content"])
 def test_a_chat_template_that_does_not_end_is_stopped(tmp_path: Path, table: Any, when: str) -> None:
     """Of every conversation, and so already as the job looks whether it takes system messages, or of one."""
