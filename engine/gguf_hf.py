@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from engine.gguf import GgufFile
-from engine.models.config_keys import COUNT, FLAG, SIZE, TEXT, TEXTS, Kind, check_keys, either, list_of, needed
+from engine.models.config_keys import COUNT, FLAG, SIZE, TEXT, TEXTS, Kind, check_keys, either, list_of, needed, whole
 from engine.models.quantization import GGUF_KEPT
 from engine.models.spec import ModelError, merge_token_ids
 
@@ -37,7 +37,7 @@ _KINDS = {
 _TOKENIZER_KINDS = {
     **dict.fromkeys(("model", "pre"), TEXT), **dict.fromkeys(("tokens", "merges"), TEXTS), "token_type": list_of(COUNT),
     "scores": list_of(Kind("a number", lambda value: isinstance(value, (int, float)))),
-    **dict.fromkeys([f"{name}_token_id" for name in ("bos", "eos", "eot", "eom", "unknown", "padding")], COUNT),
+    **dict.fromkeys([f"{name}_token_id" for name in ("bos", "eos", "eot", "eom", "unknown")], COUNT),
 }
 
 
@@ -160,8 +160,11 @@ def tokenizer_keys(file: GgufFile) -> dict[str, Any]:
         if key in meta and len(meta[key]) != size:
             raise ModelError(f"{where} has {size} tokens, but {len(meta[key])} entries in tokenizer.ggml.{key}")
     for key, value in meta.items():
-        if key.endswith("_token_id") and key in _TOKENIZER_KINDS and value >= size:
+        if key.endswith("_token_id") and key in _TOKENIZER_KINDS and "tokens" in meta and value >= size:
             raise ModelError(f"{where} holds {value} as tokenizer.ggml.{key}, of {size} tokens")
+    # Nothing is padded, and published files name a token for it that their vocabulary has not.
+    if not whole(0, size - 1).holds(meta.get("padding_token_id")):
+        meta.pop("padding_token_id", None)
     return meta
 
 

@@ -246,6 +246,17 @@ def test_metadata_of_another_kind_is_refused_by_name(key, value, says, tmp_path)
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("extra", [
+    {"tokenizer__ggml__padding_token_id": 4}, {"tokenizer__ggml__padding_token_id": -1},
+    {"tokenizer__ggml__tokens": None, "tokenizer__ggml__token_type": None},
+])
+def test_metadata_that_nothing_is_made_of_may_be_odd(extra, tmp_path):
+    """Published files name a token for padding that they lack, and files without a vocabulary go with a folder that has it."""
+    path = tmp_path / "model.gguf"
+    write_gguf(open_checkpoint(tiny_checkpoint("llama", tmp_path)), path, **{"tokenizer__ggml__eos_token_id": 3, **extra})
+    assert 3 in open_checkpoint(path).spec.eos_token_ids
+
+
 def test_unsupported_storage_type_is_named(tmp_path):
     writer = GGUFWriter(tmp_path / "model.gguf", "llama")
     writer.add_tensor("token_embd.weight", np.zeros((4, 84), np.uint8), raw_dtype=GGMLQuantizationType.Q2_K)

@@ -181,6 +181,12 @@ def test_byte_level_splits(pre, digits, breaks, tmp_path):
     assert tokenizer.decode_batch(rows[2:3]) == ["x<tool>"]
 
 
+@pytest.mark.parametrize(("number", "token"), [(259, "<tool>"), (261, None), (2**32 - 1, None)])
+def test_a_padding_token_that_is_not_there_is_none(number, token, tmp_path):
+    path = byte_vocabulary(tmp_path, tokenizer_pre="qwen2", pad_token_id=number)
+    assert load_tokenizer(path).pad_token == token
+
+
 def test_beginning_of_text(tmp_path):
     path = byte_vocabulary(tmp_path, tokenizer_pre="llama-bpe")                    # Llama 3 files need not say so
     tokenizer = RowTokenizer(load_tokenizer(path))
