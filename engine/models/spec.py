@@ -117,13 +117,15 @@ class ModelSpec:
     def from_hf(cls, config: Mapping[str, Any]) -> ModelSpec:
         """Read a config.json, old or new (transformers 5) form, also the text part of multimodal Gemma 3. Raises ModelError."""
         check_value(config, OBJECT, "the model", "its config")
-        check_keys(config, _KINDS)
+        check_keys(config, {"text_config": OBJECT})
         text = text_config(config)
-        check_keys(text, _KINDS)
-        family = _FAMILIES.get(str(text.get("model_type")))
+        check_keys(text, {"model_type": TEXT})
+        family = _FAMILIES.get(text.get("model_type") or "")
         if family is None:
             supported = ", ".join(sorted(set(_FAMILIES.values())))
             raise ModelError(f"model_type {text.get('model_type')!r} is not supported; supported families: {supported}")
+        for part in (config, text):      # not before: of other families, the same keys hold other kinds
+            check_keys(part, _KINDS)
         gemma = family == "gemma3"
         if gemma:
             text = {**_GEMMA3_DEFAULTS, **text}
@@ -225,7 +227,7 @@ _ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh
 
 _LAYERS = whole(1, 4096)         # so that a hostile number is refused before so many are listed
 _KINDS = {
-    "text_config": OBJECT, "quantization_config": OBJECT, "compression_config": OBJECT, "rope_parameters": OBJECT,
+    "quantization_config": OBJECT, "compression_config": OBJECT, "rope_parameters": OBJECT,
     "rope_scaling": OBJECT, "num_hidden_layers": _LAYERS, "layer_types": TEXTS, "sliding_window": COUNT,
     "max_window_layers": COUNT, "bos_token_id": whole(-1), "eos_token_id": TOKENS,
     **dict.fromkeys(("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim",
@@ -234,7 +236,7 @@ _KINDS = {
     **dict.fromkeys(("rope_theta", "rope_local_base_freq", "partial_rotary_factor", "query_pre_attn_scalar"), POSITIVE),
     **dict.fromkeys(("rms_norm_eps", "attn_logit_softcapping", "final_logit_softcapping"), NUMBER),
     **dict.fromkeys(("attention_bias", "mlp_bias", "tie_word_embeddings", "use_sliding_window"), FLAG),
-    **dict.fromkeys(("model_type", "hidden_act", "hidden_activation"), TEXT),
+    **dict.fromkeys(("hidden_act", "hidden_activation"), TEXT),
 }
 _ROPE_KINDS = {
     "rope_type": TEXT, "type": TEXT, "original_max_position_embeddings": SIZE, "factors": list_of(POSITIVE),

@@ -24,6 +24,15 @@ def spec(**changes: Any) -> ModelSpec:
     return ModelSpec.from_hf({**LLAMA, **changes})
 
 
+@pytest.mark.parametrize("odd", [{"intermediate_size": [1, 2]}, {"num_key_value_heads": [1, 2]}, {"sliding_window": -1}])
+def test_another_family_is_refused_as_such(odd):
+    """Whatever it means by keys that families here have too."""
+    with pytest.raises(ModelError, match="model_type 'openelm' is not supported"):
+        ModelSpec.from_hf({"model_type": "openelm", **odd})
+    with pytest.raises(ModelError, match="model_type 'gemma3n_text' is not supported"):
+        ModelSpec.from_hf({"model_type": "gemma3n", "text_config": {"model_type": "gemma3n_text", **odd}})
+
+
 @pytest.mark.parametrize("family", TINY_FAMILIES)
 def test_agrees_with_the_config_class(family, tmp_path):
     checkpoint = open_checkpoint(tiny_checkpoint(family, tmp_path))
