@@ -13,9 +13,10 @@ _LONG = f"(?:token|secret|password|passwd|credentials?|signature|{_KEY})"
 _SHORT = "(?:sig|key|auth|authorization|pwd)"
 _VALUE = r"""[^&#\s'"<>)\]]*[^&#\s'"<>)\].,:;]"""    # not the marks of a sentence behind it
 _PARAMETER = re.compile(rf"([?&;#](?:[\w.-]*{_LONG}|{_SHORT})=){_VALUE}", re.IGNORECASE)
-_PASSWORD = re.compile(r"([\w+.-]+://[^/@\s:]*:)(?!\d+/)\S+(?=@)")    # keys of S3 have slashes in them
+# Keys of S3 have slashes in them. What follows a `:` may be a port, or the next of several addresses, chained by `::`.
+_PASSWORD = re.compile(r"((?<![\w+.-])[\w+.-]+://[^/@\s:]*:)(?!\d+/|:[\w+.-]+:)\S+(?=@)")
 _USER = re.compile(r"(https?://)[^/@?#\s:]+(?=@)")    # a token, as Git hosts take it; elsewhere the name of a container
-_ADDRESS = re.compile(r"(\S+::)?[\w+.-]+://")    # or several, chained by `::`
+_ADDRESS = re.compile(r"(\S+::)?[\w+.-]+://")
 
 
 def hide_secrets(text: str) -> str:
