@@ -32,7 +32,7 @@ from pipeline.observe.provenance import provenance
 from pipeline.observe.report import finish, say_done
 from pipeline.output.claims import Claims
 from pipeline.output.layout import OutputLayout
-from pipeline.output.run_folder import PLAN, RUN, RunFolder
+from pipeline.output.run_folder import RUN, RunFolder
 from pipeline.output.shards import ShardWriter
 from pipeline.output.store import open_store
 from pipeline.preview import preview
@@ -73,7 +73,7 @@ def _run(config: RunConfig, model: Model, stop: Stop, progress: Progress) -> int
     shards = folder.pending_shards(*workers)
     if config.cluster.lease and not shards and not again:
         shards = folder.pending_shards()      # of others, who may have died on them
-    alone = fresh and config.cluster.workers == 1
+    alone = fresh and config.cluster.workers == 1 and not config.cluster.lease
     if shards or again:
         source.check_there([*shards, *again])
         try:
@@ -82,22 +82,14 @@ def _run(config: RunConfig, model: Model, stop: Stop, progress: Progress) -> int
             reason = label(config, source, builder, folder, shards, again, model, stop, progress)
         except ConfigError:
             if alone:
-                forget(folder)
+                folder.forget()
             raise
         if reason is not None:
             if alone:
-                forget(folder)
+                folder.forget()
             progress.line(f"stopped by {reason}: every finished row is kept; the same command goes on from here")
             return Exit.DRAINED
     return finish(config, folder, spec)
-
-
-def forget(folder: RunFolder) -> None:
-    """Take back what opening a new folder wrote, unless rows were written since: a mended configuration is not another run's."""
-    names = folder.store.names()
-    if not any(folder.store.work.glob("*.journal")) and not any(shard.name in names for shard in folder.plan.shards):
-        for name in (RUN, PLAN):
-            folder.store.delete(name)
 
 
 def label(config: RunConfig, source: Input, builder: PromptBuilder, folder: RunFolder, shards: list[Shard], again: list[Shard],
@@ -123,6 +115,7 @@ def label(config: RunConfig, source: Input, builder: PromptBuilder, folder: RunF
     feed.start()    # prompts are made ready while the weights are read
     try:
         engine = model.load(phase)
+        folder.settle()
         collect.start()    # not before: what a model refuses has journalled no row, and so the configuration can be mended
         try:
             stop.install()

@@ -33,8 +33,10 @@ _READERS = 16
 class RunFolder:
     """Everything here may be called by many workers at once, and again after a kill."""
 
-    def __init__(self, store: Store, fingerprint: Mapping[str, str], plan: Plan, layout: OutputLayout | None = None) -> None:
-        self.out, self.store, self.plan, self.layout = store.out, store, plan, layout
+    def __init__(self, store: Store, fingerprint: Mapping[str, str], plan: Plan, layout: OutputLayout | None = None,
+                 run: Mapping[str, Any] | None = None) -> None:
+        """`run`: what _run.json holds, where this is opened to be added to."""
+        self.out, self.store, self.plan, self.layout, self._run = store.out, store, plan, layout, run
         self.fingerprint = _hash(fingerprint)
 
     @classmethod
@@ -57,8 +59,9 @@ class RunFolder:
         """
         store = open_store(out, spool)
         fingerprint = {**fingerprint, COLUMNS: layout.hash()}
-        _settle_run(store, {"format": FORMAT, "fingerprint": fingerprint, "info": dict(info or {})})
-        folder = cls(store, fingerprint, _settle_plan(store, plan, on_change), layout)
+        run = {"format": FORMAT, "fingerprint": fingerprint, "info": dict(info or {})}
+        _settle_run(store, run)
+        folder = cls(store, fingerprint, _settle_plan(store, plan, on_change), layout, run)
         if not folder.is_complete():
             check_writable(store)
         return folder
@@ -72,6 +75,21 @@ class RunFolder:
         if plan is None:
             raise ConfigError(f"{out} has no {PLAN} yet: its job has not begun")
         return cls(store, fingerprint, plan)
+
+    def forget(self) -> None:
+        """Take back what opening a new folder wrote, unless rows were written since: a mended configuration is not another
+        run's."""
+        names = self.store.names()
+        if not any(self.store.work.glob("*.journal")) and not any(shard.name in names for shard in self.plan.shards):
+            for name in (RUN, PLAN):
+                self.store.delete(name)
+
+    def settle(self) -> None:
+        """Before the first row: take the folder once more, should an earlier attempt have forgotten it since it was opened."""
+        if self._run is not None:
+            _settle_run(self.store, self._run)
+            if PLAN not in self.store.names():
+                self.store.create(PLAN, self.plan.to_bytes())
 
     def shard_id(self, shard: Shard) -> ShardId:
         return ShardId(self.fingerprint, self.plan.hash(shard.of), shard.index)

@@ -564,6 +564,41 @@ def test_a_signal_while_the_model_loads_ends_the_run(run: Run, table: Any, monke
     assert run(f"data={data}", "task.prompt=Mended {{ prompt }}").code == 0      # nothing was written under the other
 
 
+def test_a_worker_that_takes_what_is_free_leaves_the_folder_to_the_others(run: Run, table: Any, monkeypatch: pytest.MonkeyPatch
+                                                                          ) -> None:
+    """Of workers with leases each may have the number 0 of 1."""
+    from tests.pipeline.scripted_engine import ScriptedModel
+
+    def load(self: Any, progress: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGTERM)
+        progress("loading weights")
+
+    monkeypatch.setattr(ScriptedModel, "load", load)
+    ran = run(f"data={table(prompt=['a'])}", "cluster.lease=true")
+    assert ran.code == 75
+    assert (ran.folder / "_run.json").exists()
+
+
+def test_a_folder_that_an_earlier_attempt_leaves_late_is_taken_anew(run: Run, table: Any, tmp_path: Path,
+                                                                    monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is stopped before its first row, when the next one has found the run there and loads its model."""
+    from tests.pipeline.scripted_engine import ScriptedModel
+
+    loaded = ScriptedModel.load
+
+    def load(self: Any, progress: Any) -> Any:
+        for path in (tmp_path / "out").glob("_*.*"):
+            kept[path] = path.read_bytes()
+            path.unlink()
+        return loaded(self, progress)
+
+    kept: dict[Path, bytes] = {}
+    monkeypatch.setattr(ScriptedModel, "load", load)
+    assert run(f"data={table(prompt=['a'])}").code == 0
+    assert {path.name for path in kept} == {"_run.json", "_plan.parquet"}
+    assert {path: path.read_bytes() for path in kept} == kept
+
+
 def test_a_run_that_is_killed_before_its_first_row_says_what_to_do(run: Run, table: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     from tests.pipeline.scripted_engine import ScriptedModel
 
