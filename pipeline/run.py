@@ -214,7 +214,7 @@ def _normalise(word: str) -> str:
     as_list = bare in LIST_KEYS and value.startswith("[") and not _JSON_OBJECTS.match(value)
     as_is = as_list or _QUOTED.fullmatch(value) or value in ("", "null")
     if (bare in TEXT_KEYS or bare.startswith("input.columns.")) and not as_is:
-        value = "'" + re.sub(r"(\\*)'", r"\1\1\\'", value) + "'"
+        value = "'" + re.sub(r"(\\+)(?='|\Z)", r"\1\1", value).replace("'", r"\'") + "'"
     if bare.startswith(OPEN_KEYS):
         key = "++" + bare
     return f"{key}={value}"

@@ -51,7 +51,7 @@ def test_conf_shows_every_key() -> None:
 
 @pytest.mark.parametrize("data", ["x.parquet", "raw/2026-11/*.parquet", "dt=2026-11/x.parquet", "s3://b/a?x=1", "hf://org/name@main",
                                   "a b/c(1).parquet", "s3://b/10:30@v1/x.csv", "http://host:80/a@b.csv",
-                                  "it's.csv", "a,b.csv", "back\\slash"])  # fmt: skip
+                                  "it's.csv", "a,b.csv", "back\\slash", "C:\\data\\", "it's\\", "a\\\\"])  # fmt: skip
 def test_data_is_taken_as_it_is_typed(data: str) -> None:
     assert read_config([f"data={data}"]).data == data
 
