@@ -13,8 +13,9 @@ _LONG = f"(?:token|secret|password|passwd|credentials?|signature|{_KEY})"
 _SHORT = "(?:sig|key|auth|authorization|pwd)"
 _VALUE = r"""[^&#\s'"<>)\]]*[^&#\s'"<>)\].,:;]"""    # not the marks of a sentence behind it
 _PARAMETER = re.compile(rf"([?&;#](?:[\w.-]*{_LONG}|{_SHORT})=){_VALUE}", re.IGNORECASE)
-# Keys of S3 have slashes in them. What follows a `:` may be a port, or the next of several addresses, chained by `::`.
-_PASSWORD = re.compile(r"((?<![\w+.-])[\w+.-]+://[^/@\s:]*:)(?!\d+/|:[\w+.-]+:)\S+(?=@)")
+# Keys of S3 have slashes in them. What follows a `:` may be a port, the next of several addresses, chained by `::`, or the name
+# of a repository.
+_PASSWORD = re.compile(r"((?<![\w+.-])(?!github://)[\w+.-]+://[^/@\s:]*:)(?!\d+/|:[\w+.-]+:)\S+(?=@)")
 _USER = re.compile(r"(https?://)[^/@?#\s:]+(?=@)")    # a token, as Git hosts take it; elsewhere the name of a container
 _ADDRESS = re.compile(r"(\S+::)?[\w+.-]+://")
 

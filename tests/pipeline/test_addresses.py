@@ -43,6 +43,7 @@ def test_secrets_are_found_and_hidden(address: str, shown: str) -> None:
     "https://host:8080/x.csv?version=2&sort_key=name&monkey=1", "https://host:8080/a@b/x.csv", "https://host/x.csv?signed=yes",
     "abfs://container@account.dfs.core.windows.net/x.csv", "hf://org/reviews@main", "s3://bucket/key=1/token=2/x.csv",
     "zip://x.csv::abfs://container@account.dfs.core.windows.net/x.zip", "zip://x.csv::simplecache::s3://bucket/a@b/x.zip",
+    "github://org:repository@main/x.csv", "simplecache::github://org:repository@main/x.csv",
 ])  # fmt: skip
 def test_what_is_not_secret_stays(address: str) -> None:
     assert not holds_secret(address)
