@@ -191,7 +191,7 @@ def _files(entry: str, fs: fsspec.AbstractFileSystem, path: str, keys: Any, outp
         infos = {p: info for p, info in fs.find(path, detail=True).items()
                  if not _hidden(p, root) and not ours.fullmatch(p) and (keys.format != "auto" or _kind(p) is not None)}
         if not infos:
-            raise ConfigError(f"data={entry}: the folder holds no .parquet, .jsonl or .csv file")
+            raise ConfigError(f"data={entry}: the folder holds no .parquet, .jsonl, .csv or .tsv file")
     elif fs.exists(path):
         root, infos = path.rpartition("/")[0], {path: fs.info(path)}
     else:
@@ -203,7 +203,7 @@ def _file(fs: fsspec.AbstractFileSystem, path: str, key: str, info: dict[str, An
     uri = fs.unstrip_protocol(path).removeprefix("file://").removeprefix("local://")
     kind = _kind(path) if keys.format == "auto" else keys.format
     if kind is None:
-        raise ConfigError(f"data: {uri} is not .parquet, .jsonl or .csv; say which it is with input.format=...")
+        raise ConfigError(f"data: {uri} is not .parquet, .jsonl, .csv or .tsv; say which it is with input.format=...")
     if not info.get("size") and not (info := fs.info(path))["size"]:    # a listing may be wrong: of links, or without sizes
         raise ConfigError(f"{uri}: empty (0 bytes); write it again or leave it out")
 
