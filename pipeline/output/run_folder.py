@@ -78,7 +78,7 @@ class RunFolder:
 
     def forget(self) -> None:
         """Take back what opening a new folder wrote, unless rows were written since: a mended configuration is not another
-        run's."""
+        run's. For a worker that has no others."""
         names = self.store.names()
         if not any(self.store.work.glob("*.journal")) and not any(shard.name in names for shard in self.plan.shards):
             for name in (RUN, PLAN):
