@@ -79,8 +79,7 @@ class RunFolder:
     def forget(self) -> None:
         """Take back what opening a new folder wrote, unless rows were written since: a mended configuration is not another
         run's. For a worker that has no others."""
-        names = self.store.names()
-        if not any(self.store.work.glob("*.journal")) and not any(shard.name in names for shard in self.plan.shards):
+        if not _holds_rows(self.store):
             for name in (RUN, PLAN):
                 self.store.delete(name)
 
@@ -194,6 +193,11 @@ def _hash(fingerprint: Mapping[str, str]) -> str:
     return hashlib.blake2b(orjson.dumps(dict(fingerprint), option=orjson.OPT_SORT_KEYS), digest_size=16).hexdigest()
 
 
+def _holds_rows(store: Store) -> bool:
+    """Whether rows were written: journalled, as far as this worker sees, or committed."""
+    return any(store.work.glob("*.journal")) or any(name.startswith("part-") for name in store.names())
+
+
 def _read_run(store: Store) -> dict[str, str]:
     data = store.read(RUN)
     if data is None:
@@ -220,9 +224,8 @@ def _settle_run(store: Store, run: Mapping[str, Any]) -> None:
     if differ:
         changes = ", ".join(f"{key} (those of data, or by output.flatten)" if key == COLUMNS else
                             f"{key} (was {before.get(key, 'not set')}, is {fingerprint.get(key, 'not set')})" for key in differ)
-        empty = isinstance(store, LocalStore) and not any(store.work.glob("*.journal")) and not any(
-            name.startswith("part-") for name in store.names())
-        remedy = ", or these back" if not empty else ", these back, or, unless a job is at it, remove it: it holds no rows yet"
+        empty = isinstance(store, LocalStore) and not _holds_rows(store)     # elsewhere, journals lie where each worker is
+        remedy = ", these back, or, unless a job is at it, remove it: it holds no rows yet" if empty else ", or these back"
         raise ConfigError(f"{store.out} holds the output of another config: {changes}; set another output.dir{remedy}")
 
 
