@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.run import main
+from pipeline.run import HOME, main
 from pipeline.signals import SIGNALS
 from tests.pipeline.scripted_engine import ScriptedEngine, ScriptedModel
 
@@ -42,6 +45,13 @@ class Ran:
 
 
 Run = Callable[..., Ran]
+
+
+def scripted(*words: str, **env: str) -> subprocess.Popen[str]:
+    """The same as a process of its own."""
+    command = [sys.executable, "-m", "tests.pipeline.scripted_run", *words]
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, cwd=HOME, text=True, stdout=pipe, stderr=pipe, env={**os.environ, **env})
 
 
 @pytest.fixture
