@@ -5,7 +5,8 @@ layout has every 128 rows as the lanes of a warp group hold them (as Marlin does
 at a time, and reads back what it has copied itself. Two codes become two numbers by two instructions and a shift: their bits
 are put into the mantissas of 128 (bfloat16) or 1024 (float16), and that plus the zero is taken off, exactly. Scales multiply
 the sums of a group, in float32, so that no weight is rounded. Where the tiles of the output do not fill the GPU, K is split.
-Many rows: the weights are written to a scratch buffer, and cuBLAS does the rest.
+Many rows: the weights are written to a scratch buffer, and cuBLAS does the rest. 4-bit weights on
+Hopper: gemm_few.py up to 8 rows, gemm_w4_ring.py up to 128.
 """
 
 from __future__ import annotations
@@ -18,7 +19,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels import gemm_few, gemm_w4_ring
+from kernels.assembly import OPERANDS, UNPACK_BF16, UNPACK_FP16
 from kernels.overlap import after, launch_options, overlaps, prefetch
+from kernels.pointwise import gated_act
 from kernels.ref import in_input_order
 from kernels.shapes import cdiv
 from kernels.split_k import Tile, counters, finish
@@ -26,37 +30,6 @@ from kernels.split_k import Tile, counters, finish
 ROWS = 128              # of W in one unit of the packed layout
 WORDS = 32              # 16-bit words of one row in one unit: 128 codes of 4 bits, 64 of 8
 INTERPRET = triton.knobs.runtime.interpret      # by Triton's interpreter, which knows no assembly
-
-# Two words of a row, $4: their four codes less the zeros; $5 to $8 hold a zero and the number whose mantissa bears the code.
-UNPACK_BF16 = tl.constexpr("""{
-.reg .b32 t;
-lop3.b32 $0, $4, 0x000f000f, 0x43004300, 0xea;
-shr.u32 t, $4, 4;
-lop3.b32 $1, t, 0x000f000f, 0x43004300, 0xea;
-shr.u32 t, $4, 8;
-lop3.b32 $2, t, 0x000f000f, 0x43004300, 0xea;
-shr.u32 t, $4, 12;
-lop3.b32 $3, t, 0x000f000f, 0x43004300, 0xea;
-sub.bf16x2 $0, $0, $5;
-sub.bf16x2 $1, $1, $6;
-sub.bf16x2 $2, $2, $7;
-sub.bf16x2 $3, $3, $8;
-}""")
-# The mantissa of float16 has room for every second code four bits up: 1024 + 16 code, whose sixteenth is 64 + code.
-UNPACK_FP16 = tl.constexpr("""{
-.reg .b32 t, sixteenth;
-mov.b32 sixteenth, 0x2c002c00;
-shr.u32 t, $4, 8;
-lop3.b32 $0, $4, 0x000f000f, 0x64006400, 0xea;
-lop3.b32 $1, $4, 0x00f000f0, 0x64006400, 0xea;
-lop3.b32 $2, t, 0x000f000f, 0x64006400, 0xea;
-lop3.b32 $3, t, 0x00f000f0, 0x64006400, 0xea;
-sub.f16x2 $0, $0, $5;
-fma.rn.f16x2 $1, $1, sixteenth, $6;
-sub.f16x2 $2, $2, $7;
-fma.rn.f16x2 $3, $3, sixteenth, $8;
-}""")
-OPERANDS = tl.constexpr("=&r,=&r,=&r,=&r,r,r,r,r,r")
 
 # --- the packed layout ----------------------------------------------------------------------------------------------------------
 
@@ -354,12 +327,24 @@ def _dequantise(packed: Tensor, scales: Tensor, zeros: Tensor | None, group: int
 # --- the ops --------------------------------------------------------------------------------------------------------------------
 
 
+def _tile_of_few(x: Tensor, scales: Tensor, group: int, bits: int, gated: bool = False) -> gemm_few.Tile | None:
+    if bits != 4 or not (group in (32, 64, x.shape[1]) or group % gemm_few.DEPTH == 0):
+        return None
+    return gemm_few.tile_for(x, scales.shape[0], bits, x.dtype, gated)
+
+
 def _matmul(x: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor | None, group: int, bias: Tensor | None,
             perm: Tensor | None, unpacked: Tensor | None, bits: int) -> Tensor:
     if unpacked is not None and x.shape[0] > MOST_BESIDE_COPY:
         return F.linear(x, unpacked, bias)
     if perm is not None:
         x = x.index_select(1, perm)
+    few = _tile_of_few(x, scales, group, bits)
+    if few is not None:
+        return gemm_few.w4_product(x, packed, scales, zeros, group, bias, few)
+    ring = gemm_w4_ring.tile_for(x, scales, zeros, group) if bits == 4 else None
+    if ring is not None:
+        return gemm_w4_ring.product(x, packed, scales, zeros, group, bias, ring)
     if x.shape[0] <= MOST_ROWS:
         return _skinny(x, packed, scales, zeros, group, bias, bits, _tile(x.shape[0], scales.shape[0]))
     return F.linear(x, _dequantise(packed, scales, zeros, group, bits, x.shape[1]), bias)
@@ -374,6 +359,17 @@ def w4_matmul(x: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor | None, g
               perm: Tensor | None, unpacked: Tensor | None) -> Tensor:
     """See ref.w4_matmul. scales and zeros [N, groups] have the same strides; with N contiguous they are read fastest."""
     return _matmul(x, packed, scales, zeros, group, bias, perm, unpacked, 4)
+
+
+def w4_gated_matmul(x: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor | None, group: int, activation: str,
+                    bias: Tensor | None, perm: Tensor | None, unpacked: Tensor | None) -> Tensor:
+    """See ref.w4_gated_matmul, and w4_matmul for the strides."""
+    few = _tile_of_few(x, scales, group, 4, gated=True)
+    if few is None:
+        return gated_act(_matmul(x, packed, scales, zeros, group, bias, perm, unpacked, 4), activation)
+    if perm is not None:
+        x = x.index_select(1, perm)
+    return gemm_few.w4_product(x, packed, scales, zeros, group, bias, few, activation)
 
 
 def w8_matmul(x: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor | None, group: int, bias: Tensor | None,

@@ -16,6 +16,7 @@ dequantize: ModuleType = ref
 gemm_fp8: ModuleType = ref
 gemm_w4: ModuleType = ref
 kv_cache: ModuleType = ref
+prefill: ModuleType = ref
 dense: ModuleType = ref
 pointwise: ModuleType = ref
 quantize: ModuleType = ref
@@ -24,6 +25,7 @@ step: ModuleType = ref
 if torch.cuda.is_available():
     from kernels import attention, automaton, decode_step, dequantize, gemm_fp8, gemm_w4, kv_cache, pointwise, quantize, step
     from kernels import linear as dense
+    from kernels import prefill_hopper as prefill
     from kernels import sample as sampling
 
 QUERY_TILE = ref.QUERY_TILE
@@ -86,6 +88,12 @@ def dequantize_symmetric(codes: Tensor, scales: Tensor, group: int) -> Tensor:
 def w4_matmul(x: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor | None, group: int, bias: Tensor | None = None,
               perm: Tensor | None = None, unpacked: Tensor | None = None) -> Tensor:
     return (gemm_w4 if x.is_cuda else ref).w4_matmul(x, packed, scales, zeros, group, bias, perm, unpacked)
+
+
+def w4_gated_matmul(x: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor | None, group: int, activation: str,
+                    bias: Tensor | None = None, perm: Tensor | None = None, unpacked: Tensor | None = None) -> Tensor:
+    return (gemm_w4 if x.is_cuda else ref).w4_gated_matmul(
+        x, packed, scales, zeros, group, activation, bias, perm, unpacked)
 
 
 def w8_matmul(x: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor | None, group: int, bias: Tensor | None = None,
@@ -152,7 +160,7 @@ def rope_and_decode(qkv: Tensor, q_weight: Tensor | None, k_weight: Tensor | Non
 def prefill_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, rows: Tensor, starts: Tensor,
                       cu_q: Tensor, tiles: Tensor, scale: float, window: int, softcap: float,
                       out: Tensor | None = None, kv_scales: Tensor | None = None) -> Tensor:
-    return (attention if q.is_cuda else ref).prefill_attention(
+    return (prefill if q.is_cuda else ref).prefill_attention(
         q, k_cache, v_cache, block_table, rows, starts, cu_q, tiles, scale, window, softcap, out, kv_scales)
 
 

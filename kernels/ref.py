@@ -183,6 +183,12 @@ def w4_matmul(x: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor | None, g
     return w8_matmul(x, w4_unpack(packed), scales, zeros, group, bias, perm)
 
 
+def w4_gated_matmul(x: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor | None, group: int, activation: str,
+                    bias: Tensor | None = None, perm: Tensor | None = None, unpacked: Tensor | None = None) -> Tensor:
+    """w4_matmul with the weight [gate | up], [2 I, K], then gated_act -> [M, I]."""
+    return gated_act(w4_matmul(x, packed, scales, zeros, group, bias, perm, unpacked), activation)
+
+
 def w4_weight(packed: Tensor, scales: Tensor, zeros: Tensor | None, group: int, perm: Tensor | None, width: int) -> Tensor:
     """The weight [N, K] that w4_matmul multiplies with, in the dtype of scales; K = width."""
     return in_input_order(dequantize_int(w4_unpack(packed), scales, zeros, group, 8), perm)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.runtime import interpreter
 
-from kernels import gemm_fp8, gemm_w4, pointwise, quantize, ref
+from kernels import gemm_few, gemm_fp8, gemm_w4, pointwise, quantize, ref
 from kernels.formats import FP8_BLOCK
 
 ROUNDING = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}      # of the output, in the 2-norm
@@ -42,12 +43,9 @@ def randn(*shape: int, like: Tensor) -> Tensor:
     return torch.where(torch.rand(shape, device=like.device) < 0.01, 10 * x, x).to(like.dtype)
 
 
-def check_integer(like: Tensor, bits: int, rows: int, outputs: int, inputs: int, group: int, *, zeros: str = "whole",
-                  bias: bool = False, perm: bool = False, tile: gemm_w4.Tile | None = None) -> None:
-    """A product of the type and on the device of `like`, by the given tile or as the op chooses, and the dequantised weights.
-
-    zeros: "whole", "broken" or "none". The dequantised weights are checked too.
-    """
+def integer_layer(like: Tensor, bits: int, outputs: int, inputs: int, group: int,
+                  zeros: str) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+    """Codes, scales and zeros ("whole", "broken" or "none"), of the type and on the device of `like`; the weights in float64."""
     groups, middle = inputs // group, 1 << (bits - 1)
     codes = torch.randint(0, 2 * middle, (outputs, inputs), dtype=torch.uint8, device=like.device)
     scales = (randn(groups, outputs, like=like).abs() * 0.01 + 1e-3).to(like.dtype).t()
@@ -58,6 +56,16 @@ def check_integer(like: Tensor, bits: int, rows: int, outputs: int, inputs: int,
         zero = (torch.rand(groups, outputs, device=like.device) * 2 * middle).to(like.dtype).t()
     less = torch.full_like(scales, middle) if zero is None else zero
     exact = (codes.double() - less.double().repeat_interleave(group, 1)) * scales.double().repeat_interleave(group, 1)
+    return codes, scales, zero, exact
+
+
+def check_integer(like: Tensor, bits: int, rows: int, outputs: int, inputs: int, group: int, *, zeros: str = "whole",
+                  bias: bool = False, perm: bool = False, tile: gemm_w4.Tile | None = None) -> None:
+    """A product of the type and on the device of `like`, by the given tile or as the op chooses, and the dequantised weights.
+
+    zeros: "whole", "broken" or "none". The dequantised weights are checked too.
+    """
+    codes, scales, zero, exact = integer_layer(like, bits, outputs, inputs, group, zeros)
     packed = (gemm_w4.w4_pack if bits == 4 else gemm_w4.w8_pack)(codes)
     limit = ROUNDING[like.dtype] * (1 if zeros != "broken" else 2)
     assert error(gemm_w4._dequantise(packed, scales, zero, group, bits, inputs), exact) < limit
@@ -102,6 +110,51 @@ def check_fp8(like: Tensor, rows: int, outputs: int, inputs: int, *, static: boo
         got = gemm_fp8.fp8_matmul(x, weight, weight_scale, scale, b)
     assert got.dtype == like.dtype
     assert error(got, exact) < 2 * ROUNDING[like.dtype]
+
+
+def check_gated(like: Tensor, rows: int, outputs: int, inputs: int, group: int) -> None:
+    """The gated activation of a product, as the op chooses, with a column order."""
+    codes, scales, zero, exact = integer_layer(like, 4, outputs, inputs, group, "whole")
+    x, order = randn(rows, inputs, like=like), torch.randperm(inputs, device=like.device).int()
+    want = ref.gated_act((x[:, order.long()].double() @ exact.t()).to(like.dtype), "silu").double()
+    args = x, gemm_w4.w4_pack(codes), scales, zero, group, "silu", None, order
+    assert error(gemm_w4.w4_gated_matmul(*args, None), want) < 2 * ROUNDING[like.dtype]
+    unpacked = gemm_w4.w4_weight(*args[1:5], order, inputs)
+    assert error(gemm_w4.w4_gated_matmul(*args, unpacked), want) < 3 * ROUNDING[like.dtype]
+    twin = ref.w4_gated_matmul(x, ref.w4_pack(codes), *args[2:])
+    assert error(twin, want) < 3 * ROUNDING[like.dtype]
+
+
+def check_few_w4(kernels: ModuleType, like: Tensor, rows: int, outputs: int, inputs: int, group: int, tile: gemm_few.Tile, *,
+                 zeros: str = "whole", bias: bool = False, activation: str = "") -> None:
+    """A product of few rows by a tile of kernels.gemm_few, or of that module interpreted."""
+    codes, scales, zero, exact = integer_layer(like, 4, outputs, inputs, group, zeros)
+    x, b = randn(rows, inputs + 16, like=like)[:, :inputs], randn(outputs, like=like) if bias else None
+    got = kernels.w4_product(x, gemm_w4.w4_pack(codes), scales, zero, group, b, tile, activation)
+    want = x.double() @ exact.t() + (0 if b is None else b.double())
+    want = ref.gated_act(want.to(like.dtype), activation).double() if activation else want
+    assert got.dtype == like.dtype
+    assert error(got, want) < ROUNDING[like.dtype] * (1 if zeros != "broken" and not activation else 2)
+
+
+def check_few_fp8(kernels: ModuleType, like: Tensor, rows: int, outputs: int, inputs: int, tile: gemm_few.Tile, *,
+                  bias: bool = False, blocks: bool = False) -> None:
+    """Likewise of e4m3 numbers, with scales of rows and outputs or of blocks."""
+    def codes(*shape: int) -> Tensor:
+        return randn(*shape, like=like.float()).mul(100).clamp(-ref.E4M3_MAX, ref.E4M3_MAX).to(torch.float8_e4m3fn)
+
+    x, weight, b = codes(rows, inputs), codes(outputs, inputs), randn(outputs, like=like) if bias else None
+    sizes = ((rows, inputs // FP8_BLOCK), (outputs // FP8_BLOCK, inputs // FP8_BLOCK)) if blocks else ((rows,), (outputs,))
+    x_scale, weight_scale = (torch.rand(size, device=like.device) * 1e-2 + 1e-3 for size in sizes)
+    got = kernels.fp8_product(x, x_scale, weight, weight_scale, b, like.dtype, blocks, tile)
+    if blocks:
+        x_scale = x_scale.repeat_interleave(FP8_BLOCK, 1)
+        weight_scale = weight_scale.repeat_interleave(FP8_BLOCK, 0).repeat_interleave(FP8_BLOCK, 1)
+    else:
+        x_scale, weight_scale = x_scale[:, None], weight_scale[:, None]
+    exact = (x.double() * x_scale.double()) @ (weight.double() * weight_scale.double()).t() + (0 if b is None else b.double())
+    assert got.dtype == like.dtype
+    assert error(got, exact) < ROUNDING[like.dtype]
 
 
 def check_fp8_blocks(like: Tensor, rows: int, outputs: int, inputs: int) -> None:

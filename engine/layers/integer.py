@@ -44,6 +44,12 @@ class IntegerMethod(LinearMethod):
         matmul = ops.w4_matmul if self.bits == 4 else ops.w8_matmul
         return matmul(x, layer.codes, layer.scales, layer.zeros, group_of(layer), layer.bias, layer.perm, layer.unpacked)
 
+    def apply_gated(self, layer: Linear, x: Tensor, activation: str) -> Tensor:
+        if self.bits == 8:
+            return ops.gated_act(self.apply(layer, x), activation)
+        return ops.w4_gated_matmul(x, layer.codes, layer.scales, layer.zeros, group_of(layer), activation, layer.bias, layer.perm,
+                                   layer.unpacked)
+
     def unpack(self, layer: Linear) -> Tensor:
         weight = ops.w4_weight if self.bits == 4 else ops.w8_weight
         return weight(layer.codes, layer.scales, layer.zeros, group_of(layer), layer.perm, layer.in_features)

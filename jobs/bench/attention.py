@@ -26,7 +26,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from jobs.bench.graph_timing import replay_seconds
-from kernels import attention, ref
+from kernels import attention, prefill_hopper, ref
 
 DEVICE, DTYPE = "cuda", torch.bfloat16
 PAGE = 32
@@ -121,7 +121,8 @@ DECODE_WAYS = [
 FP8_WAYS = [DecodeWay(tile, 264) for tile in ((64, 4, 2), (64, 4, 3), (64, 2, 3), (64, 4, 4), (64, 2, 4), (128, 4, 3),
                                               (32, 2, 4))]
 PREFILL_SHAPES = [PrefillShape("8 x 2048", 8, 0, 2048), PrefillShape("16 x 1024", 16, 0, 1024),
-                  PrefillShape("64 x 150 after 800", 64, 800, 150)]
+                  PrefillShape("64 x 150 after 800", 64, 800, 150), PrefillShape("64 x 256", 64, 0, 256),
+                  PrefillShape("256 x 60", 256, 0, 60)]
 PREFILL_TILES = {
     MISTRAL: [Tile(128, 64, 8, 3), Tile(128, 64, 4, 3), Tile(128, 128, 8, 2), Tile(128, 128, 8, 3), Tile(128, 64, 8, 2, 128),
               Tile(128, 64, 8, 2), Tile(128, 32, 8, 3, 128), Tile(128, 64, 4, 2), Tile(64, 64, 4, 2)],
@@ -213,6 +214,14 @@ def prefill(tile: Tile, model: Model, shape: PrefillShape, pool: Pool, timed: bo
         return flops / replay_seconds([call] * 4) / 1e12
 
 
+def hopper_prefill(model: Model, shape: PrefillShape, pool: Pool, timed: bool) -> float:
+    """As `prefill`, of prefill_hopper.py; NaN where it leaves the heads to attention.py."""
+    if model.dim not in (64, 128):
+        return float("nan")
+    with mock.patch.object(attention, "prefill_attention", prefill_hopper.prefill_attention):
+        return prefill(PREFILL_TILES[model][0], model, shape, pool, timed)
+
+
 def torch_prefill(model: Model, shape: PrefillShape, backend: SDPBackend) -> float:
     """TFLOP/s of torch's own causal attention over keys that lie in order."""
     q, k, v = (torch.randn(shape.rows, heads, shape.queries, model.dim, dtype=DTYPE, device=DEVICE)
@@ -238,8 +247,10 @@ def compile_one(job: tuple[str, object, Model, bool]) -> None:
     if kind == "decode":
         for shape in (DecodeShape("one launch", (600,) * 2048), DecodeShape("split", (600,) * 8)):
             attempt(decode, what, model, shape, pool, False)
-    else:
+    elif kind == "prefill":
         attempt(prefill, what, model, PrefillShape("", 1, 16, 128), pool, False)
+    else:
+        hopper_prefill(model, PrefillShape("", 1, 16, 128), pool, False)
 
 
 def table_of(title: str, columns: Sequence[str], lines: Sequence[tuple[str, Sequence[float]]], digits: int) -> None:
@@ -258,6 +269,7 @@ def main() -> None:
     if "decode" in what:
         jobs += [("decode", way, model, fp8) for model in DECODE_SHAPES for way in ways]
     if "prefill" in what:
+        jobs += [("hopper", None, model, fp8) for model in PREFILL_TILES]
         jobs += [("prefill", tile, model, fp8) for model, tiles in PREFILL_TILES.items() for tile in tiles]
     with ProcessPoolExecutor(12, mp_context=multiprocessing.get_context("spawn")) as workers:
         list(workers.map(compile_one, jobs))
@@ -276,9 +288,10 @@ def main() -> None:
             lines = []
             for s in PREFILL_SHAPES:
                 own = [attempt(prefill, tile, model, s, pool, True) for tile in tiles]
+                own.append(hopper_prefill(model, s, pool, True))
                 lines.append((s.name, own + [torch_prefill(model, s, backend) for backend in BACKENDS if not s.prefix]))
             table_of(f"prefill, {model.name}, {kind}: TFLOP/s",
-                     [*(tile.name for tile in tiles), *(f"torch {b.name}" for b in BACKENDS)], lines, 0)
+                     [*(tile.name for tile in tiles), "prefill_hopper.py", *(f"torch {b.name}" for b in BACKENDS)], lines, 0)
     print(f"\n{time.perf_counter() - begin:.0f} s in all")
 
 

@@ -1,10 +1,12 @@
 """Products with quantised weights on one GPU: right first, then their time against the time that reading the weights takes.
 
-    python jobs/bench/quantized.py [--only w4 w8 fp8 block quant] [--check] [--time] [--sweep]
+    python jobs/bench/quantized.py [--only w4 w8 fp8 block quant few ring] [--check] [--time] [--sweep]
 
 --check: relative errors against float64, for shapes of Mistral, Llama 3, Qwen2.5 and SmolLM2, all group sizes, 1 to 8,192 rows,
 weights and inputs with outliers. --time: microseconds, and the share of the floor: the bytes of weights, inputs and outputs at
 the rate of a large copy. --sweep: times of many tiles, to find the best. Without any of the three: --check and --time.
+few: the tiles of the kernels for 1 to 8 rows (gemm_few.py), beside the kernels for up to 16. ring: of those for 9 rows and more
+(gemm_ring.py, gemm_w4_ring.py), bf16 too, beside the kernels before them.
 Times are of CUDA graphs of several calls over copies of the weights that do not fit in L2 together, median of the replays.
 """
 
@@ -20,6 +22,7 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -29,8 +32,10 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from jobs.bench.graph_timing import replay_seconds
-from kernels import gemm_fp8, gemm_w4, quantize
+from kernels import gemm_few, gemm_fp8, gemm_ring, gemm_skinny, gemm_w4, gemm_w4_ring, pointwise, quantize, ref
+from kernels import linear as dense_layers
 from kernels.formats import FP8_BLOCK
+from kernels.gemm_few import Tile as FewTile
 from kernels.split_k import Tile
 
 DEVICE, DTYPE = "cuda", torch.bfloat16
@@ -49,7 +54,7 @@ LAYERS = {
 }
 TIMED = LAYERS["mistral-7b, llama-3-8b"]
 GROUPS = (128, 32, 64, 0)           # 0: one group for all inputs
-ROWS = (1, 2, 3, 16, 17, 33, 64, 100, 192, 500, 8192)
+ROWS = (1, 2, 3, 8, 16, 17, 33, 64, 100, 192, 500, 8192)
 TIMED_ROWS = (1, 4, 8, 16, 32, 64, 96, 128, 192, 256, 512, 2048)
 
 
@@ -208,6 +213,18 @@ class Packed:
         return replay_seconds([functools.partial(gemm_w4._skinny, x, *part, self.group, None, self.bits, tile)
                                for part in self.copies])
 
+    def few(self, x: Tensor, tile: FewTile, activation: str = "") -> float:
+        return replay_seconds([functools.partial(gemm_few.w4_product, x, *part, self.group, None, tile, activation)
+                               for part in self.copies])
+
+    def ring(self, x: Tensor, tile: gemm_w4_ring.Tile) -> float:
+        return replay_seconds([functools.partial(gemm_w4_ring.product, x, *part, self.group, None, tile) for part in self.copies])
+
+    def fused_then_gated(self, x: Tensor, tile: Tile) -> float:
+        def call(*part: object) -> Tensor:
+            return pointwise.gated_act(gemm_w4._skinny(x, *part, self.group, None, self.bits, tile), "silu")
+        return replay_seconds([functools.partial(call, *part) for part in self.copies])
+
     def apart(self, x: Tensor) -> float:
         def call(packed: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
             return F.linear(x, gemm_w4._dequantise(packed, scales, zeros, self.group, self.bits, x.shape[1]))
@@ -222,6 +239,12 @@ def attempt(measure: Callable[..., float], *args: object) -> float:
         return NAN
 
 
+def few_rows(layer: Packed | Fp8, bits: int, x: Tensor) -> float:
+    """By the kernels for few rows, as they choose; NaN for more."""
+    tile = gemm_few.tile_of(x.shape[0], *layer.shape, bits) if bits == 4 or isinstance(layer, Fp8) else None
+    return NAN if tile is None else attempt(layer.few, x, tile)
+
+
 def dense(shape: tuple[int, int], rows: int) -> float:
     weights = [torch.randn(shape, device=DEVICE).to(DTYPE) for _ in range(copies(2 * shape[0] * shape[1]))]
     x = torch.randn(rows, shape[1], device=DEVICE).to(DTYPE)
@@ -230,18 +253,20 @@ def dense(shape: tuple[int, int], rows: int) -> float:
 
 def time_integer(bits: int, rate: float) -> None:
     print(f"\nw{bits}a16, group 128, bf16; us for the four products of a layer, and their sum as a share of the floor\n"
-          f"{'rows':>6}" + "".join(f"{name:>9}" for name in TIMED) + f"{'sum':>9}{'floor':>8}{'share':>7}{'apart':>9}{'bf16':>9}")
+          f"{'rows':>6}" + "".join(f"{name:>9}" for name in TIMED) +
+          f"{'sum':>9}{'floor':>8}{'share':>7}{'few':>9}{'apart':>9}{'bf16':>9}")
     layers = {name: Packed(shape, bits) for name, shape in TIMED.items()}
     for rows in TIMED_ROWS:
         x = {name: torch.randn(rows, shape[1], device=DEVICE).to(DTYPE) for name, shape in TIMED.items()}
         most = min(rows, gemm_w4.MOST_ROWS)
         fused = [attempt(layer.fused, x[name], gemm_w4._tile(most, layer.shape[0])) if rows <= 512 else NAN
                  for name, layer in layers.items()]
+        few = sum(few_rows(layer, bits, x[name]) for name, layer in layers.items())
         apart = sum(attempt(layer.apart, x[name]) for name, layer in layers.items())
         plain = sum(attempt(dense, shape, rows) for shape in TIMED.values())
         floor = sum(layer.bytes + 2 * rows * sum(layer.shape) for layer in layers.values()) / rate * 1e6
         print(f"{rows:6}" + "".join(f"{us:9.1f}" for us in fused) +
-              f"{sum(fused):9.1f}{floor:8.1f}{floor / sum(fused):7.2f}{apart:9.1f}{plain:9.1f}", flush=True)
+              f"{sum(fused):9.1f}{floor:8.1f}{floor / sum(fused):7.2f}{few:9.1f}{apart:9.1f}{plain:9.1f}", flush=True)
 
 
 @dataclass
@@ -259,6 +284,28 @@ class Fp8:
         return replay_seconds([functools.partial(gemm_fp8._product, x, scale, *part, None, DTYPE, False, tile)
                                for part in self.copies])
 
+    def few(self, x: Tensor, tile: FewTile) -> float:
+        x, scale = quantize.fp8_quantize(x)
+        return replay_seconds([functools.partial(gemm_few.fp8_product, x, scale, *part, None, DTYPE, False, tile)
+                               for part in self.copies])
+
+    def ring(self, x: Tensor, tile: gemm_ring.Tile) -> float:
+        x, scale = quantize.fp8_quantize(x)
+        return replay_seconds([functools.partial(gemm_ring.product, x, weight, None, tile, "", scale, weight_scale, DTYPE)
+                               for weight, weight_scale in self.copies])
+
+    def few_blocks(self, x: Tensor, tile: FewTile) -> float:
+        (n, k), inputs = self.shape, quantize.quantize_blocks(x, FP8_BLOCK)
+        scale = torch.rand(n // FP8_BLOCK, k // FP8_BLOCK, device=DEVICE)
+        return replay_seconds([functools.partial(gemm_few.fp8_product, *inputs, weight, scale, None, DTYPE, True, tile)
+                               for weight, _ in self.copies])
+
+    def fused_blocks(self, x: Tensor, tile: Tile) -> float:
+        (n, k), inputs = self.shape, quantize.quantize_blocks(x, FP8_BLOCK)
+        scale = torch.rand(n // FP8_BLOCK, k // FP8_BLOCK, device=DEVICE)
+        return replay_seconds([functools.partial(gemm_fp8._product, *inputs, weight, scale, None, DTYPE, True, tile)
+                               for weight, _ in self.copies])
+
     def cublas(self, rows: int, fast: bool) -> float:
         x, scale = quantize.fp8_quantize(torch.randn(rows, self.shape[1], device=DEVICE).to(DTYPE))
         call = functools.partial(torch._scaled_mm, out_dtype=DTYPE, use_fast_accum=fast)
@@ -274,16 +321,18 @@ class Fp8:
 def time_fp8(rate: float) -> None:
     print(f"\nfp8, us for the four products of a layer (x quantised already), and their sum as a share of the floor\n"
           f"{'rows':>6}" + "".join(f"{name:>9}" for name in TIMED) +
-          f"{'sum':>9}{'floor':>8}{'share':>7}{'cuBLAS':>9}{'fast':>9}{'blocks':>9}")
+          f"{'sum':>9}{'floor':>8}{'share':>7}{'few':>9}{'cuBLAS':>9}{'fast':>9}{'blocks':>9}")
     layers = {name: Fp8(shape) for name, shape in TIMED.items()}
     for rows in TIMED_ROWS:
         inputs = [torch.randn(rows, layer.shape[1], device=DEVICE).to(DTYPE) for layer in layers.values()]
         fused = [attempt(layer.fused, x, gemm_fp8._tile(rows)) for layer, x in zip(layers.values(), inputs, strict=True)]
+        few = sum(few_rows(layer, 8, x) for layer, x in zip(layers.values(), inputs, strict=True))
         cublas, fast = (sum(attempt(layer.cublas, rows, f) for layer in layers.values()) for f in (False, True))
         blocks = sum(attempt(layer.blocks, rows) for layer in layers.values())
         floor = sum(layer.bytes + rows * (layer.shape[1] + 2 * layer.shape[0]) for layer in layers.values()) / rate * 1e6
         print(f"{rows:6}" + "".join(f"{us:9.1f}" for us in fused) +
-              f"{sum(fused):9.1f}{floor:8.1f}{floor / sum(fused):7.2f}{cublas:9.1f}{fast:9.1f}{blocks:9.1f}", flush=True)
+              f"{sum(fused):9.1f}{floor:8.1f}{floor / sum(fused):7.2f}{few:9.1f}"
+              f"{cublas:9.1f}{fast:9.1f}{blocks:9.1f}", flush=True)
 
 
 def time_quantization() -> None:
@@ -335,6 +384,112 @@ def sweep(kind: str) -> None:
                 print(f"   {total:7.1f} us  {tuple(tile)}  " + " ".join(f"{u:.1f}" for u in us), flush=True)
 
 
+FEW_TILES = [FewTile(*way) for way in itertools.product((4, 8, 16), (16, 32, 64), (1, 2, 4), (0, 64, 72))
+             if way[1] * way[2] <= 64]
+
+
+def sweep_few(rate: float) -> None:
+    """Of 1 and 8 rows, each product by every tile: the best, the one that tile_of gives, and the kernels for up to 16 rows."""
+    for bits, title in ((4, "w4"), (8, "fp8")):
+        for name, shape in TIMED.items():
+            layer = Fp8(shape) if bits == 8 else Packed(shape)
+            ways = [(title, layer.few, layer.fused)]
+            if bits == 8:
+                ways.append(("fp8 in blocks", layer.few_blocks, layer.fused_blocks))
+            elif name == "gate_up":
+                ways.append(("w4 gated", functools.partial(layer.few, activation="silu"), layer.fused_then_gated))
+            for rows, (what, few, fused) in itertools.product((1, 8), ways):
+                x, gated = torch.randn(rows, shape[1], device=DEVICE).to(DTYPE), what == "w4 gated"
+                chosen = gemm_few.tile_of(rows, *shape, bits, gated)
+                before = attempt(fused, x, gemm_w4._tile(rows, shape[0]) if bits == 4 else gemm_fp8._tile(rows))
+                found = [(attempt(few, x, tile), tile) for tile in FEW_TILES if tile.outputs >= 32 or not gated]
+                best = sorted(way for way in found if way[0] == way[0])[:5]
+                print(f"{what} {name} x {rows}: {before:.1f} us before, floor {layer.bytes / rate * 1e6:.1f}; now "
+                      f"{attempt(few, x, chosen):.1f} by {tuple(chosen)}; best "
+                      + ", ".join(f"{us:.1f} {tuple(tile)}" for us, tile in best), flush=True)
+                if bits == 4 and rows > 1:      # rows a power of two apart may fall into the same banks of the L1
+                    padded = F.pad(x, (0, 16))[:, : shape[1]]
+                    print(f"   {attempt(few, padded, chosen):.1f} and {attempt(few, padded, best[0][1]):.1f} with rows of x "
+                          "32 bytes further apart", flush=True)
+
+
+RING_ROWS = (16, 32, 64, 128, 256)
+SPLITS = (1, 2, 3, 4, 5, 6, 8)         # 5: what the 24 and 48 tiles of 6,144 outputs fill 132 multiprocessors best with
+
+
+def rings(kind: str, rows: int, splits: Sequence[int] = SPLITS) -> list[gemm_ring.Tile] | list[gemm_w4_ring.Tile]:
+    few = rows <= gemm_ring.MOST_BESIDE
+    if kind == "w4":
+        return [gemm_w4_ring.Tile(units, split, stages, programs) for units, programs in gemm_w4_ring.REGISTERS
+                for split in splits for stages in sorted({gemm_w4_ring.most_stages(rows, units, programs), 4})
+                if (few or units * programs == 1) and rows <= gemm_w4_ring.MOST_ROWS]
+    return [gemm_ring.Tile(split, stages, programs) for programs in gemm_ring.REGISTERS for split in splits
+            for stages in sorted({gemm_ring.most_stages(rows, programs), 4})
+            if (few or programs == 1) and rows <= gemm_ring.MOST_ROWS[1 if kind == "fp8" else 2]]
+
+
+class Plain:
+    """A dense layer: by gemm_skinny.py or cuBLAS, and by the ring."""
+
+    def __init__(self, shape: tuple[int, int]) -> None:
+        self.shape, self.bytes = shape, 2 * shape[0] * shape[1]
+        self.copies = [torch.randn(shape, device=DEVICE).to(DTYPE) for _ in range(copies(self.bytes))]
+
+    def before(self, x: Tensor) -> float:
+        tile = dense_layers._tile(x, self.copies[0], gated=False)
+        calls = [functools.partial(gemm_skinny.product, x, weight, None, tile) if tile else
+                 functools.partial(ref.linear, x, weight, None, None) for weight in self.copies]
+        return replay_seconds(calls)
+
+    def ring(self, x: Tensor, tile: gemm_ring.Tile) -> float:
+        return replay_seconds([functools.partial(gemm_ring.product, x, weight, None, tile) for weight in self.copies])
+
+
+def sweep_ring(rate: float) -> None:
+    """Of 16 to 256 rows, each product by every tile: the best, the one that tile_of gives, and the kernel before."""
+    chips = torch.cuda.get_device_properties(DEVICE).multi_processor_count
+    sums: dict[tuple[str, int], list[float]] = {}
+    for name, shape in TIMED.items():
+        w4, fp8, plain = Packed(shape), Fp8(shape), Plain(shape)
+        for rows in RING_ROWS:
+            x = torch.randn(rows, shape[1], device=DEVICE).to(DTYPE)
+            of_fp8 = (fp8.fused, x, gemm_fp8._tile(rows)) if rows <= gemm_fp8.MOST_ROWS else (fp8.cublas, rows, True)
+            for what, layer, old, chosen in (
+                ("w4", w4, (w4.fused, x, gemm_w4._tile(rows, shape[0])), gemm_w4_ring.tile_of(rows, *shape, chips)),
+                ("fp8", fp8, of_fp8, gemm_ring.tile_of(rows, *shape, 1, chips)),
+                ("bf16", plain, (plain.before, x), gemm_ring.tile_of(rows, *shape, 2, chips)),
+            ):
+                if chosen is None:
+                    continue
+                before, found = attempt(*old), rings(what, rows)
+                ways = [(attempt(layer.ring, x, tile), tile) for tile in found]
+                best = sorted(way for way in ways if way[0] == way[0])[:4]
+                now = attempt(layer.ring, x, chosen)
+                print(f"{what} {name} x {rows}: {before:.1f} us before, floor {layer.bytes / rate * 1e6:.1f}; now {now:.1f} by "
+                      f"{tuple(chosen)}; best " + ", ".join(f"{us:.1f} {tuple(tile)}" for us, tile in best), flush=True)
+                line = sums.setdefault((what, rows), [0.0] * 4)
+                for i, value in enumerate((before, now, best[0][0], layer.bytes / rate * 1e6)):
+                    line[i] += value
+    print("\nthe four products: before, by the tiles chosen, by the best ones, floor")
+    for (what, rows), values in sums.items():
+        print(f"{what:5} x {rows:3}" + "".join(f"{value:8.1f}" for value in values))
+
+
+def compile_ring(job: tuple[str, int, NamedTuple]) -> None:
+    """In a process of its own: sizes that are as divisible as the timed ones."""
+    kind, rows, tile = job
+    size = 2048
+    x = torch.randn(rows, size, device=DEVICE).to(DTYPE)
+    if kind == "w4":
+        gemm_w4_ring.product(x, *Integer(4, (size, size), 128).parts, None, tile)
+    elif kind == "fp8":
+        codes = torch.zeros(size, size, device=DEVICE).to(torch.float8_e4m3fn)
+        x, scale = quantize.fp8_quantize(x)
+        gemm_ring.product(x, codes, None, tile, "", scale, torch.zeros(size, device=DEVICE), DTYPE)
+    else:
+        gemm_ring.product(x, torch.zeros(size, size, device=DEVICE, dtype=DTYPE), None, tile)
+
+
 # --- compiling beforehand, in processes -----------------------------------------------------------------------------------------
 
 
@@ -362,6 +517,19 @@ def compile_one(job: tuple[str, tuple[int, ...], int, torch.dtype, bool, bool]) 
             pass
 
 
+def compile_few(job: tuple[str, FewTile]) -> None:
+    """Likewise of the kernels for few rows: sizes that are as divisible as the timed ones."""
+    kind, tile = job
+    size = 2048
+    x = torch.randn(1, size, device=DEVICE).to(DTYPE)
+    if kind.startswith("w4"):
+        gemm_few.w4_product(x, *Integer(4, (size, size), 128).parts, None, tile, "silu" if kind == "w4 gated" else "")
+    else:
+        codes, blocks = torch.zeros(size, size, device=DEVICE).to(torch.float8_e4m3fn), kind == "block"
+        inputs = quantize.quantize_blocks(x, FP8_BLOCK) if blocks else quantize.fp8_quantize(x)
+        gemm_few.fp8_product(*inputs, codes, torch.zeros((16, 16) if blocks else size, device=DEVICE), None, DTYPE, blocks, tile)
+
+
 def jobs_of(kinds: Sequence[str], check: bool, timed: bool, swept: bool) -> Iterable[tuple]:
     packed = {tile for tiles in gemm_w4.TILES.values() for tile in tiles}
     own = {"w4": packed, "w8": packed, "fp8": gemm_fp8.TILES.values(), "block": gemm_fp8.TILES.values()}
@@ -379,7 +547,8 @@ def jobs_of(kinds: Sequence[str], check: bool, timed: bool, swept: bool) -> Iter
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--only", nargs="+", default=["w4", "fp8", "quant"], choices=["w4", "w8", "fp8", "block", "quant"])
+    parser.add_argument("--only", nargs="+", default=["w4", "fp8", "quant"],
+                        choices=["w4", "w8", "fp8", "block", "quant", "few", "ring"])
     for name in ("check", "time", "sweep"):
         parser.add_argument(f"--{name}", action="store_true")
     args = parser.parse_args()
@@ -387,8 +556,16 @@ def main() -> None:
         args.check = args.time = True
     begin = time.perf_counter()
     jobs = list(dict.fromkeys(jobs_of(args.only, args.check, args.time, args.sweep)))
+    if args.sweep and "ring" in args.only:      # and the kernels before it
+        jobs = list(dict.fromkeys([*jobs, *jobs_of(("w4", "fp8"), False, True, False)]))
     with ProcessPoolExecutor(14, mp_context=multiprocessing.get_context("spawn")) as workers:
         list(workers.map(compile_one, jobs))
+        if args.sweep and "few" in args.only:
+            list(workers.map(compile_few, [(kind, tile) for kind in ("w4", "w4 gated", "fp8", "block") for tile in FEW_TILES
+                                           if kind != "w4 gated" or tile.outputs >= 32], chunksize=4))
+        if args.sweep and "ring" in args.only:
+            list(workers.map(compile_ring, [(kind, rows, tile) for rows in RING_ROWS for kind in ("w4", "fp8", "bf16")
+                                            for tile in rings(kind, rows, (1, 2))], chunksize=2))
     torch.manual_seed(0)
     torch.use_deterministic_algorithms(args.check, warn_only=True)      # torch.empty gives NaN: what no program wrote shows
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}; "
@@ -415,6 +592,10 @@ def main() -> None:
         for kind in args.only:
             if kind in ("w4", "w8", "fp8"):
                 sweep(kind)
+            elif kind == "few":
+                sweep_few(read_rate())
+            elif kind == "ring":
+                sweep_ring(read_rate())
     print(f"{time.perf_counter() - begin:.0f} s in all")
     sys.exit(bool(failures))
 

@@ -124,15 +124,17 @@ def test_fp8_caches(dtype, heads, kv_heads, dim, window, softcap):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("dim", [64, 128, 256])
-def test_fp8_prefill(dtype, dim):
-    counts, starts = [300, 1, 40, 129], [0, 500, 17, 64]
+@pytest.mark.parametrize("page, window", [(32, 0), (16, 0), (128, 150)])
+def test_fp8_prefill(dtype, dim, page, window):
+    counts, starts = [300, 1, 40, 129], [0, 500, 17, 640]
     cu_q = [0, *torch.tensor(counts).cumsum(0).tolist()]
     contexts = [s + c for s, c in zip(starts, counts, strict=True)]
-    case = make_case(contexts, cu_q[-1], 8, 2, dim, 32, dtype, "cuda", dim).as_fp8()
+    firsts = [max(s + 1 - window, 0) if window else 0 for s in starts]
+    case = make_case(contexts, cu_q[-1], 8, 2, dim, page, dtype, "cuda", dim, firsts).as_fp8()
     starts_, cu_q_ = (torch.tensor(x, dtype=torch.int32, device="cuda") for x in (starts, cu_q))
     got = ops.prefill_attention(case.q, case.k_cache, case.v_cache, case.block_table, case.rows, starts_, cu_q_,
-                                work_list(cu_q).cuda(), case.scale, 0, 0.0, kv_scales=case.kv_scales)
-    assert error(got, exact(case.plain(), cu_q, starts, 0, 0.0)) < LIMIT[dtype]
+                                work_list(cu_q).cuda(), case.scale, window, 0.0, kv_scales=case.kv_scales)
+    assert error(got, exact(case.plain(), cu_q, starts, window, 0.0)) < LIMIT[dtype]
 
 
 def test_decode_reads_a_shared_fp8_prefix_once():

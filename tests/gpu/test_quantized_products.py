@@ -8,9 +8,21 @@ import torch
 if not torch.cuda.is_available():
     pytest.skip("needs CUDA", allow_module_level=True)
 
-from quantized_products import check_fp8, check_fp8_blocks, check_fused_quantization, check_integer
+from quantized_products import (
+    ROUNDING,
+    check_few_fp8,
+    check_few_w4,
+    check_fp8,
+    check_fp8_blocks,
+    check_fused_quantization,
+    check_gated,
+    check_integer,
+    error,
+    integer_layer,
+    randn,
+)
 
-from kernels import gemm_w4
+from kernels import gemm_few, gemm_ring, gemm_w4, gemm_w4_ring, ops, ref
 
 HALVES = [torch.empty(0, dtype=dtype, device="cuda") for dtype in (torch.bfloat16, torch.float16)]
 ROWS = [1, 4, 16, 17, 33, 64, 100, 192, 300]
@@ -33,11 +45,129 @@ def test_rows(like, rows):
     check_integer(like, 4, rows, 960, 576, 64)
 
 
-def test_the_same_bits_again_and_in_a_graph():
+TILES = [gemm_few.Tile(warps, outputs, ahead, registers) for warps in (1, 4, 8, 16) for outputs in (16, 32, 64)
+         for ahead in (1, 2, 4) for registers in (0, 64) if outputs * ahead <= 64]
+HOPPER = pytest.mark.skipif(torch.cuda.get_device_capability()[0] != 9, reason="kernels/gemm_few.py is for Hopper")
+
+
+@HOPPER
+@pytest.mark.parametrize("tile", TILES, ids=lambda tile: "-".join(map(str, tile)))
+def test_tiles_of_few_rows(tile):
+    """Shapes whose blocks do not come out even for most tiles, strided rows, scales and zeros of all kinds."""
+    for like, rows, group, zeros in zip(HALVES * 4, (1, 2, 3, 8, 7, 8, 5, 1), (128, 32, 64, 1664, 128, 128, 64, 32),
+                                        ("whole", "whole", "none", "whole", "none", "broken", "broken", "none"), strict=True):
+        check_few_w4(gemm_few, like, rows, 1152, 1664, group, tile, zeros=zeros, bias=rows != 3)
+    for like, rows in zip(HALVES * 2, (1, 8, 3, 6), strict=True):
+        check_few_fp8(gemm_few, like, rows, 1152, 1664, tile, bias=True)
+        check_few_fp8(gemm_few, like, rows, 1152, 1664, tile, blocks=True)
+        if tile.outputs >= 32:
+            check_few_w4(gemm_few, like, rows, 2 * 480, 1664, 128, tile, bias=rows == 3, activation="silu")
+            check_few_w4(gemm_few, like, rows, 2 * 480, 1664, 128, tile, activation="gelu_tanh")
+
+
+RINGS = [gemm_w4_ring.Tile(units, splits, min(stages, gemm_w4_ring.most_stages(64, units, programs)), programs)
+         for units, programs in gemm_w4_ring.REGISTERS for splits in (1, 3) for stages in (3, 8)]
+
+
+@HOPPER
+@pytest.mark.parametrize("tile", RINGS, ids=lambda tile: "-".join(map(str, tile)))
+@pytest.mark.parametrize("like", HALVES, ids=str)
+def test_tiles_of_the_w4_ring(like, tile):
+    for rows, group, zeros in ((9, 128, "whole"), (16, 1664, "none"), (33, 128, "none"), (64, 128, "whole")):
+        codes, scales, zero, exact = integer_layer(like, 4, 1024, 1664, group, zeros)
+        x, bias = randn(rows, 1680, like=like)[:, :1664], randn(1024, like=like)
+        got = gemm_w4_ring.product(x, gemm_w4.w4_pack(codes), scales, zero, group, bias, tile)
+        assert error(got, x.double() @ exact.t() + bias.double()) < ROUNDING[like.dtype]
+        again = gemm_w4_ring.product(x, gemm_w4.w4_pack(codes), scales, zero, group, bias, tile)
+        assert torch.equal(got, again)
+
+
+DENSE_RINGS = [gemm_ring.Tile(splits, min(stages, gemm_ring.most_stages(64 if programs == 2 else 128, programs)), programs)
+               for programs in gemm_ring.REGISTERS for splits in (1, 3) for stages in (3, 8)]
+
+
+@HOPPER
+@pytest.mark.parametrize("tile", DENSE_RINGS, ids=lambda tile: "-".join(map(str, tile)))
+@pytest.mark.parametrize("like", HALVES, ids=str)
+def test_tiles_of_the_ring(like, tile):
+    for rows in (9, 16, 33, 64) if tile.programs == 2 else (9, 33, 128):
+        x, weight, bias = randn(rows, 1680, like=like)[:, :1664], randn(1024, 1664, like=like) / 40, randn(1024, like=like)
+        want = x.double() @ weight.double().t() + bias.double()
+        assert error(gemm_ring.product(x, weight, bias, tile), want) < ROUNDING[like.dtype]
+        gated = ref.gated_act(want.to(like.dtype), "silu").double()
+        assert error(gemm_ring.product(x, weight, bias, tile, "silu"), gated) < 2 * ROUNDING[like.dtype]
+        codes, scales = ref.fp8_quantize(x)
+        rows8, scales8 = ref.fp8_quantize(weight)
+        want = (codes.double() * scales.double()) @ (rows8.double() * scales8.double()).t()
+        got = gemm_ring.product(codes, rows8, None, tile, "", scales, scales8.flatten(), like.dtype)
+        assert error(got, want) < 2 * ROUNDING[like.dtype]         # the tensor cores' sums of 128 have 14 bits
+        assert torch.equal(got, gemm_ring.product(codes, rows8, None, tile, "", scales, scales8.flatten(), like.dtype))
+
+
+@HOPPER
+@pytest.mark.parametrize("rows", [9, 16, 33, 64])
+def test_overlapping_rings_change_nothing(rows, monkeypatch):
+    """A chain in a graph whose every kernel reads what the one before has just written, into memory used again and again."""
+    like, depth, wide = HALVES[0], 1024, 2048
+    layers = []
+    for _ in range(10):
+        codes, scales, zero, _ = integer_layer(like, 4, depth, wide, 128, "whole")
+        layers.append((randn(2 * wide, depth, like=like) / 32, gemm_w4.w4_pack(codes), scales, zero))
+    first, start, scale = randn(rows, depth, like=like), randn(rows, depth, like=like), randn(depth, like=like)
+
+    def chain():
+        x, residual = first, start.clone()
+        for gate_up, *down in layers:
+            h = ops.add_rms_norm(x, residual, scale, 1e-5)
+            h = gemm_ring.product(h, gate_up, None, gemm_ring.Tile(3, 3, 2), "silu")
+            x = gemm_w4_ring.product(h, *down, 128, None, gemm_w4_ring.Tile(2, 5, 3, 1))
+        return torch.cat([x, residual])
+
+    with monkeypatch.context() as patch:
+        for kernels in (gemm_ring, gemm_w4_ring):
+            patch.setattr(kernels, "overlaps", lambda device: False)
+        alone = chain()
+    chain()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = chain()
+    for _ in range(50):
+        out.fill_(float("nan"))
+        graph.replay()
+        assert torch.equal(out, alone)
+    assert not gemm_ring.counters(like.device).any()
+
+
+@HOPPER
+@pytest.mark.parametrize("like", HALVES, ids=str)
+@pytest.mark.parametrize("rows", [100, 256])
+def test_rings_of_many_rows(like, rows):
+    x, weight = randn(rows, 4096, like=like), randn(6144, 4096, like=like) / 64
+    tile = gemm_ring.tile_for(x, 6144, like.dtype)
+    assert tile is not None
+    assert error(gemm_ring.product(x, weight, None, tile), x.double() @ weight.double().t()) < ROUNDING[like.dtype]
+    if rows <= gemm_w4_ring.MOST_ROWS:
+        codes, scales, zero, exact = integer_layer(like, 4, 6144, 4096, 128, "whole")
+        tile = gemm_w4_ring.tile_for(x, scales, zero, 128)
+        assert tile is not None
+        got = gemm_w4_ring.product(x, gemm_w4.w4_pack(codes), scales, zero, 128, None, tile)
+        assert error(got, x.double() @ exact.t()) < ROUNDING[like.dtype]
+
+
+@pytest.mark.parametrize("like", HALVES, ids=str)
+@pytest.mark.parametrize("rows", [1, 8, 9, 200, 700])
+def test_gated(like, rows):
+    check_gated(like, rows, 2 * 896, 896, 128)
+    check_gated(like, rows, 2 * 4864, 896, 64)
+
+
+@pytest.mark.parametrize("rows", [1, 8, 16])
+def test_the_same_bits_again_and_in_a_graph(rows):
     like = HALVES[0]
     packed = gemm_w4.w4_pack(torch.randint(0, 16, (4096, 4096), dtype=torch.uint8, device="cuda"))
     scales = torch.rand(32, 4096, device="cuda").to(like.dtype).t()
-    x = torch.randn(8, 4096, device="cuda").to(like.dtype)
+    x = torch.randn(rows, 4096, device="cuda").to(like.dtype)
     first = gemm_w4.w4_matmul(x, packed, scales, None, 128, None, None, None)
     assert all(torch.equal(first, gemm_w4.w4_matmul(x, packed, scales, None, 128, None, None, None)) for _ in range(50))
     graph = torch.cuda.CUDAGraph()

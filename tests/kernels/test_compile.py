@@ -6,7 +6,12 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -134,6 +139,90 @@ def compile_all() -> None:
             assert "ldmatrix" not in built.asm["ptx"], constants
 
 
+@gluon.jit
+def _widen(raw_layout: gl.constexpr, tile_layout: gl.constexpr, widened: gl.constexpr, D: gl.constexpr):
+    """Keys as prefill_hopper.py widens them: no two of the lanes served together use the same banks."""
+    raw = gl.allocate_shared_memory(gl.float8e4nv, [32, D], raw_layout)
+    tile = gl.allocate_shared_memory(gl.float16, [32, D], tile_layout)
+    x = raw.load(widened)
+    gl.static_assert(gl.bank_conflicts(x.type, raw.type) == 0)
+    y = x.to(gl.float16)
+    gl.static_assert(gl.bank_conflicts(y.type, tile.type) == 0)
+    tile.store(y)
+
+
+def compile_gluon() -> None:
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import compile as build
+    from triton.experimental.gluon._runtime import GluonASTSource
+
+    from kernels import gemm_ring, gemm_w4_ring, prefill_hopper
+
+    def compiled(function: Any, constants: dict, kinds: dict[str, str], odd: Sequence[str], registers: int) -> Any:
+        """kinds: of what is no int32; odd: what need not be divisible by 16."""
+        signature = {name: "constexpr" if name in constants else kinds.get(name, "i32") for name in function.arg_names}
+        aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(function.arg_names)
+                   if signature[name] not in ("constexpr", "fp32") and name not in odd}
+        built = build(GluonASTSource(fn=function, signature=signature, constexprs=constants, attrs=aligned),
+                      target=GPUTarget("cuda", 90, 32), options={"num_warps": 4, "maxnreg": registers, "launch_pdl": True})
+        assert "cp.async.cg.shared.global" in built.asm["ptx"]
+        assert built.metadata.shared <= 227 << 10
+        for operands in re.split(r"wgmma\.commit_group", built.asm["ptx"])[:-1]:     # the tensor cores read what was fenced
+            waited = operands.rpartition("mbarrier.try_wait")[2]
+            assert "wgmma.mma_async" in operands and ("fence.proxy.async" in waited or "mbarrier.try_wait" not in operands)
+        return built
+
+    for rows, fp8, gated, split, blocks, programs in (
+        (64, False, True, False, False, 1), (16, False, True, True, False, 2), (64, True, False, True, False, 2),
+        (32, True, False, False, True, 1), (256, False, True, False, False, 1), (128, True, False, False, False, 1),
+    ):
+        registers, multiplying, bringing = gemm_ring.REGISTERS[programs]
+        constants = {"BLOCK_M": rows, "BLOCK_N": 128, "BLOCK_K": 128 if fp8 else 64,
+                     "STAGES": gemm_ring.most_stages(rows, programs), "SPLIT": split, "GATED": gated, "GELU": False,
+                     "BIAS": True, "BLOCKS": blocks, "OVERLAP": True, "MULTIPLYING": multiplying, "BRINGING": bringing}
+        kind = "*fp8e4nv" if fp8 else "*bf16"
+        kinds = {"x": kind, "weight": kind, "bias": "*bf16", "out": "*bf16", "partial": "*fp32", "arrived": "*i32",
+                 "x_scales": "*fp32", "weight_scales": "*fp32"}
+        built = compiled(gemm_ring._product_kernel, constants, kinds, ("M", "splits"), registers)
+        assert built.metadata.shared * programs <= 226 << 10
+    for dtype, rows, units, programs, ones in (         # numbers that are 1 are known when compiled: groups of 128 and the like
+        ("fp16", 64, 2, 1, ("every", "stride_n")), ("bf16", 64, 1, 1, ()), ("bf16", 16, 1, 2, ("every", "stride_g", "units")),
+        ("fp16", 128, 1, 1, ("every",)),
+    ):
+        registers, multiplying, bringing = gemm_w4_ring.REGISTERS[units, programs]
+        constants = {"BLOCK_M": rows, "UNITS": units, "STAGES": gemm_w4_ring.most_stages(rows, units, programs), "SPLIT": True,
+                     "BIAS": True, "ZERO": True, "OVERLAP": True, "MULTIPLYING": multiplying, "BRINGING": bringing,
+                     **dict.fromkeys(ones, 1)}
+        kinds = {**dict.fromkeys(("x", "scales", "bias", "out"), "*" + dtype), "packed": "*i16", "zeros": "*u8",
+                 "partial": "*fp32", "arrived": "*i32"}
+        built = compiled(gemm_w4_ring._product_kernel, constants, kinds,
+                         ("M", "stride_n", "stride_g", "units", "every", "splits"), registers)
+        assert "ldmatrix" not in built.asm["ptx"]       # what is unpacked goes from registers to the tensor cores
+        # Next to nothing is spilled: scales asked for a block ahead would be waited for at once, to be stored.
+        assert len(re.findall(r"\b(?:STL|LDL)\b", built.asm["sass"])) < 150
+
+    function = prefill_hopper._prefill_kernel
+    heads = {"H": 32, "K": 8, "P": 32, "TILE": 128, "BLOCK_M": prefill_hopper.BLOCK_M, "BLOCK_N": prefill_hopper.BLOCK_N,
+             "COMPUTING": prefill_hopper.COMPUTING, "BRINGING": prefill_hopper.BRINGING}
+    for dim, fp8, window, ones in ((128, False, False, ()), (128, True, False, ()), (64, True, True, ("window", "table_stride"))):
+        constants = {**heads, "D": dim, "FP8": fp8, "WINDOW": window, **dict.fromkeys(ones, 1)}
+        cache = "*fp8e4nv" if fp8 else "*bf16"
+        kinds = {"q": "*bf16", "out": "*bf16", "k_cache": cache, "v_cache": cache, "kv_scales": "*fp32", "scale": "fp32",
+                 "window": "i32", "table_stride": "i32", "q_stride": "i32"}
+        kinds |= dict.fromkeys(("block_table", "rows", "starts", "cu_q", "tiles"), "*i32")
+        built = compiled(function, constants, kinds, ("window", "rows", "starts", "cu_q", "tiles"), prefill_hopper.REGISTERS)
+        ptx = built.asm["ptx"]
+        assert ptx.count("setmaxnreg") >= 4
+        # In each group that computes: no product is waited for right after it was asked for, but the first and the last.
+        assert ptx.count("wgmma.wait_group.sync.aligned 1;") == 2 * (3 if window else 2)
+
+    for dim in (64, 128):
+        constants = {"raw_layout": prefill_hopper.swizzled(dim), "widened": prefill_hopper.WIDENED.value, "D": dim,
+                     "tile_layout": gl.NVMMASharedLayout.get_default_for([32, dim], gl.float16)}
+        build(GluonASTSource(fn=_widen, signature=dict.fromkeys(constants, "constexpr"), constexprs=constants),
+              target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
+
+
 def test_kernels_compile_for_hopper():
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run([sys.executable, __file__], cwd=ROOT, env=environment, capture_output=True, text=True)
@@ -143,3 +232,4 @@ def test_kernels_compile_for_hopper():
 if __name__ == "__main__":
     sys.path.insert(0, str(ROOT))
     compile_all()
+    compile_gluon()

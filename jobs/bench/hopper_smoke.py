@@ -1,0 +1,92 @@
+# ruff: noqa
+"""First contact with a GPU: every kernel for Hopper once, each in a process of its own that may not take long.
+
+python jobs/bench/hopper_smoke.py [seconds], in the repository root; then with `time`: microseconds of the rings and of prefill
+"""
+import subprocess, sys, time
+CASES = {
+ "ring bf16": "ring(64, 4096, 4096, 1)", "ring bf16 split": "ring(33, 1024, 4096, 4)", "ring gated": "ring(16, 2048, 4096, 2, 'silu')",
+ "ring 2 programs": "ring(64, 28672, 4096, 1, '', 2)", "ring fp8": "fp8(64, 4096, 4096, 1)", "ring fp8 split": "fp8(9, 4096, 14336, 4)",
+ "w4 units 1": "w4(64, 1024, 4096, 1, 1, 1)", "w4 units 1 x2": "w4(64, 1024, 4096, 1, 3, 2)", "w4 units 2": "w4(64, 1024, 4096, 2, 1, 1)",
+ "w4 units 2 split 16": "w4(16, 4096, 14336, 2, 8, 1)", "prefill bf16 128": "prefill(128, False, 0)", "prefill bf16 64": "prefill(64, False, 0)",
+ "prefill window": "prefill(128, False, 150)", "prefill fp8": "prefill(128, True, 0)", "prefill fp8 64 window": "prefill(64, True, 150)",
+}
+PRELUDE = '''
+import sys; sys.path[:0] = [".", "tests"]
+import torch
+from kernels import gemm_ring as R, gemm_w4_ring as W, gemm_w4, prefill_hopper as P, ref
+from quantized_products import integer_layer, randn, error
+like = torch.empty(0, dtype=torch.bfloat16, device="cuda"); torch.manual_seed(0)
+def ring(m, n, k, splits, act="", programs=1):
+    x, w = randn(m, k, like=like), randn(n, k, like=like) / k**0.5
+    t = R.Tile(splits, R.most_stages(m, programs), programs)
+    want = x.double() @ w.double().t()
+    if act: want = ref.gated_act(want.to(like.dtype), act).double()
+    return lambda: R.product(x, w, None, t, act), want
+def fp8(m, n, k, splits):
+    x, sx = ref.fp8_quantize(randn(m, k, like=like)); w, sw = ref.fp8_quantize(randn(n, k, like=like))
+    t = R.Tile(splits, R.most_stages(m, 1), 1)
+    return lambda: R.product(x, w, None, t, "", sx, sw.flatten(), like.dtype), (x.double() * sx.double()) @ (w.double() * sw.double()).t()
+def w4(m, n, k, units, splits, programs):
+    codes, s, z, exact = integer_layer(like, 4, n, k, 128, "whole"); x = randn(m, k, like=like); p = gemm_w4.w4_pack(codes)
+    t = W.Tile(units, splits, W.most_stages(m, units, programs), programs)
+    return lambda: W.product(x, p, s, z, 128, None, t), x.double() @ exact.t()
+def prefill(dim, f8, window):
+    from attention_cases import make_case, exact, work_list
+    counts, starts = [300, 1, 40, 129], [0, 500, 17, 640]
+    cu = [0, *torch.tensor(counts).cumsum(0).tolist()]
+    ctx = [a + b for a, b in zip(starts, counts)]
+    c = make_case(ctx, cu[-1], 8, 2, dim, 32, like.dtype, "cuda", 0, [max(s + 1 - window, 0) if window else 0 for s in starts])
+    c = c.as_fp8() if f8 else c
+    i = lambda v: torch.tensor(v, dtype=torch.int32, device="cuda")
+    a = (c.q, c.k_cache, c.v_cache, c.block_table, c.rows, i(starts), i(cu), work_list(cu).cuda(), c.scale, window, 0.0)
+    want = exact(c.plain() if f8 else c, cu, starts, window, 0.0)
+    return lambda: P.prefill_attention(*a, kv_scales=c.kv_scales), want.cuda()
+'''
+CHECK = '''
+call, want = %s
+torch.cuda.synchronize()
+got = call(); torch.cuda.synchronize()
+e = error(got, want) if got.is_cuda else 0
+same = all(torch.equal(got, call()) for _ in range(200)); torch.cuda.synchronize()
+print("error %%.2e" %% float((got.double() - want).norm() / want.norm()), "same bits" if same else "OTHER BITS", flush=True)
+'''
+TIME = '''
+from jobs.bench.graph_timing import replay_seconds
+from jobs.bench import quantized as q
+rate = q.read_rate()
+for m in (16, 64):
+    for n, k in ((28672, 4096), (6144, 4096)):
+        for name, layer, chosen in (("w4", q.Packed((n, k)), W.tile_of(m, n, k, 132)), ("fp8", q.Fp8((n, k)), R.tile_of(m, n, k, 1, 132)),
+                                    ("bf16", q.Plain((n, k)), R.tile_of(m, n, k, 2, 132))):
+            x = torch.randn(m, k, device="cuda").to(like.dtype)
+            print(name, m, n, k, "%.1f us, floor %.1f" % (layer.ring(x, chosen) * 1e6, layer.bytes / rate * 1e6), tuple(chosen), flush=True)
+from jobs.bench import attention as a
+for model in (a.MISTRAL, a.SMOLLM):
+    for f8 in (False, True):
+        pool = a.Pool(model, 64 * 30 + 8 * 64, f8)
+        print(model.name, f8, [round(a.hopper_prefill(model, s, pool, True)) for s in a.PREFILL_SHAPES[:3]], "TFLOP/s", flush=True)
+        del pool
+'''
+if sys.argv[1:] == ["time"]:
+    sys.exit(subprocess.run([sys.executable, "-c", PRELUDE + TIME], timeout=240).returncode)
+limit = float(sys.argv[1]) if sys.argv[1:] else 40
+begin = time.time()
+procs = []
+names = list(CASES)
+while names or procs:                       # three at a time: compiling takes the longest
+    while names and len(procs) < 3:
+        name = names.pop(0)
+        procs.append((name, time.time(), subprocess.Popen([sys.executable, "-c", PRELUDE + CHECK % CASES[name]], stdout=subprocess.PIPE,
+                                                          stderr=subprocess.STDOUT, text=True)))
+    for entry in list(procs):
+        name, since, p = entry
+        if p.poll() is None and time.time() - since < limit:
+            continue
+        hung = p.poll() is None
+        if hung: p.kill()
+        out = p.communicate()[0].strip().split("\n")
+        print(f"{name:24} {'HANGS ' if hung else ''}{out[-1][:200]}  ({time.time() - since:.0f} s)", flush=True)
+        procs.remove(entry)
+    time.sleep(0.1)
+print(f"{time.time() - begin:.0f} s")

@@ -1,0 +1,153 @@
+"""The Gluon kernels compile for Hopper, without a GPU, to what they are made for; and where their operands' elements lie.
+
+The interpreter knows no layouts, so what hangs on them is checked here: what a lane holds is what mma.sync takes (PTX ISA,
+"Matrix fragments for mma.m16n8k16"), two neighbours along K stand side by side for the assembly, and nothing moves between lanes.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def compiled(function, signature, constants, options):
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import compile as build
+    from triton.experimental.gluon._runtime import GluonASTSource
+
+    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(function.arg_names)
+               if name in signature and name not in ("M", "units")}
+    signature = {name: "constexpr" if name in constants else signature[name] for name in function.arg_names}
+    source = GluonASTSource(function, signature, constants, aligned)
+    return build(source, target=GPUTarget("cuda", 90, 32), options=options)
+
+
+def check_code(kernel: str, constants: dict, copies: int, limit: int, most: int, registers: int) -> None:
+    """copies: of 16 bytes a lane, for a block of 16 x 128 weights; most: instructions for it; limit: of registers, or 0."""
+    from kernels import gemm_few
+
+    kinds = {"scales": "*bf16", "zeros": "*u8", "bias": "*bf16", "out": "*bf16", "x_scales": "*fp32", "weight_scales": "*fp32",
+             "packed": "*i32", "weight": "*i32", "x": "*bf16" if kernel == "_w4_kernel" else "*i32"}
+    function = getattr(gemm_few, kernel)
+    if constants.get("WHOLE") is False:
+        kinds["zeros"] = "*bf16"
+    if kernel == "_w4_kernel":
+        constants = {"GELU": False, "GATED": False, "ZERO": True, "WHOLE": True, "stride_n": 1, **constants}
+    constants = {"BIAS": True, "OVERLAP": True, **constants}
+    signature = {name: kinds.get(name, "i32") for name in function.arg_names if name not in constants}
+    options = {"num_warps": constants["WARPS"], "launch_pdl": True} | ({"maxnreg": limit} if limit else {})
+    built = compiled(function, signature, constants, options)
+    ptx, where = built.asm["ptx"], f"{kernel} {constants}"
+    ahead, tiles = constants["AHEAD"], constants["OUTPUTS"] // 16
+    assert ptx.count("mma.sync") == 8 * ahead * tiles, where
+    early, late = ptx.split("griddepcontrol.wait")      # weights and scales are asked for before, nothing of x
+    assert len(re.findall(r"ld\.global[^;]*v4\.b32", early)) == ahead * tiles * copies, where
+    turns = late[: late.rindex("mma.sync")]
+    assert not re.search(r"shfl|(ld|st)\.shared|ldmatrix|bar\.sync", early + turns), where
+    assert ("st.shared" in late, late.count("bar.sync")) == (constants["WARPS"] > 1, int(constants["WARPS"] > 1)), where
+    sass = built.asm["sass"]
+    assert "STL" not in sass, f"spilled: {where}"
+    taken = 1 + max(int(r) for r in re.findall(r"\bR(\d+)\b", sass))
+    length = loop_length(sass) / ahead / tiles
+    print(f"{where}: {taken} registers, {length:.0f} instructions")
+    assert taken <= registers, where
+    assert length <= most, where
+
+
+def loop_length(sass: str) -> int:
+    """Instructions in the longest loop."""
+    at, labels, longest = 0, {}, 0
+    for line in sass.splitlines():
+        if label := re.fullmatch(r"(LBB\d+):", line):
+            labels[label[1]] = at
+            continue
+        at += 1
+        jump = re.search(r"\bBRA (LBB\d+)", line)
+        if jump and jump[1] in labels:
+            longest = max(longest, at - labels[jump[1]])
+    assert longest, "no loop found"
+    return longest
+
+
+def elements(layout, shape: list[int]) -> dict[tuple[int, int, int], tuple[int, ...]]:
+    """Which element is in (warp, lane, place in the lane), as Triton has it."""
+    from triton._C.libtriton import gluon_ir, ir
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler.compiler import make_backend
+
+    context = ir.context()
+    ir.load_dialects(context)
+    make_backend(GPUTarget("cuda", 90, 32)).load_dialects(context)
+    builder = gluon_ir.GluonOpBuilder(context)
+    linear = builder.to_linear_layout(layout._to_ir(builder), shape)
+
+    def at(number: int, bases: list[list[int]]) -> list[int]:
+        return [sum(basis[dim] for i, basis in enumerate(bases) if number >> i & 1) for dim in range(len(shape))]
+
+    counts = (range(1 << len(bases)) for bases in (linear.warp_bases, linear.lane_bases, linear.reg_bases))
+    return {place: tuple(map(sum, zip(at(place[0], linear.warp_bases), at(place[1], linear.lane_bases),
+                                      at(place[2], linear.reg_bases), strict=True)))
+            for place in itertools.product(*counts)}
+
+
+def check_fragments() -> None:
+    """What lies where in a lane: of runs of 2 just what mma.m16n8k16 takes; of runs of 4 the same k of weights and of x."""
+    from kernels import gemm_few
+
+    sums = elements(gemm_few._sums(4), [4, 16, 8])
+    assert all(at == (warp, lane // 4 + i // 2 * 8, lane % 4 * 2 + i % 2) for (warp, lane, i), at in sums.items())
+    a, b = elements(gemm_few._operand(0, 4, 2), [4, 16, 16]), elements(gemm_few._operand(1, 4, 2), [4, 16, 8])
+    assert (len(a), len(b)) == (4 * 32 * 8, 4 * 32 * 4)
+    for (warp, lane, i), at in a.items():
+        assert at == (warp, lane // 4 + (i // 2 % 2) * 8, lane % 4 * 2 + i % 2 + i // 4 * 8)
+    for (warp, lane, i), at in b.items():
+        assert at == (warp, lane % 4 * 2 + i % 2 + i // 2 * 8, lane // 4)
+
+    a, b = elements(gemm_few._operand(0, 4, 4), [4, 16, 32]), elements(gemm_few._operand(1, 4, 4), [4, 32, 8])
+    assert (len(a), len(b)) == (4 * 32 * 16, 4 * 32 * 8)
+    for (warp, lane, i), at in a.items():
+        k = lane % 4 * 4 + i % 4 + i // 8 * 16
+        assert at == (warp, lane // 4 + (i // 4 % 2) * 8, k)
+        assert b[warp, lane, i % 4 + i // 8 * 4] == (warp, k, lane // 4)
+
+
+def compile_all() -> None:
+    check_fragments()
+    w4 = {"GROUP": 128, "PIECES": 1, "OUTPUTS": 16, "AHEAD": 2, "WARPS": 8}
+    wide = {**w4, "OUTPUTS": 32, "AHEAD": 1, "WARPS": 4}
+    fp8 = {"BLOCKS": False, "OUTPUTS": 16, "AHEAD": 1, "WARPS": 8}
+    for constants, limit, most, registers in (
+        (w4, 64, 180, 64),
+        ({**w4, "WARPS": 16, "AHEAD": 1}, 64, 180, 64),
+        ({**w4, "ZERO": False}, 64, 170, 64),
+        ({**w4, "WHOLE": False}, 0, 205, 80),
+        ({**w4, "GROUP": 0}, 0, 165, 72),
+        ({**w4, "GROUP": 64, "PIECES": 2}, 0, 210, 80),
+        ({**w4, "GROUP": 32, "PIECES": 4}, 0, 255, 128),
+        (wide, 72, 155, 72),
+        ({**wide, "GATED": True}, 72, 160, 72),
+    ):
+        check_code("_w4_kernel", constants, 2, limit, most, registers)
+    for constants, most, registers in (
+        (fp8, 110, 64),
+        ({**fp8, "WARPS": 16, "BLOCKS": True}, 120, 80),
+        ({**fp8, "OUTPUTS": 32, "WARPS": 4}, 95, 96),
+    ):
+        check_code("_fp8_kernel", constants, 4, 0, most, registers)
+
+
+def test_they_compile_for_hopper():
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, __file__], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(ROOT))
+    compile_all()

@@ -1,0 +1,34 @@
+"""Products with 4-bit weights through a ring of shared memory by an emulator of their partitions."""
+
+from __future__ import annotations
+
+import os
+
+os.environ["TRITON_INTERPRET"] = "1"
+
+import pytest
+import torch
+from partitions import emulated
+from quantized_products import ROUNDING, error, integer_layer
+
+from kernels import gemm_w4, gemm_w4_ring
+from kernels.gemm_w4_ring import Tile
+
+ring = emulated(gemm_w4_ring, "_product_kernel")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("tile", [Tile(1, 1, 3, 1), Tile(2, 1, 4, 1), Tile(1, 3, 5, 2), Tile(2, 2, 3, 1)])
+@pytest.mark.parametrize("rows, group, zeros, bias", [
+    (9, 128, "whole", False), (33, 256, "whole", True), (64, 896, "none", False), (16, 128, "none", True),
+    (100, 128, "whole", False),
+])
+def test_rows_groups_and_tiles(rows, group, zeros, bias, tile, dtype):
+    like = torch.empty(0, dtype=dtype)
+    depth = 768 if group == 256 else 896
+    codes, scales, zero, exact = integer_layer(like, 4, 512, depth, group, zeros)
+    x, shift = torch.randn(rows, depth + 16).to(dtype)[:, :depth], torch.randn(512).to(dtype) if bias else None
+    got = ring.product(x, gemm_w4.w4_pack(codes), scales, zero, group, shift, tile)
+    assert got.dtype == dtype
+    assert error(got, x.double() @ exact.t() + (0 if shift is None else shift.double())) < ROUNDING[dtype]
+    assert not bool(gemm_w4.counters(x.device).any())
