@@ -66,12 +66,11 @@ def _worst_step(model: Decoder, table: RowTable, tokens: int) -> None:
     ops.expand(table.tokens, table.block_table, rows, starts, cu_q, length, table.page_size, ids, positions, slots)
     work = [(i, at) for i, n in enumerate(counts) for at in range(0, n, ops.QUERY_TILE)]
     tiles = torch.tensor(work, dtype=torch.int32, device=device)
+    ends = torch.arange(table.max_rows, dtype=torch.int32, device=device) % tokens
     step = StepInputs(ids, positions, slots, table.block_table, rows[:0], 0, 0,
-                      rest_rows=rows, rest_starts=starts, rest_cu_q=cu_q, tiles=tiles)
-    hidden = model(step, caches)
-    sampled = hidden[torch.arange(table.max_rows, device=device) % tokens]
+                      rest_rows=rows, rest_starts=starts, rest_cu_q=cu_q, tiles=tiles, ends=ends)
     dummies = torch.full((table.max_rows,), table.dummy, dtype=torch.int32, device=device)
-    ops.sample(model.logits(sampled), table.params, dummies, torch.zeros_like(dummies))
+    ops.sample(model.logits(model(step, caches)), table.params, dummies, torch.zeros_like(dummies))
     torch.cuda.synchronize(device)
 
 

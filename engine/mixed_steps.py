@@ -9,11 +9,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
 
 from engine.cuda_graphs import padded
+from engine.plan import StepPlan
 from engine.row_table import most_rest
 from kernels import ops
 from kernels.shapes import cdiv, next_power_of_2
@@ -23,6 +25,7 @@ SPARE = 1.25            # a captured shape serves steps down to so many times fe
 WORTH = 3               # the step of a shape that is captured: two launches have cost by then about what a capture costs
 MOST_SHAPES = 256       # that are captured, since every graph keeps some memory
 FEWEST = 64             # tokens that shapes begin at
+LEVELS = 4              # of decode rows, in the shapes that are captured beforehand
 
 
 class Shape(NamedTuple):
@@ -45,6 +48,15 @@ class Shapes:
         self._seen: Counter[Shape] = Counter()
         self._rows = [*(n for n in (0, 8, 16, 32, 64, 128, *range(256, max_rows, 256)) if n < max_rows), max_rows]
 
+    def full(self, sharing: bool) -> list[Shape]:
+        """Shapes that between them serve every step of the most tokens, to be captured before a job begins: it would launch
+        most of its prompts' steps else before any shape of theirs had come up often enough."""
+        if self.most_tokens <= self._max_rows:
+            return []
+        decode = [self._max_rows * level // LEVELS for level in range(LEVELS + 1)]
+        tiles = 2 * cdiv(self.most_tokens, ops.QUERY_TILE)
+        return [self._padded(Shape(most, 1, self.most_tokens - least, tiles, sharing)) for least, most in pairwise(decode)]
+
     def of(self, exact: Shape, captured: Collection[Shape]) -> Shape | None:
         """What to run the next step, of this size, in: a captured shape that is not much larger, or one to capture, once it has
         come up often enough. None: as it is."""
@@ -65,6 +77,12 @@ class Shapes:
         rest, _ = most_rest(tokens, self._max_rows, self._max_len)
         tiles = min(next_power_of_2(max(exact.tiles, FEWEST)), self._most_tiles)
         return Shape(padded(self._rows, exact.decode), rest, tokens, tiles, exact.sharing)
+
+
+def shape_of(plan: StepPlan) -> Shape:
+    """As the step is, without padding."""
+    counts = plan.counts[plan.num_decode :]
+    return Shape(plan.num_decode, counts.size, int(counts.sum()), tiles_of(counts).shape[0], plan.shared is not None)
 
 
 def _rounded(tokens: int) -> int:

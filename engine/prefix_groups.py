@@ -51,12 +51,12 @@ class PrefixGroups:
         if not groups.any():
             return rows, None, None
         order = np.argsort(groups, kind="stable")
-        rows, groups = rows[order], groups[order]
+        arranged, groups = rows[order], groups[order]
         first = np.flatnonzero(np.diff(groups, prepend=-1))
-        counts = np.diff(first, append=rows.size)
+        counts = np.diff(first, append=arranged.size)
         kept = (groups[first] > 0) & (counts >= MIN_ROWS)
         first, counts = first[kept], counts[kept]
-        lengths = self._length[rows[first]]
+        lengths = self._length[arranged[first]]
         if int((counts * lengths).sum()) * self._token_bytes < MIN_BYTES:
             return rows, None, None
         shared = np.zeros(rows.size, dtype=np.int32)
@@ -64,7 +64,7 @@ class PrefixGroups:
         for start, count, length in zip(first.tolist(), counts.tolist(), lengths.tolist(), strict=True):
             shared[start : start + count] = length
             tiles += [(at, min(ops.PREFIX_TILE, start + count - at)) for at in range(start, start + count, ops.PREFIX_TILE)]
-        return rows, shared, np.array(tiles, dtype=np.int32)
+        return arranged, shared, np.array(tiles, dtype=np.int32)
 
     def _look(self, paths: Mapping[int, Sequence[Node]]) -> None:
         self._changed, self._age = False, 0

@@ -13,7 +13,7 @@ from engine import sampler
 from engine.automata import Automata
 from engine.cuda_graphs import CudaGraphs, graph_sizes, padded
 from engine.layers.attention import KVCache, StepInputs
-from engine.mixed_steps import WORTH, Shape, Shapes, tiles_of
+from engine.mixed_steps import WORTH, Shape, Shapes, shape_of, tiles_of
 from engine.models.decoder import Decoder
 from engine.plan import StepPlan, rehearsal
 from engine.prefix_groups import MIN_ROWS
@@ -24,6 +24,7 @@ from kernels import ops
 SHARING_ALWAYS = 64     # decode rows from which on a step always asks for shared prefixes: too cheap then to matter
 NO_ROWS = np.empty(0, dtype=np.int32)
 NO_TILES = np.empty((0, 2), dtype=np.int32)
+TWO = np.array([2], dtype=np.int32)
 
 
 @dataclass(slots=True)
@@ -82,6 +83,9 @@ class Runner:
         table.rows.fill_(table.dummy)
         table.sampled_rows.fill_(table.dummy)
         if self._pinned:
+            for sharing in (False, True) if self._sharing else (False,):
+                for shape in self._graphs.shapes.full(sharing) if self._graphs is not None else ():
+                    self._launch_mixed(rehearsal(table.dummy, 1, TWO, sharing), shape)
             for plan in self._rehearsals():
                 for _ in range(WORTH if self._graphs is not None else 1):        # until it has a graph
                     self._mixed(plan)
@@ -94,7 +98,7 @@ class Runner:
             torch.cuda.empty_cache()             # what the first runs outside the captures used
 
     def _rehearsals(self) -> Iterator[StepPlan]:
-        """Steps of dummy rows: the largest that is to have a graph, in whose memory the others find room, and every variant."""
+        """Steps of dummy rows: the largest that is to have a graph, and every variant."""
         table, graphs = self.table, self._graphs
         for sharing, few in ((False, 1), (True, MIN_ROWS)) if self._sharing else ((False, 1),):
             for decode in sorted({min(few, table.max_rows), table.max_rows}, reverse=True):        # keys are split, and not
@@ -172,12 +176,14 @@ class Runner:
     # --- forward, of steps in which some rows have several queries ---
 
     def _mixed(self, plan: StepPlan) -> Step:
-        graphs, counts, sampled = self._graphs, plan.counts[plan.num_decode :], plan.sampled.size
-        tiles = tiles_of(counts)
-        exact = Shape(plan.num_decode, counts.size, int(counts.sum()), tiles.shape[0], plan.shared is not None)
-        shape = graphs.shapes.of(exact, graphs.mixed.captured) if graphs is not None else None
+        graphs = self._graphs
+        return self._launch_mixed(plan, graphs.shapes.of(shape_of(plan), graphs.mixed.captured) if graphs is not None else None)
+
+    def _launch_mixed(self, plan: StepPlan, shape: Shape | None) -> Step:
+        """shape: None to launch it as it is."""
+        graphs, sampled, exact = self._graphs, plan.sampled.size, shape_of(plan)
         self._stage_decode(plan, (shape or exact).decode, exact.sharing)
-        self._stage_rest(plan, shape or exact, tiles)
+        self._stage_rest(plan, shape or exact)
         self._flush(plan, padded(graphs.sizes, sampled) if graphs is not None else sampled)
         if graphs is None or shape is None:
             self._forward_mixed(exact, self._max_context(plan))
@@ -188,10 +194,11 @@ class Runner:
             graphs.mixed.launch_and_capture(shape)
         return Step(plan, self._logits_of(self._last[:sampled]))
 
-    def _stage_rest(self, plan: StepPlan, shape: Shape, tiles: np.ndarray) -> None:
+    def _stage_rest(self, plan: StepPlan, shape: Shape) -> None:
         """Stage the rest of the plan's rows; dummy rows make up for what the shape has more of."""
         table, n = self.table, plan.num_decode
         rows, starts, counts = plan.rows[n:], plan.starts[n:], plan.counts[n:]
+        tiles = tiles_of(counts)
         spare = shape.tokens - int(counts.sum())
         fill = np.diff(np.append(np.arange(0, spare, table.max_len), spare))            # a row has so many positions at most
         cu_q = np.concatenate([[0], np.cumsum(_filled(np.concatenate([counts, fill]), shape.rest, 0))])
@@ -211,10 +218,10 @@ class Runner:
             self._expand_decode(n, ids[:n], positions[:n], slots[:n])
         rest = table.rest_rows[: shape.rest], table.rest_starts[: shape.rest], table.rest_cu_q[: shape.rest + 1]
         ops.expand(table.tokens, table.block_table, *rest, shape.tokens, table.page_size, ids[n:], positions[n:], slots[n:])
+        size = self._most_sampled(shape)
         inputs = StepInputs(ids, positions, slots, table.block_table, table.rows[:n], n, max_context or table.max_len,
-                            *self._prefixes(n, shape.sharing), *rest, table.tiles[: shape.tiles])
-        hidden, size = self.model(inputs, self.caches.layers), self._most_sampled(shape)
-        return torch.index_select(hidden, 0, table.ends[:size], out=self._last[:size])
+                            *self._prefixes(n, shape.sharing), *rest, table.tiles[: shape.tiles], table.ends[:size])
+        return self._last[:size].copy_(self.model(inputs, self.caches.layers))
 
     def _empty(self, n: int) -> tuple[Tensor, Tensor, Tensor]:
         ids, positions, slots = torch.empty(3, n, dtype=torch.int32, device=self.device).unbind()

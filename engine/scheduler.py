@@ -154,6 +154,7 @@ class Scheduler:
 
     def _plan(self, decode: np.ndarray, rest: np.ndarray, chunks: np.ndarray) -> StepPlan:
         r, shared, prefix_tiles = self.rows, None, None
+        decode = decode[np.argsort(-r.computed[decode], kind="stable")]      # attention begins with the longest: none drags on
         if self._groups is not None:
             decode, shared, prefix_tiles = self._groups.arrange(decode, self._pages.paths)
         rows = np.concatenate([decode, rest])

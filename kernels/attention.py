@@ -53,11 +53,11 @@ def softcapped(scores, inner):
 
 
 @triton.jit
-def key_scaled(scale, inner, kv_scales, head, SOFTCAP: tl.constexpr):
+def key_scaled(scale, inner, k_scale, SOFTCAP: tl.constexpr):
     """scale and inner times the scale of a head's keys."""
     if SOFTCAP:
-        return scale, inner * tl.load(kv_scales + head)
-    return scale * tl.load(kv_scales + head), inner
+        return scale, inner * k_scale
+    return scale * k_scale, inner
 
 
 def log2_scales(scale: float, softcap: float) -> tuple[float, float]:
@@ -77,6 +77,17 @@ def _fp8(cache: Tensor) -> bool:
 
 
 @triton.jit
+def fold_tile(queries, k, v, there, peak, total, acc, scale, inner, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr):
+    """Fold the keys of a tile that are `there` into the softmax sums of queries [BLOCK_M, D]."""
+    k, v = _widened(k, queries.dtype), _widened(v, queries.dtype)
+    scores = tl.dot(queries, tl.trans(k), input_precision=PRECISION)
+    if SOFTCAP:
+        scores = softcapped(scores, inner)
+    scores = tl.where(there[None, :], scores, MASKED)
+    return _fold(scores, v, peak, total, acc, scale, PRECISION)
+
+
+@triton.jit
 def attend(queries, k_cache, v_cache, table, head, lo, hi, peak, total, acc, scale, inner, K: tl.constexpr, P: tl.constexpr,
             D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr):
     """Fold keys lo .. hi of the row whose pages `table` points at into the softmax sums of queries [BLOCK_M, D]."""
@@ -93,12 +104,7 @@ def attend(queries, k_cache, v_cache, table, head, lo, hi, peak, total, acc, sca
         page = tl.load(table + (key + BLOCK_N) // P, mask=key + BLOCK_N < hi, other=0)
         k = tl.load(k_cache + at, mask=there, other=0.0)
         v = tl.load(v_cache + at, mask=there, other=0.0)
-        k, v = _widened(k, queries.dtype), _widened(v, queries.dtype)
-        scores = tl.dot(queries, tl.trans(k), input_precision=PRECISION)
-        if SOFTCAP:
-            scores = softcapped(scores, inner)
-        scores = tl.where((key < hi)[None, :], scores, MASKED)
-        peak, total, acc = _fold(scores, v, peak, total, acc, scale, PRECISION)
+        peak, total, acc = fold_tile(queries, k, v, key < hi, peak, total, acc, scale, inner, SOFTCAP, PRECISION)
     return peak, total, acc
 
 
@@ -150,7 +156,7 @@ def _decode_kernel(q, k_cache, v_cache, kv_scales, block_table, rows, positions,
     queries = tl.load(q + i * q_stride + column, mask=real, other=0.0)
     queries = queries.to(tl.float16 if FP8 else k_cache.dtype.element_ty)
     if FP8:
-        scale, inner = key_scaled(scale, inner, kv_scales, head, SOFTCAP)
+        scale, inner = key_scaled(scale, inner, tl.load(kv_scales + head), SOFTCAP)
     table = block_table + tl.load(rows + i).to(tl.int64) * table_stride
     if SHARED:
         at = i * H + head * G + m
@@ -173,11 +179,11 @@ def _decode_kernel(q, k_cache, v_cache, kv_scales, block_table, rows, positions,
 def _combine_kernel(partial, positions, shared, out, window, splits, H: tl.constexpr, D: tl.constexpr, BLOCK_N: tl.constexpr,
                     BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr, WINDOW: tl.constexpr, SHARED: tl.constexpr,
                     OVERLAP: tl.constexpr):
-    after(OVERLAP)
     head, i = tl.program_id(0), tl.program_id(1).to(tl.int64)
     keys = tl.load(positions + i) + 1
     if SHARED:
         keys -= tl.load(shared + i)
+    after(OVERLAP)
     if WINDOW:
         keys = tl.minimum(keys, window)
     tiles = tl.cdiv(keys, BLOCK_N)
@@ -325,7 +331,7 @@ def _prefill_kernel(q, k_cache, v_cache, kv_scales, block_table, rows, starts, c
     row = (token + m // G).to(tl.int64)[:, None]
     queries = tl.load(q + row * q_stride + column, mask=real, other=0.0).to(tl.float16 if FP8 else k_cache.dtype.element_ty)
     if FP8:
-        scale, inner = key_scaled(scale, inner, kv_scales, head, SOFTCAP)
+        scale, inner = key_scaled(scale, inner, tl.load(kv_scales + head), SOFTCAP)
     start = tl.load(starts + i) + first
     positions = start + m // G
     low = start + r // G                                            # positions of the block's first and last query
@@ -421,7 +427,7 @@ def _prefix_kernel(q, k_cache, v_cache, kv_scales, block_table, rows, shared, ti
     queries = tl.load(q + row[:, None] * q_stride + column, mask=real, other=0.0)
     queries = queries.to(tl.float16 if FP8 else k_cache.dtype.element_ty)
     if FP8:
-        scale, inner = key_scaled(scale, inner, kv_scales, head, SOFTCAP)
+        scale, inner = key_scaled(scale, inner, tl.load(kv_scales + head), SOFTCAP)
     hi = tl.load(shared + first)
     table = block_table + tl.load(rows + first).to(tl.int64) * table_stride
     peak = tl.full([BLOCK_M], LOWEST, tl.float32)

@@ -275,11 +275,15 @@ def _fp8_kernel(x, x_scales, weight, weight_scales, bias, out, M, N, WORDS, BLOC
     for i in gl.static_range(AHEAD):
         ahead += (_fetch_fp8(i, weight_at, scales_at, blocks, BLOCKS, WARPS),)
         weight_at += WARPS * 32
+    if not BLOCKS:
+        weight_scale = gl.load(weight_scales + gl.program_id(0) * OUTPUTS + _count(OUTPUTS, 1, 3, sums))
     after(OVERLAP)
 
     s, s_sums = _count(WARPS, 0, 3, along), _count(WARPS, 0, 3, sums)
     x_at = x + gl.minimum(_count(ROWS, 1, 3, along), M - 1) * WORDS + _count(32, 2, 3, along)
     row = gl.minimum(_count(ROWS, 2, 3, sums), M - 1)
+    if not BLOCKS:
+        x_scale = gl.load(x_scales + row)
     acc = gl.full([WARPS, OUTPUTS, ROWS], 0.0, gl.float32, sums)
     for begin in range(0, gl.cdiv(blocks, WARPS), AHEAD):
         fetched = ()  # type: tuple
@@ -300,8 +304,7 @@ def _fp8_kernel(x, x_scales, weight, weight_scales, bias, out, M, N, WORDS, BLOC
             weight_at += WARPS * 32
         ahead = fetched
     if not BLOCKS:
-        n = gl.program_id(0) * OUTPUTS + _count(OUTPUTS, 1, 3, sums)
-        acc *= gl.load(weight_scales + n) * gl.load(x_scales + row)
+        acc *= weight_scale * x_scale
     _finish(acc, bias, out, M, N, BIAS, False, False, OUTPUTS, WARPS)
 
 
@@ -317,23 +320,29 @@ class Tile(NamedTuple):
     registers: int = 0  # of a thread, at most; 0: as many as the compiler takes
 
 
-WARPS_AT_ONCE = 32 * 132        # of 64 registers, on an H100
+MANY_OUTPUTS = 32 * 132         # more than 16 warps for every 16 of them have room for on an H100
 
 
 @cache
 def tile_of(rows: int, features: int, depth: int, bits: int, gated: bool = False) -> Tile | None:
     """The tile for so many rows of x and a weight [features, depth]; None: not for these kernels.
 
-    gated: the weight is [gate | up]. Guessed so far: jobs/bench/quantized.py --only few --sweep measures all.
+    gated: the weight is [gate | up]. As jobs/bench/quantized.py --only few --sweep measured them on an H100 for the shapes of
+    Mistral-7B, at 1 and 8 rows.
     """
-    outputs = 32 if gated or features >= 1 << 14 else 16
-    if not 1 <= rows <= MOST_ROWS or depth % DEPTH or features % outputs:
-        return None
-    blocks, programs = depth // DEPTH, features // outputs
-    warps = next((n for n in (16, 8) if blocks % n == 0 and programs * n <= WARPS_AT_ONCE), 4)
-    ahead = 2 if bits == 4 and outputs == 16 and blocks % (2 * warps) == 0 else 1
-    registers = (64 if outputs == 16 else 72) if bits == 4 else 0
-    return Tile(warps, outputs, ahead, registers)
+    most = 16 if features <= MANY_OUTPUTS else 8
+    warps = next((n for n in (most, 8) if depth // DEPTH % n == 0), 4)
+    if bits == 8:
+        tile = Tile(warps, 16, 1)
+    elif gated:
+        tile = Tile(4, 64, 1)
+    elif features >= 1 << 14:
+        tile = Tile(4, 32, 1, 72)
+    elif rows <= 2:
+        tile = Tile(warps, 16, 1, 64 if warps == 16 else 72)
+    else:                                       # x is read once for each tile of outputs
+        tile = Tile(warps, 32, 1, 72) if warps == 16 else Tile(warps, 32, 2)
+    return tile if 1 <= rows <= MOST_ROWS and depth % DEPTH == 0 and features % tile.outputs == 0 else None
 
 
 def tile_for(x: Tensor, features: int, bits: int, dtype: torch.dtype, gated: bool = False) -> Tile | None:

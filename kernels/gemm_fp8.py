@@ -35,6 +35,8 @@ def _product_kernel(x, x_scales, weight, weight_scales, bias, out, partial, coun
     lo, hi = split * blocks // splits, (split + 1) * blocks // splits
     if OVERLAP:
         prefetch(weight + tl.minimum(n, N - 1).to(tl.int64) * K + lo * BLOCK_K)
+    if not BLOCKS:
+        weight_scale = tl.load(weight_scales + n, mask=n < N, other=0.0)        # at the end it would be waited for
     after(OVERLAP)
     x += tl.program_id(2).to(tl.int64) * BLOCK_M * K        # of many rows there may be more elements than int32 counts
     acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
@@ -58,7 +60,7 @@ def _product_kernel(x, x_scales, weight, weight_scales, bias, out, partial, coun
         else:
             acc += product
     if not BLOCKS:
-        acc *= tl.load(weight_scales + n, mask=n < N, other=0.0)[:, None]
+        acc *= weight_scale[:, None]
         acc *= tl.load(x_scales + m, mask=m < M, other=0.0)[None, :]
     finish(acc, bias, out, partial, counters, n, m, M, N, splits, BIAS, SPLIT, WARPS)
 

@@ -57,9 +57,8 @@ def shifted(k, shift, heads, inside, d, D: tl.constexpr):
 
 
 @triton.jit
-def scaled(x, scales, inside):
-    """x over the scales of its heads [HEADS], within what e4m3 holds."""
-    scale = tl.load(scales, mask=inside, other=1.0)[:, None]
+def scaled(x, scale):
+    """x over its scale, within what e4m3 holds."""
     return within_e4m3(x.to(tl.float32) / scale)
 
 
@@ -91,8 +90,8 @@ def _rope_and_cache_kernel(qkv, q_weight, k_weight, cos_sin, positions, slots, q
         if SHIFT:
             k = shifted(k, k_shift, kv_heads, kv_inside, d, D)
         if FP8:
-            k = scaled(k, kv_scales + kv_heads, kv_heads < K)
-            v = scaled(v, kv_scales + K + kv_heads, kv_heads < K)
+            k = scaled(k, tl.load(kv_scales + kv_heads, mask=kv_heads < K, other=1.0)[:, None])
+            v = scaled(v, tl.load(kv_scales + K + kv_heads, mask=kv_heads < K, other=1.0)[:, None])
         slot = tl.load(slots + token)
         at = (((slot // P).to(tl.int64) * K + kv_heads) * P + slot % P)[:, None] * D + d[None, :]
         tl.store(k_cache + at, k.to(k_cache.dtype.element_ty), mask=kv_inside)

@@ -24,44 +24,52 @@ def gate(low, up, GELU: tl.constexpr, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def _normalise(h, weight, columns, inside, eps, WIDTH: tl.constexpr, PLUS_ONE: tl.constexpr, DTYPE: tl.constexpr):
+def factors(weight, columns, inside):
+    """A norm's weights. Asked for before the wait: they come from memory, the rows are in the L2."""
+    return tl.load(weight + columns, mask=inside, other=0.0)
+
+
+@triton.jit
+def _normalise(h, w, eps, WIDTH: tl.constexpr, PLUS_ONE: tl.constexpr, DTYPE: tl.constexpr):
     """RMSNorm of one row h (float32, 0 past WIDTH), rounded where the torch twin rounds."""
     h *= tl.rsqrt(tl.sum(h * h, 0) / WIDTH + eps)
-    w = tl.load(weight + columns, mask=inside, other=0.0).to(tl.float32)
+    w = w.to(tl.float32)
     if PLUS_ONE:
         return (h * (1.0 + w)).to(DTYPE)
     return (h.to(DTYPE).to(tl.float32) * w).to(DTYPE)
 
 
 @triton.jit
-def add_and_normalise(x, residual, weight, columns, inside, eps, WIDTH: tl.constexpr, PLUS_ONE: tl.constexpr):
+def add_and_normalise(x, residual, w, columns, inside, eps, WIDTH: tl.constexpr, PLUS_ONE: tl.constexpr):
     """Adds the row at x to the one at residual -> the sum's RMSNorm."""
     h = tl.load(x + columns, mask=inside, other=0.0).to(tl.float32)
     h = (h + tl.load(residual + columns, mask=inside, other=0.0).to(tl.float32)).to(residual.dtype.element_ty)
     tl.store(residual + columns, h, mask=inside)
-    return _normalise(h.to(tl.float32), weight, columns, inside, eps, WIDTH, PLUS_ONE, residual.dtype.element_ty)
+    return _normalise(h.to(tl.float32), w, eps, WIDTH, PLUS_ONE, residual.dtype.element_ty)
 
 
 @triton.jit
 def _rms_norm_kernel(x, weight, out, x_stride, eps, WIDTH: tl.constexpr, BLOCK: tl.constexpr, PLUS_ONE: tl.constexpr,
                      OVERLAP: tl.constexpr):
-    after(OVERLAP)
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     inside = columns < WIDTH
+    w = factors(weight, columns, inside)
+    after(OVERLAP)
     h = tl.load(x + row * x_stride + columns, mask=inside, other=0.0).to(tl.float32)
-    y = _normalise(h, weight, columns, inside, eps, WIDTH, PLUS_ONE, out.dtype.element_ty)
+    y = _normalise(h, w, eps, WIDTH, PLUS_ONE, out.dtype.element_ty)
     tl.store(out + row * WIDTH + columns, y, mask=inside)
 
 
 @triton.jit
 def _add_rms_norm_kernel(x, residual, weight, out, x_stride, residual_stride, eps,
                          WIDTH: tl.constexpr, BLOCK: tl.constexpr, PLUS_ONE: tl.constexpr, OVERLAP: tl.constexpr):
-    after(OVERLAP)
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     inside = columns < WIDTH
-    y = add_and_normalise(x + row * x_stride, residual + row * residual_stride, weight, columns, inside, eps, WIDTH, PLUS_ONE)
+    w = factors(weight, columns, inside)
+    after(OVERLAP)
+    y = add_and_normalise(x + row * x_stride, residual + row * residual_stride, w, columns, inside, eps, WIDTH, PLUS_ONE)
     tl.store(out + row * WIDTH + columns, y, mask=inside)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kernels import ref
 from kernels.overlap import after, launch_options, overlaps
-from kernels.pointwise import add_and_normalise, gate, row_shape
+from kernels.pointwise import add_and_normalise, factors, gate, row_shape
 from kernels.shapes import cdiv
 
 LARGEST = tl.constexpr(ref.E4M3_MAX)
@@ -47,11 +47,12 @@ def _quantize_kernel(x, out, scales, static, x_stride, WIDTH: tl.constexpr, BLOC
 @triton.jit
 def _add_rms_norm_kernel(x, residual, weight, out, scales, static, x_stride, residual_stride, eps, WIDTH: tl.constexpr,
                          BLOCK: tl.constexpr, PLUS_ONE: tl.constexpr, STATIC: tl.constexpr, OVERLAP: tl.constexpr):
-    after(OVERLAP)
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     inside = columns < WIDTH
-    y = add_and_normalise(x + row * x_stride, residual + row * residual_stride, weight, columns, inside, eps, WIDTH, PLUS_ONE)
+    w = factors(weight, columns, inside)
+    after(OVERLAP)
+    y = add_and_normalise(x + row * x_stride, residual + row * residual_stride, w, columns, inside, eps, WIDTH, PLUS_ONE)
     _write_row(y, out, scales, static, row, columns, inside, WIDTH, STATIC)
 
 

@@ -31,6 +31,7 @@ class StepInputs:
     rest_starts: Tensor | None = None    # [N] first position of the row's queries
     rest_cu_q: Tensor | None = None      # [N + 1] where the row's queries stand among the rest's
     tiles: Tensor | None = None          # [M, 2] work list of ops.prefill_attention
+    ends: Tensor | None = None           # [S] the tokens whose hidden states are wanted; None: all
 
 
 @dataclass(slots=True)
@@ -75,7 +76,7 @@ class Attention(nn.Module):
             self.q_norm = self.k_norm = None
 
     def forward(self, x: Tensor, residual: Tensor, norm: RMSNorm, step: StepInputs, cache: LayerCache, cos_sin: Tensor) -> Tensor:
-        """residual += x in place; attention of its norm."""
+        """residual += x in place; what the heads make of its norm, [T, heads * head dim], which `out` is still to project."""
         q_weight = self.q_norm.weight if self.q_norm is not None else None
         k_weight = self.k_norm.weight if self.k_norm is not None else None
         qkv = self.qkv.after_norm(x, residual, norm)
@@ -86,7 +87,7 @@ class Attention(nn.Module):
                                       step.max_context, cache.scales, cache.k_shift)
         else:
             out = self._attend(ops.rope_and_cache(*from_qkv, cache.scales, cache.k_shift), step, cache)
-        return self.out(out.flatten(1))
+        return out.flatten(1)
 
     def _attend(self, q: Tensor, step: StepInputs, cache: LayerCache) -> Tensor:
         n, out = step.num_decode, torch.empty_like(q)

@@ -43,11 +43,17 @@ class Block(nn.Module):
             self.attention_out, self.mlp_out = nn.Identity(), nn.Identity()
             self.mlp_norm = norm("post_attention_layernorm")
 
-    def forward(self, x: Tensor, residual: Tensor, step: StepInputs, cache: LayerCache, cos_sin: Tensor) -> Tensor:
-        """x: what the block before left to be added to `residual`, which is updated in place; returns the same for the next."""
+    def forward(self, x: Tensor, residual: Tensor, step: StepInputs, cache: LayerCache, cos_sin: Tensor,
+                ends: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """x: what the block before left to be added to `residual`, which is updated in place; returns the same for the next.
+
+        `ends`: the tokens to go on with once all have left their keys and values.
+        """
         h = self.attention(x, residual, self.input_norm, step, cache, cos_sin)
-        h = self.mlp(self.attention_out(h), residual, self.mlp_norm)
-        return self.mlp_out(h)
+        if ends is not None:
+            h, residual = h.index_select(0, ends), residual.index_select(0, ends)
+        h = self.mlp(self.attention_out(self.attention.out(h)), residual, self.mlp_norm)
+        return self.mlp_out(h), residual
 
 
 class Decoder(nn.Module):
@@ -106,11 +112,15 @@ class Decoder(nn.Module):
         return sum(2 * module.in_features * module.out_features for module in self.modules() if isinstance(module, Linear))
 
     def forward(self, step: StepInputs, caches: Sequence[LayerCache]) -> Tensor:
-        """-> hidden states [T, hidden_size] after the last norm."""
+        """-> hidden states after the last norm, [S, hidden_size] of step.ends, else [T, hidden_size].
+
+        In the last block the other tokens need no more than their keys and values: of a prompt, nearly a layer is saved.
+        """
         residual = self.embedding(step.ids)
         x = torch.zeros_like(residual)
+        last = self.blocks[-1]
         for block, cache, cos_sin in zip(self.blocks, caches, self.cos_sin, strict=True):
-            x = block(x, residual, step, cache, cos_sin)
+            x, residual = block(x, residual, step, cache, cos_sin, step.ends if block is last else None)
         return self.norm.add(x, residual)
 
     def logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:

@@ -41,6 +41,8 @@ from kernels.split_k import Tile
 DEVICE, DTYPE = "cuda", torch.bfloat16
 L2_BYTES = 64 << 20
 NAN = float("nan")
+import os
+RING = os.environ.get("RING", "w4 fp8 bf16").split()
 LIMIT = {torch.bfloat16: 5e-3, torch.float16: 1e-3}
 
 # Outputs and inputs of each layer's merged projections.
@@ -459,7 +461,7 @@ def sweep_ring(rate: float) -> None:
                 ("fp8", fp8, of_fp8, gemm_ring.tile_of(rows, *shape, 1, chips)),
                 ("bf16", plain, (plain.before, x), gemm_ring.tile_of(rows, *shape, 2, chips)),
             ):
-                if chosen is None:
+                if chosen is None or what not in RING:
                     continue
                 before, found = attempt(*old), rings(what, rows)
                 ways = [(attempt(layer.ring, x, tile), tile) for tile in found]
@@ -564,7 +566,7 @@ def main() -> None:
             list(workers.map(compile_few, [(kind, tile) for kind in ("w4", "w4 gated", "fp8", "block") for tile in FEW_TILES
                                            if kind != "w4 gated" or tile.outputs >= 32], chunksize=4))
         if args.sweep and "ring" in args.only:
-            list(workers.map(compile_ring, [(kind, rows, tile) for rows in RING_ROWS for kind in ("w4", "fp8", "bf16")
+            list(workers.map(compile_ring, [(kind, rows, tile) for rows in RING_ROWS for kind in RING
                                             for tile in rings(kind, rows, (1, 2))], chunksize=2))
     torch.manual_seed(0)
     torch.use_deterministic_algorithms(args.check, warn_only=True)      # torch.empty gives NaN: what no program wrote shows

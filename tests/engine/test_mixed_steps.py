@@ -78,6 +78,19 @@ def test_a_captured_shape_serves_steps_that_are_not_much_smaller() -> None:
     assert often(Shapes(10**12, 2048, 4096, 16384), step, {shape}) is None
 
 
+@pytest.mark.parametrize("max_rows, most", [(2048, 16384), (1000, 16384), (48, 8192)])
+def test_full_shapes_serve_every_step_of_the_most_tokens(max_rows: int, most: int) -> None:
+    shapes = Shapes(1, max_rows, 4096, most)
+    captured = shapes.full(False)
+    for decode in range(0, max_rows, 7):
+        rows = min(max_rows - decode, 100)
+        counts = np.full(rows, (most - decode) // rows)
+        counts[0] += most - decode - counts.sum()
+        step = Shape(decode, rows, most - decode, tiles_of(counts).shape[0], False)
+        assert shapes.of(step, captured) in captured, step
+    assert not Shapes(10**12, max_rows, 4096, most).full(False)      # steps of a model so large hide their launches
+
+
 class LaunchedGraphs:
     """CudaGraphs without CUDA: what is captured is launched once more."""
 

@@ -412,6 +412,8 @@ class Trace:
         assert plan.num_tokens <= self.budget
         assert (plan.counts > 0).all()
         assert (plan.counts[: plan.num_decode] == 1).all()
+        if plan.shared is None:
+            assert (np.diff(plan.starts[: plan.num_decode]) <= 0).all(), "the longest rows come first"
         scheduler, special = self.scheduler, {s.index: s for s in plan.special}
         for k, i in enumerate(plan.sampled.tolist()):
             row, length = int(plan.rows[i]), int(plan.starts[i] + plan.counts[i])
