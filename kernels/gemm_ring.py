@@ -121,7 +121,7 @@ def add_splits(acc, partial, at, size, inside, counter, split, splits):
     last = gl.atomic_add(counter, 1, sem="acq_rel") == splits - 1
     if last:
         acc = gl.zeros_like(acc)
-        AT_ONCE: gl.constexpr = max(1, 64 // acc.shape[1])      # splits whose loads are in flight together
+        AT_ONCE: gl.constexpr = max(1, 4096 // (acc.shape[0] * acc.shape[1]))       # splits whose loads are in flight together
         for first in range(0, splits, AT_ONCE):
             for other in gl.static_range(AT_ONCE):
                 there = inside & (first + other < splits)

@@ -126,6 +126,9 @@ def run_ptx(asm: str, registers: dict[str, np.ndarray]) -> dict[str, np.ndarray]
             case "sub.f16x2" | "sub.bf16x2", [target, a, b]:
                 kind = torch.float16 if op == "sub.f16x2" else torch.bfloat16
                 state[target] = _packed((_halves(value(a), kind) - _halves(value(b), kind)).to(kind))
+            case "mul.f16x2" | "mul.bf16x2", [target, a, b]:
+                kind = torch.float16 if op == "mul.f16x2" else torch.bfloat16
+                state[target] = _packed((_halves(value(a), kind) * _halves(value(b), kind)).to(kind))
             case "fma.rn.f16x2", [target, a, b, c]:
                 a, b, c = (_halves(value(name), torch.float16) for name in (a, b, c))
                 state[target] = _packed((a * b + c).half())

@@ -7,8 +7,8 @@ import subprocess, sys, time
 CASES = {
  "ring bf16": "ring(64, 4096, 4096, 1)", "ring bf16 split": "ring(33, 1024, 4096, 4)", "ring gated": "ring(16, 2048, 4096, 2, 'silu')",
  "ring 2 programs": "ring(64, 28672, 4096, 1, '', 2)", "ring fp8": "fp8(64, 4096, 4096, 1)", "ring fp8 split": "fp8(9, 4096, 14336, 4)",
- "w4 units 1": "w4(64, 1024, 4096, 1, 1, 1)", "w4 units 1 x2": "w4(64, 1024, 4096, 1, 3, 2)", "w4 units 2": "w4(64, 1024, 4096, 2, 1, 1)",
- "w4 units 2 split 16": "w4(16, 4096, 14336, 2, 8, 1)", "prefill bf16 128": "prefill(128, False, 0)", "prefill bf16 64": "prefill(64, False, 0)",
+ "w4 units 1": "w4(64, 1024, 4096, 1, 2, 1, 1)", "w4 units 1 x2": "w4(64, 1024, 4096, 1, 2, 3, 2)", "w4 units 2": "w4(64, 1024, 4096, 2, 4, 1, 1)",
+ "w4 units 2 split 16": "w4(16, 4096, 14336, 2, 4, 8, 1)", "w4 groups 2": "w4(100, 1024, 4096, 2, 2, 3, 1)", "prefill bf16 128": "prefill(128, False, 0)", "prefill bf16 64": "prefill(64, False, 0)",
  "prefill window": "prefill(128, False, 150)", "prefill fp8": "prefill(128, True, 0)", "prefill fp8 64 window": "prefill(64, True, 150)",
 }
 PRELUDE = '''
@@ -27,9 +27,9 @@ def fp8(m, n, k, splits):
     x, sx = ref.fp8_quantize(randn(m, k, like=like)); w, sw = ref.fp8_quantize(randn(n, k, like=like))
     t = R.Tile(splits, R.most_stages(m, 1), 1)
     return lambda: R.product(x, w, None, t, "", sx, sw.flatten(), like.dtype), (x.double() * sx.double()) @ (w.double() * sw.double()).t()
-def w4(m, n, k, units, splits, programs):
+def w4(m, n, k, units, groups, splits, programs):
     codes, s, z, exact = integer_layer(like, 4, n, k, 128, "whole"); x = randn(m, k, like=like); p = gemm_w4.w4_pack(codes)
-    t = W.Tile(units, splits, W.most_stages(m, units, programs), programs)
+    t = W.Tile(units, groups, splits, W.most_stages(m, units, programs), programs)
     return lambda: W.product(x, p, s, z, 128, None, t), x.double() @ exact.t()
 def prefill(dim, f8, window):
     from attention_cases import make_case, exact, work_list

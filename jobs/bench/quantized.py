@@ -422,9 +422,10 @@ SPLITS = (1, 2, 3, 4, 5, 6, 8)         # 5: what the 24 and 48 tiles of 6,144 ou
 def rings(kind: str, rows: int, splits: Sequence[int] = SPLITS) -> list[gemm_ring.Tile] | list[gemm_w4_ring.Tile]:
     few = rows <= gemm_ring.MOST_BESIDE
     if kind == "w4":
-        return [gemm_w4_ring.Tile(units, split, stages, programs) for units, programs in gemm_w4_ring.REGISTERS
-                for split in splits for stages in sorted({gemm_w4_ring.most_stages(rows, units, programs), 4})
-                if (few or units * programs == 1) and rows <= gemm_w4_ring.MOST_ROWS]
+        return [gemm_w4_ring.Tile(units, groups, split, stages, programs)
+                for units, groups, programs in gemm_w4_ring.REGISTERS for split in splits
+                for stages in sorted({gemm_w4_ring.most_stages(rows, units, programs), 4})
+                if (few or groups * programs == 2) and rows <= gemm_w4_ring.MOST_ROWS]
     return [gemm_ring.Tile(split, stages, programs) for programs in gemm_ring.REGISTERS for split in splits
             for stages in sorted({gemm_ring.most_stages(rows, programs), 4})
             if (few or programs == 1) and rows <= gemm_ring.MOST_ROWS[1 if kind == "fp8" else 2]]

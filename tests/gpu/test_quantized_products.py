@@ -65,8 +65,8 @@ def test_tiles_of_few_rows(tile):
             check_few_w4(gemm_few, like, rows, 2 * 480, 1664, 128, tile, activation="gelu_tanh")
 
 
-RINGS = [gemm_w4_ring.Tile(units, splits, min(stages, gemm_w4_ring.most_stages(64, units, programs)), programs)
-         for units, programs in gemm_w4_ring.REGISTERS for splits in (1, 3) for stages in (3, 8)]
+RINGS = [gemm_w4_ring.Tile(units, groups, splits, min(stages, gemm_w4_ring.most_stages(64, units, programs)), programs)
+         for units, groups, programs in gemm_w4_ring.REGISTERS for splits in (1, 3) for stages in (3, 8)]
 
 
 @HOPPER
@@ -120,7 +120,7 @@ def test_overlapping_rings_change_nothing(rows, monkeypatch):
         for gate_up, *down in layers:
             h = ops.add_rms_norm(x, residual, scale, 1e-5)
             h = gemm_ring.product(h, gate_up, None, gemm_ring.Tile(3, 3, 2), "silu")
-            x = gemm_w4_ring.product(h, *down, 128, None, gemm_w4_ring.Tile(2, 5, 3, 1))
+            x = gemm_w4_ring.product(h, *down, 128, None, gemm_w4_ring.Tile(2, 4, 5, 3, 1))
         return torch.cat([x, residual])
 
     with monkeypatch.context() as patch:

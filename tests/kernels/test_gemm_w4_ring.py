@@ -18,7 +18,7 @@ ring = emulated(gemm_w4_ring, "_product_kernel")
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("tile", [Tile(1, 1, 3, 1), Tile(2, 1, 4, 1), Tile(1, 3, 5, 2), Tile(2, 2, 3, 1)])
+@pytest.mark.parametrize("tile", [Tile(1, 2, 1, 3, 1), Tile(2, 4, 1, 4, 1), Tile(1, 2, 3, 5, 2), Tile(2, 2, 2, 3, 1)])
 @pytest.mark.parametrize("rows, group, zeros, bias", [
     (9, 128, "whole", False), (33, 256, "whole", True), (64, 896, "none", False), (16, 128, "none", True),
     (100, 128, "whole", False),
