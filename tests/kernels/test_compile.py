@@ -208,9 +208,10 @@ def compile_gluon() -> None:
         constants = {**heads, "D": dim, "FP8": fp8, "WINDOW": window, **dict.fromkeys(ones, 1)}
         cache = "*fp8e4nv" if fp8 else "*bf16"
         kinds = {"q": "*bf16", "out": "*bf16", "k_cache": cache, "v_cache": cache, "kv_scales": "*fp32", "scale": "fp32",
-                 "window": "i32", "table_stride": "i32", "q_stride": "i32"}
+                 "window": "i32", "table_stride": "i32", "q_stride": "i32", "blocks": "i32"}
         kinds |= dict.fromkeys(("block_table", "rows", "starts", "cu_q", "tiles"), "*i32")
-        built = compiled(function, constants, kinds, ("window", "rows", "starts", "cu_q", "tiles"), prefill_hopper.REGISTERS)
+        odd = "window", "blocks", "rows", "starts", "cu_q", "tiles"
+        built = compiled(function, constants, kinds, odd, prefill_hopper.REGISTERS)
         ptx = built.asm["ptx"]
         assert ptx.count("setmaxnreg") >= 4
         # In each group that computes: no product is waited for right after it was asked for, but the first and the last.
