@@ -316,10 +316,14 @@ def _attend(half: gl.constexpr, block, turn, queries, out, kv_scales, scale, win
     factor = 1.0 / gl.convert_layout(total, gl.SliceLayout(1, OUT))
     if FP8:
         factor = factor * gl.load(kv_scales + K + head)
-    m = r + gl.arange(0, 64, gl.SliceLayout(1, OUT))
-    at = (m // G * (K * G * D) + m % G * D)[:, None] + gl.arange(0, D, gl.SliceLayout(0, OUT))[None, :]
+    # By way of the queries' memory, so that a row's outputs are written together.
+    results = reinterpret(queries, out.dtype.element_ty, queries.shape, queries.layout)
+    results.store((acc * factor[:, None]).to(out.dtype.element_ty))
+    by: gl.constexpr = lines(D, 8)
+    m = r + gl.arange(0, 64, gl.SliceLayout(1, by))
+    at = (m // G * (K * G * D) + m % G * D)[:, None] + gl.arange(0, D, gl.SliceLayout(0, by))[None, :]
     there = out + token.to(gl.int64) * (K * G * D) + head * G * D
-    gl.store(there + at, (acc * factor[:, None]).to(out.dtype.element_ty), mask=(m < count)[:, None])
+    gl.store(there + at, results.load(by), mask=(m < count)[:, None])
 
 
 @gluon.jit
