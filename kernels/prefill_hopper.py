@@ -229,12 +229,21 @@ def _mask(scores, t, positions, window, WINDOW: gl.constexpr, SCORES: gl.constex
 
 
 @gluon.jit
-def _softmax(scores, peak, total, scale):
-    """A turn of the online softmax: (weights, the new peak and total, by what the sums so far shrink)."""
-    higher = gl.maximum(peak, gl.max(scores, 1) * scale)
+def _by_lanes(scores):
+    """[M, N] as [M, N / 8, 4, 2]: of a row, the third are the four lanes that share it. All the others lie in a lane."""
+    return gl.reshape(scores, [scores.shape[0], scores.shape[1] // 8, 4, 2])
+
+
+@gluon.jit
+def _softmax(scores, peak, total, scale, SCORES: gl.constexpr):
+    """A turn of the online softmax: (weights, the new peak and total, by what the sums so far shrink).
+
+    total [M, 4] is each lane's, as they need not be added up but at the end.
+    """
+    higher = gl.maximum(gl.max(gl.max(gl.max(_by_lanes(scores), 3), 1), 1) * scale, peak)
     shrink = gl.exp2(peak - higher)
-    weights = gl.exp2(scores * scale - higher[:, None])
-    return weights, higher, total * shrink + gl.sum(weights, 1), shrink
+    weights = gl.exp2(scores * scale - gl.convert_layout(higher, gl.SliceLayout(1, SCORES), assert_trivial=True)[:, None])
+    return weights, higher, total * shrink[:, None] + gl.sum(gl.sum(_by_lanes(weights), 3), 1), shrink
 
 
 @gluon.jit
@@ -261,7 +270,7 @@ def _turns(first, end, fixed, sums, MASK: gl.constexpr, WINDOW: gl.constexpr, SC
         mbarrier.arrive(k_free.index(stage), count=1)
         if MASK:
             scores = _mask(scores, t, positions, window, WINDOW, SCORES)
-        fresh, peak, total, shrink = _softmax(scores, peak, total, scale)
+        fresh, peak, total, shrink = _softmax(scores, peak, total, scale, SCORES)
         fresh = gl.convert_layout(fresh.to(weights.dtype), gl.DotOperandLayout(0, OUT, 2))
         # Ready since above. But for the branch in this, ptxas would wait for the values first and take the softmax then.
         mbarrier.wait(v_ready.index(before), earlier)
@@ -288,15 +297,13 @@ def _attend(half: gl.constexpr, block, turn, queries, out, kv_scales, scale, win
     if FP8:
         scale = scale * gl.load(kv_scales + head)
     positions = start + (r + gl.arange(0, 64, gl.SliceLayout(1, SCORES))) // G
-    peak = gl.full([64], LOWEST, gl.float32, gl.SliceLayout(1, SCORES))
-    total = gl.full([64], 0.0, gl.float32, gl.SliceLayout(1, SCORES))
     acc = gl.zeros([64, D], gl.float32, OUT)
     stage, phase = _turn(turn)
     await_operands(k_ready.index(stage), phase)
     nothing = gl.zeros([64, BLOCK_N], gl.float32, SCORES)
     scores = warpgroup_mma(queries, k_tiles.index(stage).permute((1, 0)), nothing, use_acc=False)
     mbarrier.arrive(k_free.index(stage), count=1)
-    weights, peak, total, _ = _softmax(_mask(scores, last, positions, window, WINDOW, SCORES), peak, total, scale)
+    weights, peak, total, _ = _softmax(_mask(scores, last, positions, window, WINDOW, SCORES), LOWEST, 0.0, scale, SCORES)
     weights = gl.convert_layout(weights.to(queries.dtype), gl.DotOperandLayout(0, OUT, 2))
     edge = gl.minimum((start + r // G + 1) // BLOCK_N, last)    # from this tile on some query does not see all
     inner = lo
@@ -313,7 +320,7 @@ def _attend(half: gl.constexpr, block, turn, queries, out, kv_scales, scale, win
     await_operands(v_ready.index(stage), phase)
     acc = warpgroup_mma(weights, v_tiles.index(stage), acc)
     mbarrier.arrive(v_free.index(stage), count=1)
-    factor = 1.0 / gl.convert_layout(total, gl.SliceLayout(1, OUT))
+    factor = 1.0 / gl.convert_layout(gl.sum(total, 1), gl.SliceLayout(1, OUT))
     if FP8:
         factor = factor * gl.load(kv_scales + K + head)
     # By way of the queries' memory, so that a row's outputs are written together.
