@@ -261,10 +261,10 @@ def _turns(first, end, fixed, sums, MASK: gl.constexpr, WINDOW: gl.constexpr, SC
     for t in range(first, end, -1):
         stage, phase = _turn(turns - t)
         before, earlier = _turn(turns - t - 1)
-        await_operands(k_ready.index(stage), phase)
+        mbarrier.wait(k_ready.index(stage), phase)
+        await_operands(v_ready.index(before), earlier)
         nothing = gl.zeros([ROWS, BLOCK_N], gl.float32, SCORES)
         scores = warpgroup_mma(queries, k_tiles.index(stage).permute((1, 0)), nothing, use_acc=False, is_async=True)
-        await_operands(v_ready.index(before), earlier)
         acc = warpgroup_mma(weights, v_tiles.index(before), acc, is_async=True)
         scores = warpgroup_mma_wait(1, deps=(scores,))
         mbarrier.arrive(k_free.index(stage), count=1)
