@@ -32,6 +32,7 @@ GROUP = gl.constexpr(hopper.GROUP)
 STAGES = gl.constexpr(2)    # tiles of each ring, and blocks whose queries are there
 # Registers of a thread: what twelve warps have on average when they fill a multiprocessor, and how those share it.
 REGISTERS, COMPUTING, BRINGING = 168, 216, 72
+ALTERNATE = True            # whether the two groups ask the tensor cores in turn: one's softmax runs beside the other's products
 
 # --- the work list --------------------------------------------------------------------------------------------------------------
 
@@ -247,12 +248,19 @@ def _softmax(scores, peak, total, scale, SCORES: gl.constexpr):
 
 
 @gluon.jit
-def _turns(first, end, fixed, sums, MASK: gl.constexpr, WINDOW: gl.constexpr, SCORES: gl.constexpr, OUT: gl.constexpr):
+def _await_turn(half: gl.constexpr, order, n):
+    """Until the other group has asked for its products of turn n, or, of the group that asks first, of turn n - 1."""
+    mbarrier.wait(order.index(half), (n + half + 1) & 1)
+
+
+@gluon.jit
+def _turns(half: gl.constexpr, first, end, fixed, sums, MASK: gl.constexpr, WINDOW: gl.constexpr, SCORES: gl.constexpr,
+           OUT: gl.constexpr, ALTERNATE: gl.constexpr):
     """Tiles first, first - 1, ... down to end + 1. `weights` are those of the tile before, whose values are not yet in acc.
 
     Tile t is the (turns - t)-th of the program.
     """
-    turns, queries, positions, window, scale, rings, bars = fixed
+    turns, queries, positions, window, scale, rings, bars, order = fixed
     weights, peak, total, acc = sums
     k_tiles, v_tiles = rings
     k_ready, k_free, v_ready, v_free = bars
@@ -263,9 +271,13 @@ def _turns(first, end, fixed, sums, MASK: gl.constexpr, WINDOW: gl.constexpr, SC
         before, earlier = _turn(turns - t - 1)
         mbarrier.wait(k_ready.index(stage), phase)
         await_operands(v_ready.index(before), earlier)
+        if ALTERNATE:
+            _await_turn(half, order, turns - t)
         nothing = gl.zeros([ROWS, BLOCK_N], gl.float32, SCORES)
         scores = warpgroup_mma(queries, k_tiles.index(stage).permute((1, 0)), nothing, use_acc=False, is_async=True)
         acc = warpgroup_mma(weights, v_tiles.index(before), acc, is_async=True)
+        if ALTERNATE:
+            mbarrier.arrive(order.index(1 - half), count=1)
         scores = warpgroup_mma_wait(1, deps=(scores,))
         mbarrier.arrive(k_free.index(stage), count=1)
         if MASK:
@@ -282,8 +294,8 @@ def _turns(first, end, fixed, sums, MASK: gl.constexpr, WINDOW: gl.constexpr, SC
 
 
 @gluon.jit
-def _attend(half: gl.constexpr, block, turn, queries, out, kv_scales, scale, window, rings, bars, G: gl.constexpr,
-            K: gl.constexpr, WINDOW: gl.constexpr, FP8: gl.constexpr):
+def _attend(half: gl.constexpr, block, turn, queries, out, kv_scales, scale, window, rings, bars, order, G: gl.constexpr,
+            K: gl.constexpr, WINDOW: gl.constexpr, FP8: gl.constexpr, ALTERNATE: gl.constexpr):
     """Rows 64 half .. 64 half + 64 of a block's, whose queries are there."""
     _, head, token, start, count, r, low, high = block
     k_tiles, v_tiles = rings
@@ -300,8 +312,13 @@ def _attend(half: gl.constexpr, block, turn, queries, out, kv_scales, scale, win
     acc = gl.zeros([64, D], gl.float32, OUT)
     stage, phase = _turn(turn)
     await_operands(k_ready.index(stage), phase)
+    if ALTERNATE:
+        _await_turn(half, order, turn)
     nothing = gl.zeros([64, BLOCK_N], gl.float32, SCORES)
-    scores = warpgroup_mma(queries, k_tiles.index(stage).permute((1, 0)), nothing, use_acc=False)
+    scores = warpgroup_mma(queries, k_tiles.index(stage).permute((1, 0)), nothing, use_acc=False, is_async=True)
+    if ALTERNATE:
+        mbarrier.arrive(order.index(1 - half), count=1)
+    scores = warpgroup_mma_wait(0, deps=(scores,))
     mbarrier.arrive(k_free.index(stage), count=1)
     weights, peak, total, _ = _softmax(_mask(scores, last, positions, window, WINDOW, SCORES), LOWEST, 0.0, scale, SCORES)
     weights = gl.convert_layout(weights.to(queries.dtype), gl.DotOperandLayout(0, OUT, 2))
@@ -309,12 +326,12 @@ def _attend(half: gl.constexpr, block, turn, queries, out, kv_scales, scale, win
     inner = lo
     if WINDOW:                                                  # nor before this one
         inner = gl.minimum(gl.maximum(high + BLOCK_N - window, 0) // BLOCK_N, edge)
-    fixed = turn + last, queries, positions, window, scale, rings, bars
+    fixed = turn + last, queries, positions, window, scale, rings, bars, order
     sums = weights, peak, total, acc
-    sums = _turns(last - 1, edge - 1, fixed, sums, True, WINDOW, SCORES, OUT)
-    sums = _turns(edge - 1, inner - 1, fixed, sums, False, WINDOW, SCORES, OUT)
+    sums = _turns(half, last - 1, edge - 1, fixed, sums, True, WINDOW, SCORES, OUT, ALTERNATE)
+    sums = _turns(half, edge - 1, inner - 1, fixed, sums, False, WINDOW, SCORES, OUT, ALTERNATE)
     if WINDOW:
-        sums = _turns(inner - 1, lo - 1, fixed, sums, True, WINDOW, SCORES, OUT)
+        sums = _turns(half, inner - 1, lo - 1, fixed, sums, True, WINDOW, SCORES, OUT, ALTERNATE)
     weights, peak, total, acc = sums
     stage, phase = _turn(turn + last - lo)
     await_operands(v_ready.index(stage), phase)
@@ -334,8 +351,9 @@ def _attend(half: gl.constexpr, block, turn, queries, out, kv_scales, scale, win
 
 
 @gluon.jit
-def _compute(half: gl.constexpr, work, window, queries, out, kv_scales, scale, rings, bars, q_bars, G: gl.constexpr,
-             K: gl.constexpr, TILE: gl.constexpr, BLOCK_M: gl.constexpr, WINDOW: gl.constexpr, FP8: gl.constexpr):
+def _compute(half: gl.constexpr, known, G: gl.constexpr, K: gl.constexpr, TILE: gl.constexpr, BLOCK_M: gl.constexpr,
+             WINDOW: gl.constexpr, FP8: gl.constexpr, ALTERNATE: gl.constexpr):
+    work, window, queries, out, kv_scales, scale, rings, bars, q_bars, order = known
     q_ready, q_free = q_bars
     k_tiles = rings[0]
     BLOCK_N: gl.constexpr = k_tiles.shape[1]
@@ -353,9 +371,11 @@ def _compute(half: gl.constexpr, work, window, queries, out, kv_scales, scale, r
                 converted = reinterpret(mine, k_tiles.dtype, mine.shape, mine.layout)
                 converted.store(mine.load(by).to(k_tiles.dtype))
                 fence_async_shared()
-                _attend(half, block, turn, converted, out, kv_scales, scale, window, rings, bars, G, K, WINDOW, FP8)
+                _attend(half, block, turn, converted, out, kv_scales, scale, window, rings, bars, order, G, K, WINDOW, FP8,
+                        ALTERNATE)
             else:
-                _attend(half, block, turn, mine, out, kv_scales, scale, window, rings, bars, G, K, WINDOW, FP8)
+                _attend(half, block, turn, mine, out, kv_scales, scale, window, rings, bars, order, G, K, WINDOW, FP8,
+                        ALTERNATE)
             mbarrier.arrive(q_free.index(stage), count=1)
             taken += 1
             turn += high // BLOCK_N - low // BLOCK_N + 1
@@ -377,7 +397,7 @@ def _barriers(count: gl.constexpr):
 def _prefill_kernel(q, k_cache, v_cache, kv_scales, block_table, rows, starts, cu_q, tiles, out, scale, window, table_stride,
                     q_stride, blocks, H: gl.constexpr, K: gl.constexpr, P: gl.constexpr, D: gl.constexpr, TILE: gl.constexpr,
                     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, WINDOW: gl.constexpr, FP8: gl.constexpr,
-                    COMPUTING: gl.constexpr, BRINGING: gl.constexpr):
+                    ALTERNATE: gl.constexpr, COMPUTING: gl.constexpr, BRINGING: gl.constexpr):
     G: gl.constexpr = H // K
     DTYPE: gl.constexpr = gl.float16 if FP8 else k_cache.dtype.element_ty
     half: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_M // 2, D], DTYPE)
@@ -394,12 +414,14 @@ def _prefill_kernel(q, k_cache, v_cache, kv_scales, block_table, rows, starts, c
     # What is read is free again once both groups have read it.
     bars = _barriers(ARRIVING), _barriers(2), _barriers(ARRIVING), _barriers(2)
     q_bars = _barriers(GROUP), _barriers(2)
+    order = _barriers(1)        # one for each group's turn
     work = tiles, starts, cu_q, blocks
     tables = rows, block_table, table_stride
     inputs = q, q_stride, k_cache, v_cache
+    known = work, window, queries, out, kv_scales, scale, rings, bars, q_bars, order
     gl.warp_specialize([
-        (_compute, (0, work, window, queries, out, kv_scales, scale, rings, bars, q_bars, G, K, TILE, BLOCK_M, WINDOW, FP8)),
-        (_compute, (1, work, window, queries, out, kv_scales, scale, rings, bars, q_bars, G, K, TILE, BLOCK_M, WINDOW, FP8)),
+        (_compute, (0, known, G, K, TILE, BLOCK_M, WINDOW, FP8, ALTERNATE)),
+        (_compute, (1, known, G, K, TILE, BLOCK_M, WINDOW, FP8, ALTERNATE)),
         (_bring, (inputs, work, tables, window, queries, rings, bars, q_bars, raw, G, K, P, TILE, BLOCK_M, WINDOW, FP8)),
     ], [4, 4], [COMPUTING, BRINGING])
 
@@ -424,6 +446,6 @@ def prefill_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: 
     _prefill_kernel[min(blocks, programs),](
         q, k_cache, v_cache, out if kv_scales is None else kv_scales, block_table, rows, starts, cu_q, tiles, out,
         attention.LOG2E * scale, window, block_table.stride(0), q.stride(0), blocks, H=heads, K=kv_heads, P=page, D=dim,
-        TILE=QUERY_TILE, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, WINDOW=window > 0, FP8=kv_scales is not None, COMPUTING=COMPUTING,
-        BRINGING=BRINGING, num_warps=4, maxnreg=REGISTERS)
+        TILE=QUERY_TILE, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, WINDOW=window > 0, FP8=kv_scales is not None,
+        ALTERNATE=ALTERNATE, COMPUTING=COMPUTING, BRINGING=BRINGING, num_warps=4, maxnreg=REGISTERS)
     return out
