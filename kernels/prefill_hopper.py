@@ -6,7 +6,8 @@ memory. FP8 ones become float16 on the way, so that the groups that compute find
 the tensor cores for the scores of a tile and, behind them, for the weighed values of the tile before; they take the softmax of
 the scores while the values are added up.
 
-As one program fills a multiprocessor, it takes block after block: what the next one needs is on its way before this one is done.
+As one program fills a multiprocessor, it takes block after block, whichever comes next when it has brought all of one: what that
+needs is on its way before this one is done.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from kernels.assembly import WIDEN
 from kernels.hopper import arrive_when_copied, async_load, await_operands, barrier, lines, processors, reinterpret
 from kernels.ref import QUERY_TILE
 from kernels.shapes import cdiv
+from kernels.split_k import counters
 
 MASKED, LOWEST = attention.MASKED, attention.LOWEST
 BLOCK_M = 128               # rows of a program
@@ -58,6 +60,29 @@ def _block(n, work, window, G: gl.constexpr, K: gl.constexpr, TILE: gl.constexpr
     if WINDOW:
         low = gl.maximum(start + r // G + 1 - window, 0)
     return i, head, token, start, count, r, low, start + (gl.minimum(r + BLOCK_M, count) - 1) // G
+
+
+@gluon.jit
+def _hand_over(ready):
+    barrier()       # one thread arrives for all
+    mbarrier.arrive(ready, count=1)
+
+
+ONE = gl.constexpr(gl.BlockedLayout([1], [32], [4], [0]))
+
+
+@gluon.jit
+def _tell(n, names, told, stage):
+    """To the groups that compute: their next block is n."""
+    names.index(stage).store(gl.full([1], n, gl.int32, ONE))
+    _hand_over(told.index(stage))
+
+
+@gluon.jit
+def _next(names, told, taken):
+    stage, phase = _turn(taken)
+    mbarrier.wait(told.index(stage), phase)
+    return gl.max(names.index(stage).load(ONE), 0)
 
 
 @gluon.jit
@@ -143,12 +168,6 @@ def _bring_tiles(cache, block, span, turn, rings, bars, K: gl.constexpr, P: gl.c
 
 
 @gluon.jit
-def _hand_over(ready):
-    barrier()       # one thread arrives for all
-    mbarrier.arrive(ready, count=1)
-
-
-@gluon.jit
 def _bring_widened(cache, block, span, turn, rings, bars, raw, K: gl.constexpr, P: gl.constexpr):
     """FP8 keys and values: copied to `raw`, the next while the one before is widened and computed with."""
     k_cache, v_cache = cache
@@ -190,18 +209,21 @@ def _bring_widened(cache, block, span, turn, rings, bars, raw, K: gl.constexpr, 
 
 
 @gluon.jit
-def _bring(inputs, work, tables, window, queries, rings, bars, q_bars, raw, G: gl.constexpr, K: gl.constexpr, P: gl.constexpr,
-           TILE: gl.constexpr, BLOCK_M: gl.constexpr, WINDOW: gl.constexpr, FP8: gl.constexpr):
+def _bring(inputs, work, counter, tables, window, queries, names, rings, bars, q_bars, raw, G: gl.constexpr, K: gl.constexpr,
+           P: gl.constexpr, TILE: gl.constexpr, BLOCK_M: gl.constexpr, WINDOW: gl.constexpr, FP8: gl.constexpr):
     q, q_stride, k_cache, v_cache = inputs
     rows, block_table, table_stride = tables
-    q_ready, q_free = q_bars
+    told, q_ready, q_free = q_bars
+    blocks = work[3]
     BLOCK_N: gl.constexpr = rings[0].shape[1]
     taken, turn = 0, 0      # blocks and tiles so far
-    for n in range(gl.program_id(0), work[3], gl.num_programs(0)):
+    n = gl.program_id(0)
+    while n < blocks:
         i, head, token, _, count, r, low, high = _block(n, work, window, G, K, TILE, BLOCK_M, WINDOW)
         if r < count:
             stage, phase = _turn(taken)
             mbarrier.wait(q_free.index(stage), phase ^ 1)
+            _tell(n, names, told, stage)
             _copy_queries(q, q_stride, head, token, count, r, queries, stage, G)
             arrive_when_copied(q_ready.index(stage))
             table = block_table + gl.load(rows + i).to(gl.int64) * table_stride
@@ -214,6 +236,13 @@ def _bring(inputs, work, tables, window, queries, rings, bars, q_bars, raw, G: g
                 _bring_tiles(cache, block, span, turn, rings, bars, K, P)
             taken += 1
             turn += high // BLOCK_N - low // BLOCK_N + 1
+        n = gl.num_programs(0) + gl.atomic_add(counter, 1, sem="relaxed")
+    stage, phase = _turn(taken)
+    mbarrier.wait(q_free.index(stage), phase ^ 1)
+    _tell(blocks, names, told, stage)
+    if gl.atomic_add(counter + 1, 1, sem="acq_rel") == gl.num_programs(0) - 1:      # for the next launch
+        gl.store(counter, 0)
+        gl.store(counter + 1, 0)
 
 
 # --- the groups that compute ----------------------------------------------------------------------------------------------------
@@ -353,32 +382,31 @@ def _attend(half: gl.constexpr, block, turn, queries, out, kv_scales, scale, win
 @gluon.jit
 def _compute(half: gl.constexpr, known, G: gl.constexpr, K: gl.constexpr, TILE: gl.constexpr, BLOCK_M: gl.constexpr,
              WINDOW: gl.constexpr, FP8: gl.constexpr, ALTERNATE: gl.constexpr):
-    work, window, queries, out, kv_scales, scale, rings, bars, q_bars, order = known
-    q_ready, q_free = q_bars
+    work, window, queries, names, out, kv_scales, scale, rings, bars, q_bars, order = known
+    told, q_ready, q_free = q_bars
     k_tiles = rings[0]
     BLOCK_N: gl.constexpr = k_tiles.shape[1]
     D: gl.constexpr = k_tiles.shape[2]
     by: gl.constexpr = lines(D, 8)
     taken, turn = 0, 0      # blocks and tiles so far
-    for n in range(gl.program_id(0), work[3], gl.num_programs(0)):
+    n = _next(names, told, taken)
+    while n < work[3]:
         block = _block(n, work, window, G, K, TILE, BLOCK_M, WINDOW)
-        _, _, _, _, count, r, low, high = block
-        if r < count:
-            stage, phase = _turn(taken)
-            await_operands(q_ready.index(stage), phase)
-            mine = queries.index(stage * 2 + half)
-            if mine.dtype != k_tiles.dtype:     # of FP8 keys: converted where they lie
-                converted = reinterpret(mine, k_tiles.dtype, mine.shape, mine.layout)
-                converted.store(mine.load(by).to(k_tiles.dtype))
-                fence_async_shared()
-                _attend(half, block, turn, converted, out, kv_scales, scale, window, rings, bars, order, G, K, WINDOW, FP8,
-                        ALTERNATE)
-            else:
-                _attend(half, block, turn, mine, out, kv_scales, scale, window, rings, bars, order, G, K, WINDOW, FP8,
-                        ALTERNATE)
-            mbarrier.arrive(q_free.index(stage), count=1)
-            taken += 1
-            turn += high // BLOCK_N - low // BLOCK_N + 1
+        _, _, _, _, _, _, low, high = block
+        stage, phase = _turn(taken)
+        await_operands(q_ready.index(stage), phase)
+        mine = queries.index(stage * 2 + half)
+        if mine.dtype != k_tiles.dtype:     # of FP8 keys: converted where they lie
+            converted = reinterpret(mine, k_tiles.dtype, mine.shape, mine.layout)
+            converted.store(mine.load(by).to(k_tiles.dtype))
+            fence_async_shared()
+            _attend(half, block, turn, converted, out, kv_scales, scale, window, rings, bars, order, G, K, WINDOW, FP8, ALTERNATE)
+        else:
+            _attend(half, block, turn, mine, out, kv_scales, scale, window, rings, bars, order, G, K, WINDOW, FP8, ALTERNATE)
+        mbarrier.arrive(q_free.index(stage), count=1)
+        taken += 1
+        turn += high // BLOCK_N - low // BLOCK_N + 1
+        n = _next(names, told, taken)
 
 
 # --- the program ----------------------------------------------------------------------------------------------------------------
@@ -394,9 +422,9 @@ def _barriers(count: gl.constexpr):
 
 
 @gluon.jit(do_not_specialize=["blocks"], do_not_specialize_on_alignment=["rows", "starts", "cu_q", "tiles"])
-def _prefill_kernel(q, k_cache, v_cache, kv_scales, block_table, rows, starts, cu_q, tiles, out, scale, window, table_stride,
-                    q_stride, blocks, H: gl.constexpr, K: gl.constexpr, P: gl.constexpr, D: gl.constexpr, TILE: gl.constexpr,
-                    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, WINDOW: gl.constexpr, FP8: gl.constexpr,
+def _prefill_kernel(q, k_cache, v_cache, kv_scales, block_table, rows, starts, cu_q, tiles, out, counter, scale, window,
+                    table_stride, q_stride, blocks, H: gl.constexpr, K: gl.constexpr, P: gl.constexpr, D: gl.constexpr,
+                    TILE: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, WINDOW: gl.constexpr, FP8: gl.constexpr,
                     ALTERNATE: gl.constexpr, COMPUTING: gl.constexpr, BRINGING: gl.constexpr):
     G: gl.constexpr = H // K
     DTYPE: gl.constexpr = gl.float16 if FP8 else k_cache.dtype.element_ty
@@ -413,16 +441,18 @@ def _prefill_kernel(q, k_cache, v_cache, kv_scales, block_table, rows, starts, c
     ARRIVING: gl.constexpr = 1 if FP8 else GROUP
     # What is read is free again once both groups have read it.
     bars = _barriers(ARRIVING), _barriers(2), _barriers(ARRIVING), _barriers(2)
-    q_bars = _barriers(GROUP), _barriers(2)
+    names = gl.allocate_shared_memory(gl.int32, [STAGES, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))     # the blocks, by number
+    q_bars = _barriers(1), _barriers(GROUP), _barriers(2)
     order = _barriers(1)        # one for each group's turn
     work = tiles, starts, cu_q, blocks
     tables = rows, block_table, table_stride
     inputs = q, q_stride, k_cache, v_cache
-    known = work, window, queries, out, kv_scales, scale, rings, bars, q_bars, order
+    known = work, window, queries, names, out, kv_scales, scale, rings, bars, q_bars, order
     gl.warp_specialize([
         (_compute, (0, known, G, K, TILE, BLOCK_M, WINDOW, FP8, ALTERNATE)),
         (_compute, (1, known, G, K, TILE, BLOCK_M, WINDOW, FP8, ALTERNATE)),
-        (_bring, (inputs, work, tables, window, queries, rings, bars, q_bars, raw, G, K, P, TILE, BLOCK_M, WINDOW, FP8)),
+        (_bring, (inputs, work, counter, tables, window, queries, names, rings, bars, q_bars, raw, G, K, P, TILE, BLOCK_M, WINDOW,
+                  FP8)),
     ], [4, 4], [COMPUTING, BRINGING])
 
 
@@ -445,7 +475,7 @@ def prefill_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: 
     blocks = tiles.shape[0] * cdiv(QUERY_TILE * (heads // kv_heads), BLOCK_M) * kv_heads
     _prefill_kernel[min(blocks, programs),](
         q, k_cache, v_cache, out if kv_scales is None else kv_scales, block_table, rows, starts, cu_q, tiles, out,
-        attention.LOG2E * scale, window, block_table.stride(0), q.stride(0), blocks, H=heads, K=kv_heads, P=page, D=dim,
-        TILE=QUERY_TILE, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, WINDOW=window > 0, FP8=kv_scales is not None,
+        counters(q.device), attention.LOG2E * scale, window, block_table.stride(0), q.stride(0), blocks, H=heads, K=kv_heads,
+        P=page, D=dim, TILE=QUERY_TILE, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, WINDOW=window > 0, FP8=kv_scales is not None,
         ALTERNATE=ALTERNATE, COMPUTING=COMPUTING, BRINGING=BRINGING, num_warps=4, maxnreg=REGISTERS)
     return out

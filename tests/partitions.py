@@ -154,7 +154,7 @@ class Chip:
         self._mine, self._broken, self._draw = Partition(), threading.Event(), random.Random(seed)
 
     def names(self) -> dict[str, Any]:
-        types = {name: getattr(torch, name) for name in ("float16", "float32", "bfloat16", "int16", "int64")}
+        types = {name: getattr(torch, name) for name in ("float16", "float32", "bfloat16", "int16", "int32", "int64")}
         layouts = dict.fromkeys(("SliceLayout", "BlockedLayout", "NVMMADistributedLayout", "DotOperandLayout",
                                  "SwizzledSharedLayout"), lambda *args: None)
         gl = SimpleNamespace(

@@ -210,7 +210,7 @@ def compile_gluon() -> None:
         cache = "*fp8e4nv" if fp8 else "*bf16"
         kinds = {"q": "*bf16", "out": "*bf16", "k_cache": cache, "v_cache": cache, "kv_scales": "*fp32", "scale": "fp32",
                  "window": "i32", "table_stride": "i32", "q_stride": "i32", "blocks": "i32"}
-        kinds |= dict.fromkeys(("block_table", "rows", "starts", "cu_q", "tiles"), "*i32")
+        kinds |= dict.fromkeys(("block_table", "rows", "starts", "cu_q", "tiles", "counter"), "*i32")
         odd = "window", "blocks", "rows", "starts", "cu_q", "tiles"
         built = compiled(function, constants, kinds, odd, prefill_hopper.REGISTERS)
         ptx = built.asm["ptx"]
