@@ -14,6 +14,7 @@ from triton.runtime.jit import constexpr_function
 # By their names of before Triton 3.9, and of since.
 async_load = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
 barrier = getattr(gl, "barrier", None) or gl.thread_barrier
+reinterpret = getattr(gl.shared_memory_descriptor, "reinterpret", None) or gl.shared_memory_descriptor._reinterpret
 
 GROUP = 128                     # threads of a warp group
 SHARED_BYTES = 226 << 10        # of one multiprocessor, less what the system keeps

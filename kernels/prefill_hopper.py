@@ -1,10 +1,13 @@
 """Prefill attention on Hopper as FlashAttention-3 has it (arXiv 2407.08608), in Gluon: some warps bring keys, others compute.
 
-A program has 128 rows, queries times heads as in attention.py, 64 to each of two warp groups. A third group brings the keys and
-values of tile after tile, from the last that a query sees to the first, and page by page, into two rings of shared memory. FP8
-ones become float16 on the way, so that the groups that compute find all alike and none is converted twice. These ask the tensor
-cores for the scores of a tile and, behind them, for the weighed values of the tile before; they take the softmax of the scores
-while the values are added up.
+A block has 128 rows, queries times heads as in attention.py, 64 to each of two warp groups. A third group brings its queries, and
+the keys and values of tile after tile, from the last that a query sees to the first, and page by page, into two rings of shared
+memory. FP8 ones become float16 on the way, so that the groups that compute find all alike and none is converted twice. These ask
+the tensor cores for the scores of a tile and, behind them, for the weighed values of the tile before; they take the softmax of
+the scores while the values are added up.
+
+As one program fills a multiprocessor, it takes block after block, whichever comes next when it has brought all of one: what that
+needs is on its way before this one is done.
 """
 
 from __future__ import annotations
@@ -19,19 +22,90 @@ from triton.runtime.jit import constexpr_function
 
 from kernels import attention, hopper
 from kernels.assembly import WIDEN
-from kernels.hopper import arrive_when_copied, async_load, await_operands, barrier, lines, processors
+from kernels.hopper import arrive_when_copied, async_load, await_operands, barrier, lines, processors, reinterpret
 from kernels.ref import QUERY_TILE
 from kernels.shapes import cdiv
+from kernels.split_k import counters
 
 MASKED, LOWEST = attention.MASKED, attention.LOWEST
 BLOCK_M = 128               # rows of a program
 BLOCK_N = 128               # keys of a tile
 GROUP = gl.constexpr(hopper.GROUP)
-STAGES = gl.constexpr(2)    # tiles of each ring
+STAGES = gl.constexpr(2)    # tiles of each ring, and blocks whose queries are there
 # Registers of a thread: what twelve warps have on average when they fill a multiprocessor, and how those share it.
 REGISTERS, COMPUTING, BRINGING = 168, 216, 72
+ALTERNATE = True            # whether the two groups ask the tensor cores in turn: one's softmax runs beside the other's products
 
-# --- the group that brings keys and values --------------------------------------------------------------------------------------
+# --- the work list --------------------------------------------------------------------------------------------------------------
+
+
+@gluon.jit
+def _block(n, work, window, G: gl.constexpr, K: gl.constexpr, TILE: gl.constexpr, BLOCK_M: gl.constexpr, WINDOW: gl.constexpr):
+    """Block n, as in attention.py: from the list's end, since late queries see the most keys and long work should start first.
+
+    (its row, its KV head, the token of the tile's first query and that one's position, the tile's rows, the first that are the
+    block's, the first key that any query sees, the last). There is no work where the block's first row is past the tile's rows.
+    """
+    tiles, starts, cu_q, blocks = work
+    BLOCKS: gl.constexpr = (TILE * G + BLOCK_M - 1) // BLOCK_M
+    n = blocks - 1 - n
+    head, place = n % K, n // K
+    i = gl.load(tiles + place // BLOCKS * 2)
+    first = gl.load(tiles + place // BLOCKS * 2 + 1)
+    token = gl.load(cu_q + i) + first
+    start = gl.load(starts + i) + first
+    count = gl.minimum(gl.load(cu_q + i + 1) - token, TILE) * G
+    r = place % BLOCKS * BLOCK_M
+    low = 0
+    if WINDOW:
+        low = gl.maximum(start + r // G + 1 - window, 0)
+    return i, head, token, start, count, r, low, start + (gl.minimum(r + BLOCK_M, count) - 1) // G
+
+
+@gluon.jit
+def _hand_over(ready):
+    barrier()       # one thread arrives for all
+    mbarrier.arrive(ready, count=1)
+
+
+ONE = gl.constexpr(gl.BlockedLayout([1], [32], [4], [0]))
+
+
+@gluon.jit
+def _tell(n, names, told, stage):
+    """To the groups that compute: their next block is n."""
+    names.index(stage).store(gl.full([1], n, gl.int32, ONE))
+    _hand_over(told.index(stage))
+
+
+@gluon.jit
+def _next(names, told, taken):
+    stage, phase = _turn(taken)
+    mbarrier.wait(told.index(stage), phase)
+    return gl.max(names.index(stage).load(ONE), 0)
+
+
+@gluon.jit
+def _turn(n):
+    """(the place in a ring, the phase of its barriers) of what comes there n-th."""
+    return n % STAGES, n // STAGES & 1
+
+
+# --- the group that brings queries, keys and values -----------------------------------------------------------------------------
+
+
+@gluon.jit
+def _copy_queries(q, q_stride, head, token, count, r, queries, stage, G: gl.constexpr):
+    """Begin to copy a block's queries, the halves of both groups; 0 for rows that there are not."""
+    ROWS: gl.constexpr = queries.shape[1]
+    D: gl.constexpr = queries.shape[2]
+    layout: gl.constexpr = lines(D, 8)
+    here = q + token.to(gl.int64) * q_stride + head * G * D
+    column = gl.arange(0, D, gl.SliceLayout(0, layout))
+    for half in gl.static_range(2):
+        m = r + half * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, layout))
+        at = (m // G * q_stride + m % G * D)[:, None] + column[None, :]
+        async_load(queries.index(stage * 2 + half), here + at, mask=(m < count)[:, None])
 
 
 @gluon.jit
@@ -70,35 +144,31 @@ def _widen(raw, tile):
 
 
 @gluon.jit
-def _bring(cache, block, span, rings, bars, K: gl.constexpr, P: gl.constexpr):
+def _bring_tiles(cache, block, span, turn, rings, bars, K: gl.constexpr, P: gl.constexpr):
     """16-bit keys and values, whatever is free of their rings: keys of a tile before values of the one before."""
     k_cache, v_cache = cache
     lo, last = span
     k_tiles, v_tiles = rings
     k_ready, k_free, v_ready, v_free = bars
     layout: gl.constexpr = lines(k_tiles.shape[2], 8)
-    _copy(k_cache, last, block, k_tiles.index(0), K, P, layout)
-    arrive_when_copied(k_ready.index(0))
-    for n in range(last - lo + 1):
-        if n < last - lo:
-            after = (n + 1) % STAGES
-            mbarrier.wait(k_free.index(after), (n + 1) // STAGES & 1 ^ 1)
-            _copy(k_cache, last - n - 1, block, k_tiles.index(after), K, P, layout)
+    stage, phase = _turn(turn)
+    mbarrier.wait(k_free.index(stage), phase ^ 1)
+    _copy(k_cache, last, block, k_tiles.index(stage), K, P, layout)
+    arrive_when_copied(k_ready.index(stage))
+    for t in range(last, lo - 1, -1):
+        stage, phase = _turn(turn + last - t)
+        if t > lo:
+            after, later = _turn(turn + last - t + 1)
+            mbarrier.wait(k_free.index(after), later ^ 1)
+            _copy(k_cache, t - 1, block, k_tiles.index(after), K, P, layout)
             arrive_when_copied(k_ready.index(after))
-        stage = n % STAGES
-        mbarrier.wait(v_free.index(stage), n // STAGES & 1 ^ 1)
-        _copy(v_cache, last - n, block, v_tiles.index(stage), K, P, layout)
+        mbarrier.wait(v_free.index(stage), phase ^ 1)
+        _copy(v_cache, t, block, v_tiles.index(stage), K, P, layout)
         arrive_when_copied(v_ready.index(stage))
 
 
 @gluon.jit
-def _hand_over(ready):
-    barrier()       # one thread arrives for all
-    mbarrier.arrive(ready, count=1)
-
-
-@gluon.jit
-def _bring_widened(cache, block, span, rings, bars, raw, K: gl.constexpr, P: gl.constexpr):
+def _bring_widened(cache, block, span, turn, rings, bars, raw, K: gl.constexpr, P: gl.constexpr):
     """FP8 keys and values: copied to `raw`, the next while the one before is widened and computed with."""
     k_cache, v_cache = cache
     lo, last = span
@@ -106,35 +176,73 @@ def _bring_widened(cache, block, span, rings, bars, raw, K: gl.constexpr, P: gl.
     k_ready, k_free, v_ready, v_free = bars
     k_raw, v_raw = raw
     layout: gl.constexpr = lines(k_tiles.shape[2], 16)
-    turns = last - lo
     _copy(k_cache, last, block, k_raw, K, P, layout)
     async_copy.commit_group()
     _copy(v_cache, last, block, v_raw, K, P, layout)
     async_copy.commit_group()
     async_copy.wait_group(1)
-    _widen(k_raw, k_tiles.index(0))
-    _hand_over(k_ready.index(0))
-    if turns > 0:
+    stage, phase = _turn(turn)
+    mbarrier.wait(k_free.index(stage), phase ^ 1)
+    _widen(k_raw, k_tiles.index(stage))
+    _hand_over(k_ready.index(stage))
+    if last > lo:
         _copy(k_cache, last - 1, block, k_raw, K, P, layout)
     async_copy.commit_group()
-    for n in range(turns + 1):
-        stage = n % STAGES
+    for t in range(last, lo - 1, -1):
+        stage, phase = _turn(turn + last - t)
         async_copy.wait_group(1)
-        mbarrier.wait(v_free.index(stage), n // STAGES & 1 ^ 1)
+        mbarrier.wait(v_free.index(stage), phase ^ 1)
         _widen(v_raw, v_tiles.index(stage))
         _hand_over(v_ready.index(stage))
-        if n < turns:
-            _copy(v_cache, last - n - 1, block, v_raw, K, P, layout)
+        if t > lo:
+            _copy(v_cache, t - 1, block, v_raw, K, P, layout)
             async_copy.commit_group()
             async_copy.wait_group(1)
-            after = (n + 1) % STAGES
-            mbarrier.wait(k_free.index(after), (n + 1) // STAGES & 1 ^ 1)
+            after, later = _turn(turn + last - t + 1)
+            mbarrier.wait(k_free.index(after), later ^ 1)
             _widen(k_raw, k_tiles.index(after))
             _hand_over(k_ready.index(after))
-        if n + 1 < turns:
-            _copy(k_cache, last - n - 2, block, k_raw, K, P, layout)
+        if t > lo + 1:
+            _copy(k_cache, t - 2, block, k_raw, K, P, layout)
         async_copy.commit_group()
     async_copy.wait_group(0)
+
+
+@gluon.jit
+def _bring(inputs, work, counter, tables, window, queries, names, rings, bars, q_bars, raw, G: gl.constexpr, K: gl.constexpr,
+           P: gl.constexpr, TILE: gl.constexpr, BLOCK_M: gl.constexpr, WINDOW: gl.constexpr, FP8: gl.constexpr):
+    q, q_stride, k_cache, v_cache = inputs
+    rows, block_table, table_stride = tables
+    told, q_ready, q_free = q_bars
+    blocks = work[3]
+    BLOCK_N: gl.constexpr = rings[0].shape[1]
+    taken, turn = 0, 0      # blocks and tiles so far
+    n = gl.program_id(0)
+    while n < blocks:
+        i, head, token, _, count, r, low, high = _block(n, work, window, G, K, TILE, BLOCK_M, WINDOW)
+        if r < count:
+            stage, phase = _turn(taken)
+            mbarrier.wait(q_free.index(stage), phase ^ 1)
+            _tell(n, names, told, stage)
+            _copy_queries(q, q_stride, head, token, count, r, queries, stage, G)
+            arrive_when_copied(q_ready.index(stage))
+            table = block_table + gl.load(rows + i).to(gl.int64) * table_stride
+            cache = k_cache, v_cache
+            block = head, table, low, high
+            span = low // BLOCK_N, high // BLOCK_N
+            if FP8:
+                _bring_widened(cache, block, span, turn, rings, bars, raw, K, P)
+            else:
+                _bring_tiles(cache, block, span, turn, rings, bars, K, P)
+            taken += 1
+            turn += high // BLOCK_N - low // BLOCK_N + 1
+        n = gl.num_programs(0) + gl.atomic_add(counter, 1, sem="relaxed")
+    stage, phase = _turn(taken)
+    mbarrier.wait(q_free.index(stage), phase ^ 1)
+    _tell(blocks, names, told, stage)
+    if gl.atomic_add(counter + 1, 1, sem="acq_rel") == gl.num_programs(0) - 1:      # for the next launch
+        gl.store(counter, 0)
+        gl.store(counter + 1, 0)
 
 
 # --- the groups that compute ----------------------------------------------------------------------------------------------------
@@ -151,40 +259,62 @@ def _mask(scores, t, positions, window, WINDOW: gl.constexpr, SCORES: gl.constex
 
 
 @gluon.jit
-def _softmax(scores, peak, total, scale):
-    """A turn of the online softmax: (weights, the new peak and total, by what the sums so far shrink)."""
-    higher = gl.maximum(peak, gl.max(scores, 1) * scale)
-    shrink = gl.exp2(peak - higher)
-    weights = gl.exp2(scores * scale - higher[:, None])
-    return weights, higher, total * shrink + gl.sum(weights, 1), shrink
+def _by_lanes(scores):
+    """[M, N] as [M, N / 8, 4, 2]: of a row, the third are the four lanes that share it. All the others lie in a lane."""
+    return gl.reshape(scores, [scores.shape[0], scores.shape[1] // 8, 4, 2])
 
 
 @gluon.jit
-def _turns(first, end, fixed, sums, MASK: gl.constexpr, WINDOW: gl.constexpr, SCORES: gl.constexpr, OUT: gl.constexpr):
-    """Tiles first, first - 1, ... down to end + 1. `weights` are those of the tile before, whose values are not yet in acc."""
-    last, queries, positions, window, scale, rings, bars = fixed
+def _softmax(scores, peak, total, scale, SCORES: gl.constexpr):
+    """A turn of the online softmax: (weights, the new peak and total, by what the sums so far shrink).
+
+    total [M, 4] is each lane's, as they need not be added up but at the end.
+    """
+    higher = gl.maximum(gl.max(gl.max(gl.max(_by_lanes(scores), 3), 1), 1) * scale, peak)
+    shrink = gl.exp2(peak - higher)
+    weights = gl.exp2(scores * scale - gl.convert_layout(higher, gl.SliceLayout(1, SCORES), assert_trivial=True)[:, None])
+    return weights, higher, total * shrink[:, None] + gl.sum(gl.sum(_by_lanes(weights), 3), 1), shrink
+
+
+@gluon.jit
+def _await_turn(half: gl.constexpr, order, n):
+    """Until the other group has asked for its products of turn n, or, of the group that asks first, of turn n - 1."""
+    mbarrier.wait(order.index(half), (n + half + 1) & 1)
+
+
+@gluon.jit
+def _turns(half: gl.constexpr, first, end, fixed, sums, MASK: gl.constexpr, WINDOW: gl.constexpr, SCORES: gl.constexpr,
+           OUT: gl.constexpr, ALTERNATE: gl.constexpr):
+    """Tiles first, first - 1, ... down to end + 1. `weights` are those of the tile before, whose values are not yet in acc.
+
+    Tile t is the (turns - t)-th of the program.
+    """
+    turns, queries, positions, window, scale, rings, bars, order = fixed
     weights, peak, total, acc = sums
     k_tiles, v_tiles = rings
     k_ready, k_free, v_ready, v_free = bars
     ROWS: gl.constexpr = queries.shape[0]
     BLOCK_N: gl.constexpr = k_tiles.shape[1]
     for t in range(first, end, -1):
-        n = last - t
-        stage = n % STAGES
-        before = (n - 1) % STAGES
-        await_operands(k_ready.index(stage), n // STAGES & 1)
+        stage, phase = _turn(turns - t)
+        before, earlier = _turn(turns - t - 1)
+        mbarrier.wait(k_ready.index(stage), phase)
+        await_operands(v_ready.index(before), earlier)
+        if ALTERNATE:
+            _await_turn(half, order, turns - t)
         nothing = gl.zeros([ROWS, BLOCK_N], gl.float32, SCORES)
         scores = warpgroup_mma(queries, k_tiles.index(stage).permute((1, 0)), nothing, use_acc=False, is_async=True)
-        await_operands(v_ready.index(before), (n - 1) // STAGES & 1)
         acc = warpgroup_mma(weights, v_tiles.index(before), acc, is_async=True)
+        if ALTERNATE:
+            mbarrier.arrive(order.index(1 - half), count=1)
         scores = warpgroup_mma_wait(1, deps=(scores,))
         mbarrier.arrive(k_free.index(stage), count=1)
         if MASK:
             scores = _mask(scores, t, positions, window, WINDOW, SCORES)
-        fresh, peak, total, shrink = _softmax(scores, peak, total, scale)
+        fresh, peak, total, shrink = _softmax(scores, peak, total, scale, SCORES)
         fresh = gl.convert_layout(fresh.to(weights.dtype), gl.DotOperandLayout(0, OUT, 2))
         # Ready since above. But for the branch in this, ptxas would wait for the values first and take the softmax then.
-        mbarrier.wait(v_ready.index(before), (n - 1) // STAGES & 1)
+        mbarrier.wait(v_ready.index(before), earlier)
         acc, weights, fresh = warpgroup_mma_wait(0, deps=(acc, weights, fresh))
         mbarrier.arrive(v_free.index(before), count=1)
         acc = acc * gl.convert_layout(shrink, gl.SliceLayout(1, OUT))[:, None]
@@ -193,115 +323,137 @@ def _turns(first, end, fixed, sums, MASK: gl.constexpr, WINDOW: gl.constexpr, SC
 
 
 @gluon.jit
-def _compute(half: gl.constexpr, known, G: gl.constexpr, K: gl.constexpr, WINDOW: gl.constexpr, FP8: gl.constexpr):
-    """Rows 64 half .. 64 half + 64 of the program's."""
-    queries, q, q_stride, out, kv_scales, scale, window, mine, block, span, rings, bars = known
-    token, count, r, start = mine
-    head, _, _, high = block
-    lo, last = span
+def _attend(half: gl.constexpr, block, turn, queries, out, kv_scales, scale, window, rings, bars, order, G: gl.constexpr,
+            K: gl.constexpr, WINDOW: gl.constexpr, FP8: gl.constexpr, ALTERNATE: gl.constexpr):
+    """Rows 64 half .. 64 half + 64 of a block's, whose queries are there."""
+    _, head, token, start, count, r, low, high = block
     k_tiles, v_tiles = rings
-    k_ready, k_free, v_ready, _ = bars
+    k_ready, k_free, v_ready, v_free = bars
     BLOCK_N: gl.constexpr = k_tiles.shape[1]
     D: gl.constexpr = k_tiles.shape[2]
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
-    by: gl.constexpr = lines(D, 8)
-    m = r + half * 64 + gl.arange(0, 64, gl.SliceLayout(1, by))
-    column = ((head * G + m % G) * D)[:, None] + gl.arange(0, D, gl.SliceLayout(0, by))[None, :]
-    at = (token + m // G).to(gl.int64)[:, None] * q_stride + column
-    queries = queries.index(half)
-    queries.store(gl.load(q + at, mask=(m < count)[:, None], other=0.0).to(queries.dtype))
-    fence_async_shared()
+    lo, last = low // BLOCK_N, high // BLOCK_N
+    r += half * 64
     if FP8:
         scale = scale * gl.load(kv_scales + head)
-    positions = start + (r + half * 64 + gl.arange(0, 64, gl.SliceLayout(1, SCORES))) // G
-    peak = gl.full([64], LOWEST, gl.float32, gl.SliceLayout(1, SCORES))
-    total = gl.full([64], 0.0, gl.float32, gl.SliceLayout(1, SCORES))
+    positions = start + (r + gl.arange(0, 64, gl.SliceLayout(1, SCORES))) // G
     acc = gl.zeros([64, D], gl.float32, OUT)
-    await_operands(k_ready.index(0), 0)
+    stage, phase = _turn(turn)
+    await_operands(k_ready.index(stage), phase)
+    if ALTERNATE:
+        _await_turn(half, order, turn)
     nothing = gl.zeros([64, BLOCK_N], gl.float32, SCORES)
-    scores = warpgroup_mma(queries, k_tiles.index(0).permute((1, 0)), nothing, use_acc=False)
-    mbarrier.arrive(k_free.index(0), count=1)
-    weights, peak, total, _ = _softmax(_mask(scores, last, positions, window, WINDOW, SCORES), peak, total, scale)
+    scores = warpgroup_mma(queries, k_tiles.index(stage).permute((1, 0)), nothing, use_acc=False, is_async=True)
+    if ALTERNATE:
+        mbarrier.arrive(order.index(1 - half), count=1)
+    scores = warpgroup_mma_wait(0, deps=(scores,))
+    mbarrier.arrive(k_free.index(stage), count=1)
+    weights, peak, total, _ = _softmax(_mask(scores, last, positions, window, WINDOW, SCORES), LOWEST, 0.0, scale, SCORES)
     weights = gl.convert_layout(weights.to(queries.dtype), gl.DotOperandLayout(0, OUT, 2))
-    edge = gl.minimum((start + (r + half * 64) // G + 1) // BLOCK_N, last)      # from this tile on some query does not see all
+    edge = gl.minimum((start + r // G + 1) // BLOCK_N, last)    # from this tile on some query does not see all
     inner = lo
-    if WINDOW:                                                                  # nor before this one
+    if WINDOW:                                                  # nor before this one
         inner = gl.minimum(gl.maximum(high + BLOCK_N - window, 0) // BLOCK_N, edge)
-    fixed = last, queries, positions, window, scale, rings, bars
+    fixed = turn + last, queries, positions, window, scale, rings, bars, order
     sums = weights, peak, total, acc
-    sums = _turns(last - 1, edge - 1, fixed, sums, True, WINDOW, SCORES, OUT)
-    sums = _turns(edge - 1, inner - 1, fixed, sums, False, WINDOW, SCORES, OUT)
+    sums = _turns(half, last - 1, edge - 1, fixed, sums, True, WINDOW, SCORES, OUT, ALTERNATE)
+    sums = _turns(half, edge - 1, inner - 1, fixed, sums, False, WINDOW, SCORES, OUT, ALTERNATE)
     if WINDOW:
-        sums = _turns(inner - 1, lo - 1, fixed, sums, True, WINDOW, SCORES, OUT)
+        sums = _turns(half, inner - 1, lo - 1, fixed, sums, True, WINDOW, SCORES, OUT, ALTERNATE)
     weights, peak, total, acc = sums
-    n = last - lo
-    await_operands(v_ready.index(n % STAGES), n // STAGES & 1)
-    acc = warpgroup_mma(weights, v_tiles.index(n % STAGES), acc)
-    factor = 1.0 / gl.convert_layout(total, gl.SliceLayout(1, OUT))
+    stage, phase = _turn(turn + last - lo)
+    await_operands(v_ready.index(stage), phase)
+    acc = warpgroup_mma(weights, v_tiles.index(stage), acc)
+    mbarrier.arrive(v_free.index(stage), count=1)
+    factor = 1.0 / gl.convert_layout(gl.sum(total, 1), gl.SliceLayout(1, OUT))
     if FP8:
         factor = factor * gl.load(kv_scales + K + head)
-    m = r + half * 64 + gl.arange(0, 64, gl.SliceLayout(1, OUT))
-    column = ((head * G + m % G) * D)[:, None] + gl.arange(0, D, gl.SliceLayout(0, OUT))[None, :]
-    at = (token + m // G).to(gl.int64)[:, None] * (K * G * D) + column
-    gl.store(out + at, (acc * factor[:, None]).to(out.dtype.element_ty), mask=(m < count)[:, None])
+    # By way of the queries' memory, so that a row's outputs are written together.
+    results = reinterpret(queries, out.dtype.element_ty, queries.shape, queries.layout)
+    results.store((acc * factor[:, None]).to(out.dtype.element_ty))
+    by: gl.constexpr = lines(D, 8)
+    m = r + gl.arange(0, 64, gl.SliceLayout(1, by))
+    at = (m // G * (K * G * D) + m % G * D)[:, None] + gl.arange(0, D, gl.SliceLayout(0, by))[None, :]
+    there = out + token.to(gl.int64) * (K * G * D) + head * G * D
+    gl.store(there + at, results.load(by), mask=(m < count)[:, None])
+
+
+@gluon.jit
+def _compute(half: gl.constexpr, known, G: gl.constexpr, K: gl.constexpr, TILE: gl.constexpr, BLOCK_M: gl.constexpr,
+             WINDOW: gl.constexpr, FP8: gl.constexpr, ALTERNATE: gl.constexpr):
+    work, window, queries, names, out, kv_scales, scale, rings, bars, q_bars, order = known
+    told, q_ready, q_free = q_bars
+    k_tiles = rings[0]
+    BLOCK_N: gl.constexpr = k_tiles.shape[1]
+    D: gl.constexpr = k_tiles.shape[2]
+    by: gl.constexpr = lines(D, 8)
+    taken, turn = 0, 0      # blocks and tiles so far
+    n = _next(names, told, taken)
+    while n < work[3]:
+        block = _block(n, work, window, G, K, TILE, BLOCK_M, WINDOW)
+        _, _, _, _, _, _, low, high = block
+        stage, phase = _turn(taken)
+        await_operands(q_ready.index(stage), phase)
+        mine = queries.index(stage * 2 + half)
+        if mine.dtype != k_tiles.dtype:     # of FP8 keys: converted where they lie
+            converted = reinterpret(mine, k_tiles.dtype, mine.shape, mine.layout)
+            converted.store(mine.load(by).to(k_tiles.dtype))
+            fence_async_shared()
+            _attend(half, block, turn, converted, out, kv_scales, scale, window, rings, bars, order, G, K, WINDOW, FP8, ALTERNATE)
+        else:
+            _attend(half, block, turn, mine, out, kv_scales, scale, window, rings, bars, order, G, K, WINDOW, FP8, ALTERNATE)
+        mbarrier.arrive(q_free.index(stage), count=1)
+        taken += 1
+        turn += high // BLOCK_N - low // BLOCK_N + 1
+        n = _next(names, told, taken)
 
 
 # --- the program ----------------------------------------------------------------------------------------------------------------
 
 
-@gluon.jit(do_not_specialize_on_alignment=["rows", "starts", "cu_q", "tiles"])
-def _prefill_kernel(q, k_cache, v_cache, kv_scales, block_table, rows, starts, cu_q, tiles, out, scale, window, table_stride,
-                    q_stride, H: gl.constexpr, K: gl.constexpr, P: gl.constexpr, D: gl.constexpr, TILE: gl.constexpr,
-                    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, WINDOW: gl.constexpr, FP8: gl.constexpr,
-                    COMPUTING: gl.constexpr, BRINGING: gl.constexpr):
-    # Blocks as in attention.py: from the list's end, since late queries see the most keys and long work should start first.
+@gluon.jit
+def _barriers(count: gl.constexpr):
+    """One for each place of a ring; `count` arrive."""
+    bars = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for stage in gl.static_range(STAGES):
+        mbarrier.init(bars.index(stage), count=count)
+    return bars
+
+
+@gluon.jit(do_not_specialize=["blocks"], do_not_specialize_on_alignment=["rows", "starts", "cu_q", "tiles"])
+def _prefill_kernel(q, k_cache, v_cache, kv_scales, block_table, rows, starts, cu_q, tiles, out, counter, scale, window,
+                    table_stride, q_stride, blocks, H: gl.constexpr, K: gl.constexpr, P: gl.constexpr, D: gl.constexpr,
+                    TILE: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, WINDOW: gl.constexpr, FP8: gl.constexpr,
+                    ALTERNATE: gl.constexpr, COMPUTING: gl.constexpr, BRINGING: gl.constexpr):
     G: gl.constexpr = H // K
-    BLOCKS: gl.constexpr = (TILE * G + BLOCK_M - 1) // BLOCK_M
-    pid = gl.num_programs(0) - 1 - gl.program_id(0)
-    head, place = pid % K, pid // K
-    i = gl.load(tiles + place // BLOCKS * 2)
-    first = gl.load(tiles + place // BLOCKS * 2 + 1)
-    token = gl.load(cu_q + i) + first
-    count = gl.minimum(gl.load(cu_q + i + 1) - token, TILE) * G
-    r = place % BLOCKS * BLOCK_M
-    if r < count:
-        start = gl.load(starts + i) + first
-        high = start + (gl.minimum(r + BLOCK_M, count) - 1) // G        # the last key that any query sees
-        low = 0                                                         # and the first
-        if WINDOW:
-            low = gl.maximum(start + r // G + 1 - window, 0)
-        table = block_table + gl.load(rows + i).to(gl.int64) * table_stride
-        DTYPE: gl.constexpr = gl.float16 if FP8 else k_cache.dtype.element_ty
-        half: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_M // 2, D], DTYPE)
-        tile: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_N, D], DTYPE)
-        queries = gl.allocate_shared_memory(DTYPE, [2, BLOCK_M // 2, D], half)
-        k_tiles = gl.allocate_shared_memory(DTYPE, [STAGES, BLOCK_N, D], tile)
-        v_tiles = gl.allocate_shared_memory(DTYPE, [STAGES, BLOCK_N, D], tile)
-        k_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-        k_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-        v_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-        v_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-        for stage in gl.static_range(STAGES):
-            mbarrier.init(k_ready.index(stage), count=1 if FP8 else GROUP)
-            mbarrier.init(v_ready.index(stage), count=1 if FP8 else GROUP)
-            mbarrier.init(k_free.index(stage), count=2)         # both groups have read it
-            mbarrier.init(v_free.index(stage), count=2)
-        cache = k_cache, v_cache
-        block = head, table, low, high
-        span = low // BLOCK_N, high // BLOCK_N
-        rings = k_tiles, v_tiles
-        bars = k_ready, k_free, v_ready, v_free
-        mine = token, count, r, start
-        known = queries, q, q_stride, out, kv_scales, scale, window, mine, block, span, rings, bars
-        if FP8:
-            raw = (gl.allocate_shared_memory(k_cache.dtype.element_ty, [BLOCK_N, D], swizzled(D)),
-                   gl.allocate_shared_memory(v_cache.dtype.element_ty, [BLOCK_N, D], swizzled(D)))
-            gl.warp_specialize([(_compute, (0, known, G, K, WINDOW, FP8)), (_compute, (1, known, G, K, WINDOW, FP8)),
-                                (_bring_widened, (cache, block, span, rings, bars, raw, K, P))], [4, 4], [COMPUTING, BRINGING])
-        else:
-            gl.warp_specialize([(_compute, (0, known, G, K, WINDOW, FP8)), (_compute, (1, known, G, K, WINDOW, FP8)),
-                                (_bring, (cache, block, span, rings, bars, K, P))], [4, 4], [COMPUTING, BRINGING])
+    DTYPE: gl.constexpr = gl.float16 if FP8 else k_cache.dtype.element_ty
+    half: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_M // 2, D], DTYPE)
+    tile: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_N, D], DTYPE)
+    queries = gl.allocate_shared_memory(q.dtype.element_ty, [STAGES * 2, BLOCK_M // 2, D], half)
+    k_tiles = gl.allocate_shared_memory(DTYPE, [STAGES, BLOCK_N, D], tile)
+    v_tiles = gl.allocate_shared_memory(DTYPE, [STAGES, BLOCK_N, D], tile)
+    rings = k_tiles, v_tiles
+    raw = rings
+    if FP8:
+        raw = (gl.allocate_shared_memory(k_cache.dtype.element_ty, [BLOCK_N, D], swizzled(D)),
+               gl.allocate_shared_memory(v_cache.dtype.element_ty, [BLOCK_N, D], swizzled(D)))
+    ARRIVING: gl.constexpr = 1 if FP8 else GROUP
+    # What is read is free again once both groups have read it.
+    bars = _barriers(ARRIVING), _barriers(2), _barriers(ARRIVING), _barriers(2)
+    names = gl.allocate_shared_memory(gl.int32, [STAGES, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))     # the blocks, by number
+    q_bars = _barriers(1), _barriers(GROUP), _barriers(2)
+    order = _barriers(1)        # one for each group's turn
+    work = tiles, starts, cu_q, blocks
+    tables = rows, block_table, table_stride
+    inputs = q, q_stride, k_cache, v_cache
+    known = work, window, queries, names, out, kv_scales, scale, rings, bars, q_bars, order
+    gl.warp_specialize([
+        (_compute, (0, known, G, K, TILE, BLOCK_M, WINDOW, FP8, ALTERNATE)),
+        (_compute, (1, known, G, K, TILE, BLOCK_M, WINDOW, FP8, ALTERNATE)),
+        (_bring, (inputs, work, counter, tables, window, queries, names, rings, bars, q_bars, raw, G, K, P, TILE, BLOCK_M, WINDOW,
+                  FP8)),
+    ], [4, 4], [COMPUTING, BRINGING])
 
 
 def prefill_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, rows: Tensor, starts: Tensor,
@@ -312,17 +464,18 @@ def prefill_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: 
     Heads of 64 and 128 in at most 16 bits are computed here on Hopper, all else by attention.py.
     """
     _, heads, dim = q.shape
-    if dim not in (64, 128) or softcap or k_cache.dtype == torch.float32 or not processors(q.device):
+    programs = processors(q.device)
+    if dim not in (64, 128) or softcap or k_cache.dtype == torch.float32 or not programs:
         return attention.prefill_attention(q, k_cache, v_cache, block_table, rows, starts, cu_q, tiles, scale, window, softcap,
                                            out, kv_scales)
     kv_heads, page = k_cache.shape[1], k_cache.shape[2]
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device) if out is None else out
     if not tiles.shape[0]:
         return out
-    grid = tiles.shape[0] * cdiv(QUERY_TILE * (heads // kv_heads), BLOCK_M) * kv_heads
-    _prefill_kernel[grid,](
+    blocks = tiles.shape[0] * cdiv(QUERY_TILE * (heads // kv_heads), BLOCK_M) * kv_heads
+    _prefill_kernel[min(blocks, programs),](
         q, k_cache, v_cache, out if kv_scales is None else kv_scales, block_table, rows, starts, cu_q, tiles, out,
-        attention.LOG2E * scale, window, block_table.stride(0), q.stride(0), H=heads, K=kv_heads, P=page, D=dim, TILE=QUERY_TILE,
-        BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, WINDOW=window > 0, FP8=kv_scales is not None, COMPUTING=COMPUTING, BRINGING=BRINGING,
-        num_warps=4, maxnreg=REGISTERS)
+        counters(q.device), attention.LOG2E * scale, window, block_table.stride(0), q.stride(0), blocks, H=heads, K=kv_heads,
+        P=page, D=dim, TILE=QUERY_TILE, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, WINDOW=window > 0, FP8=kv_scales is not None,
+        ALTERNATE=ALTERNATE, COMPUTING=COMPUTING, BRINGING=BRINGING, num_warps=4, maxnreg=REGISTERS)
     return out

@@ -76,6 +76,7 @@ class Memory:
     """Shared memory."""
 
     data: Tensor
+    layout: object = None
 
     @property
     def shape(self) -> list[int]:
@@ -153,7 +154,7 @@ class Chip:
         self._mine, self._broken, self._draw = Partition(), threading.Event(), random.Random(seed)
 
     def names(self) -> dict[str, Any]:
-        types = {name: getattr(torch, name) for name in ("float16", "float32", "bfloat16", "uint8", "int16", "int64")}
+        types = {name: getattr(torch, name) for name in ("float16", "float32", "bfloat16", "uint8", "int16", "int32", "int64")}
         layouts = dict.fromkeys(("SliceLayout", "BlockedLayout", "NVMMADistributedLayout", "DotOperandLayout",
                                  "SwizzledSharedLayout"), lambda *args: None)
         gl = SimpleNamespace(
@@ -173,6 +174,7 @@ class Chip:
             allocate_shared_memory=_allocate, warp_specialize=self._run)
         return {
             "gl": gl, "lines": lambda width, each: None, "async_load": self._copy, "barrier": lambda: None,
+            "reinterpret": lambda memory, dtype, shape, layout: Memory(memory.data.view(dtype).view(*shape)),
             "fence_async_shared": lambda: None, "after": lambda overlap: None, "prefetch": lambda pointers: None,
             "async_copy": SimpleNamespace(commit_group=self._commit, wait_group=self._wait_group),
             "arrive_when_copied": self._arrive_when_copied,

@@ -161,6 +161,7 @@ def compile_gluon() -> None:
 
     def compiled(function: Any, constants: dict, kinds: dict[str, str], odd: Sequence[str], registers: int) -> Any:
         """kinds: of what is no int32; odd: what need not be divisible by 16."""
+        others = 1 if constants.get("ALTERNATE") else 0     # waits that are not for operands
         signature = {name: "constexpr" if name in constants else kinds.get(name, "i32") for name in function.arg_names}
         aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(function.arg_names)
                    if signature[name] not in ("constexpr", "fp32") and name not in odd}
@@ -169,8 +170,8 @@ def compile_gluon() -> None:
         assert "cp.async.cg.shared.global" in built.asm["ptx"]
         assert built.metadata.shared <= 227 << 10
         for operands in re.split(r"wgmma\.commit_group", built.asm["ptx"])[:-1]:     # the tensor cores read what was fenced
-            waited = operands.rpartition("mbarrier.try_wait")[2]
-            assert "wgmma.mma_async" in operands and ("fence.proxy.async" in waited or "mbarrier.try_wait" not in operands)
+            since = operands.rpartition("fence.proxy.async")[2]
+            assert "wgmma.mma_async" in operands and since.count("mbarrier.try_wait") <= others
         return built
 
     for rows, fp8, gated, split, blocks, programs in (
@@ -208,14 +209,15 @@ def compile_gluon() -> None:
 
     function = prefill_hopper._prefill_kernel
     heads = {"H": 32, "K": 8, "P": 32, "TILE": 128, "BLOCK_M": prefill_hopper.BLOCK_M, "BLOCK_N": prefill_hopper.BLOCK_N,
-             "COMPUTING": prefill_hopper.COMPUTING, "BRINGING": prefill_hopper.BRINGING}
+             "ALTERNATE": True, "COMPUTING": prefill_hopper.COMPUTING, "BRINGING": prefill_hopper.BRINGING}
     for dim, fp8, window, ones in ((128, False, False, ()), (128, True, False, ()), (64, True, True, ("window", "table_stride"))):
         constants = {**heads, "D": dim, "FP8": fp8, "WINDOW": window, **dict.fromkeys(ones, 1)}
         cache = "*fp8e4nv" if fp8 else "*bf16"
         kinds = {"q": "*bf16", "out": "*bf16", "k_cache": cache, "v_cache": cache, "kv_scales": "*fp32", "scale": "fp32",
-                 "window": "i32", "table_stride": "i32", "q_stride": "i32"}
-        kinds |= dict.fromkeys(("block_table", "rows", "starts", "cu_q", "tiles"), "*i32")
-        built = compiled(function, constants, kinds, ("window", "rows", "starts", "cu_q", "tiles"), prefill_hopper.REGISTERS)
+                 "window": "i32", "table_stride": "i32", "q_stride": "i32", "blocks": "i32"}
+        kinds |= dict.fromkeys(("block_table", "rows", "starts", "cu_q", "tiles", "counter"), "*i32")
+        odd = "window", "blocks", "rows", "starts", "cu_q", "tiles"
+        built = compiled(function, constants, kinds, odd, prefill_hopper.REGISTERS)
         ptx = built.asm["ptx"]
         assert ptx.count("setmaxnreg") >= 4
         # In each group that computes: no product is waited for right after it was asked for, but the first and the last.
