@@ -17,16 +17,15 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, warpgroup_mma, warpgroup_mma_wait
 from triton.runtime.jit import constexpr_function
 
-from kernels import attention, hopper
+from kernels import attention
 from kernels.assembly import WIDEN
-from kernels.hopper import arrive_when_copied, async_load, await_operands, barrier, lines, processors
+from kernels.hopper import GROUP, arrive_when_copied, async_load, await_operands, barrier, lines, processors
 from kernels.ref import QUERY_TILE
 from kernels.shapes import cdiv
 
 MASKED, LOWEST = attention.MASKED, attention.LOWEST
 BLOCK_M = 128               # rows of a program
 BLOCK_N = 128               # keys of a tile
-GROUP = gl.constexpr(hopper.GROUP)
 STAGES = gl.constexpr(2)    # tiles of each ring
 # Registers of a thread: what twelve warps have on average when they fill a multiprocessor, and how those share it.
 REGISTERS, COMPUTING, BRINGING = 168, 216, 72

@@ -242,7 +242,7 @@ class Chip:
                 thread.join()
             for target, values in copies:
                 target.store(values)
-            self._arrive(barrier, GROUP)
+            self._arrive(barrier, GROUP.value)
 
         self._mine.copies = []
         self._mine.landing.append(threading.Thread(target=land))
