@@ -101,7 +101,7 @@ def fp8_product(x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor
     tile = gemm_few.tile_for(x, weight.shape[0], 8, dtype)
     if tile is not None:
         return gemm_few.fp8_product(x, x_scale, weight, weight_scale, bias, dtype, False, tile)
-    ring = gemm_fp8_ring.tile_for(x, weight.shape[0], dtype)
+    ring = gemm_fp8_ring.tile_for(x, weight.shape[0], dtype, blocks=False)
     if ring is not None:
         return gemm_fp8_ring.product(x, x_scale, weight, weight_scale, bias, dtype, ring)
     few, uneven = x.shape[0] <= MOST_ROWS, any(size % 16 for size in weight.shape)
@@ -120,7 +120,7 @@ def fp8_block_matmul(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tens
     inputs, tile = quantize_blocks(x, FP8_BLOCK), gemm_few.tile_for(x, weight.shape[0], 8, x.dtype)
     if tile is not None:
         return gemm_few.fp8_product(*inputs, weight, weight_scale, bias, x.dtype, True, tile)
-    ring = gemm_fp8_ring.tile_for(inputs[0], weight.shape[0], x.dtype)
+    ring = gemm_fp8_ring.tile_for(inputs[0], weight.shape[0], x.dtype, blocks=True)
     if ring is not None:
         return gemm_fp8_ring.product(*inputs, weight, weight_scale, bias, x.dtype, ring)
     return _product(*inputs, weight, weight_scale, bias, x.dtype, True, _tile(x.shape[0]))

@@ -25,14 +25,14 @@ MOST_BESIDE = 64                # rows of x for two programs on a multiprocessor
 
 
 @constexpr_function
-def lines(width, each):
-    """Rows of `width` elements over a warp group, `each` together in a thread."""
-    return gl.BlockedLayout([1, each], [32 * each // width, width // each], [4, 1], [1, 0])
+def lines(width, each, warps=4):
+    """Rows of `width` elements over a warp group, or so many warps, `each` together in a thread."""
+    return gl.BlockedLayout([1, each], [32 * each // width, width // each], [warps, 1], [1, 0])
 
 
 @gluon.jit
 def arrive_when_copied(ready):
-    """Each of this group's threads arrives once all that it has begun to copy is there: `ready` counts GROUP of them."""
+    """Each of this partition's threads arrives once all that it has begun to copy is there: `ready` counts them."""
     async_copy.mbarrier_arrive(ready, increment_count=False)
 
 
@@ -46,18 +46,18 @@ def await_operands(ready, phase):
 
 
 @gluon.jit
-def add_splits(acc, partial, at, size, inside, counter, split, splits):
+def add_splits(acc, partial, at, size, inside, counter, split, splits, MOST: gl.constexpr = 4096):
     """This group's sums, or, if its program is the last of its splits, those of all in their order: (sums, whether it is).
 
     `at`: where in partial split 0 leaves its sums, `size` elements before the next one's; of few tiles, so that int32 counts
-    them. The counter is 0 before and after.
+    them. The counter is 0 before and after. MOST: elements whose loads are in flight together, at least a split's.
     """
     gl.store(partial + (at + split * size), acc, mask=inside)
     barrier()      # all of the group's stores come before its ticket
     last = gl.atomic_add(counter, 1, sem="acq_rel") == splits - 1
     if last:
         acc = gl.zeros_like(acc)
-        AT_ONCE: gl.constexpr = max(1, 4096 // (acc.shape[0] * acc.shape[1]))       # splits whose loads are in flight together
+        AT_ONCE: gl.constexpr = max(1, MOST // (acc.shape[0] * acc.shape[1]))
         for first in range(0, splits, AT_ONCE):
             for other in gl.static_range(AT_ONCE):
                 there = inside & (first + other < splits)

@@ -425,8 +425,10 @@ def rings(kind: str, rows: int, splits: Sequence[int] = SPLITS) -> list[gemm_fp8
                 for units, groups, programs in gemm_w4_ring.REGISTERS for split in splits
                 for stages in sorted({gemm_w4_ring.most_stages(rows, units, programs), 4})
                 if (few or groups * programs == 2) and rows <= gemm_w4_ring.MOST_ROWS]
-    return [gemm_fp8_ring.Tile(split, stages, programs) for programs in gemm_fp8_ring.REGISTERS for split in splits
-            for stages in sorted({gemm_fp8_ring.most_stages(rows, programs), 4}) if few or programs == 1]
+    most = {way: gemm_fp8_ring.most_stages(rows, *way) for way in gemm_fp8_ring.REGISTERS}
+    return [gemm_fp8_ring.Tile(groups, split, stages, programs) for groups, programs in most for split in splits if split <= 4
+            for stages in sorted({most[groups, programs], min(most[groups, programs], 8), 4})
+            if few or groups * programs < 4]
 
 
 def sweep_ring(rate: float) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 
@@ -23,7 +25,7 @@ from quantized_products import (
 )
 
 from kernels import gemm_few, gemm_fp8_ring, gemm_w4, gemm_w4_ring, ops, ref
-from kernels.quantize import fp8_quantize
+from kernels.quantize import fp8_quantize, quantize_blocks
 
 HALVES = [torch.empty(0, dtype=dtype, device="cuda") for dtype in (torch.bfloat16, torch.float16)]
 ROWS = [1, 4, 16, 17, 33, 64, 100, 192, 300]
@@ -83,15 +85,16 @@ def test_tiles_of_the_w4_ring(like, tile):
         assert torch.equal(got, again)
 
 
-FP8_RINGS = [gemm_fp8_ring.Tile(splits, min(stages, gemm_fp8_ring.most_stages(64 if programs == 2 else 128, programs)), programs)
-             for programs in gemm_fp8_ring.REGISTERS for splits in (1, 3) for stages in (3, 8)]
+spread = functools.partial(torch.repeat_interleave, repeats=128)
+FP8_RINGS = [gemm_fp8_ring.Tile(groups, splits, min(stages, gemm_fp8_ring.most_stages(128, groups, programs, True)), programs)
+             for groups, programs in gemm_fp8_ring.REGISTERS for splits in (1, 3) for stages in (3, 8)]
 
 
 @HOPPER
 @pytest.mark.parametrize("tile", FP8_RINGS, ids=lambda tile: "-".join(map(str, tile)))
 @pytest.mark.parametrize("like", HALVES, ids=str)
 def test_tiles_of_the_fp8_ring(like, tile):
-    for rows in (9, 16, 33, 64) if tile.programs == 2 else (9, 33, 128):
+    for rows in (9, 16, 33, 64) if tile.groups == tile.programs == 2 else (9, 33, 128):
         x, weight, bias = randn(rows, 1680, like=like)[:, :1664], randn(1024, 1664, like=like) / 40, randn(1024, like=like)
         codes, scales = ref.fp8_quantize(x)
         rows8, scales8 = ref.fp8_quantize(weight)
@@ -100,6 +103,12 @@ def test_tiles_of_the_fp8_ring(like, tile):
         assert error(got, want) < 2 * ROUNDING[like.dtype]         # the tensor cores' sums of 128 have 14 bits
         again = gemm_fp8_ring.product(codes, scales, rows8, scales8.flatten(), bias, like.dtype, tile)
         assert torch.equal(got, again)
+        codes, scales = quantize_blocks(x, 128)
+        scales8 = torch.rand(8, 13, device=x.device) + 0.5
+        exact = rows8.double() * spread(spread(scales8.double(), dim=0), dim=1)
+        want = (codes.double() * spread(scales.double(), dim=1)) @ exact.t()
+        got = gemm_fp8_ring.product(codes, scales, rows8, scales8, None, like.dtype, tile)
+        assert error(got, want) < 2 * ROUNDING[like.dtype]
 
 
 @HOPPER
@@ -118,7 +127,7 @@ def test_overlapping_rings_change_nothing(rows, monkeypatch):
         x, residual = first, start.clone()
         for gate_up, gate_up_scales, *down in layers:
             h = ops.add_rms_norm(x, residual, scale, 1e-5)
-            h = gemm_fp8_ring.product(*fp8_quantize(h), gate_up, gate_up_scales, None, like.dtype, gemm_fp8_ring.Tile(3, 3, 2))
+            h = gemm_fp8_ring.product(*fp8_quantize(h), gate_up, gate_up_scales, None, like.dtype, gemm_fp8_ring.Tile(2, 3, 3, 2))
             h = ops.gated_act(h, "silu")
             x = gemm_w4_ring.product(h, *down, 128, None, gemm_w4_ring.Tile(2, 4, 5, 3, 1))
         return torch.cat([x, residual])
@@ -148,7 +157,7 @@ def test_rings_of_many_rows(like):
     assert tile is not None
     got = gemm_w4_ring.product(x, gemm_w4.w4_pack(codes), scales, zero, 128, None, tile)
     assert error(got, x.double() @ exact.t()) < ROUNDING[like.dtype]
-    assert gemm_fp8_ring.tile_for(fp8_quantize(x)[0], 6144, like.dtype) is not None
+    assert gemm_fp8_ring.tile_for(fp8_quantize(x)[0], 6144, like.dtype, False) is not None
     check_fp8(like, 100, 6144, 4096)
 
 

@@ -13,7 +13,7 @@ ring = emulated(gemm_fp8_ring, "_product_kernel")
 
 
 @pytest.mark.parametrize("blocks", [False, True])
-@pytest.mark.parametrize("tile", [Tile(1, 3, 1), Tile(2, 4, 2), Tile(3, 5, 1)])
+@pytest.mark.parametrize("tile", [Tile(1, 1, 3, 1), Tile(2, 1, 4, 2), Tile(1, 2, 4, 2), Tile(2, 3, 5, 1)])
 @pytest.mark.parametrize("rows, bias", [(9, False), (16, True), (40, True), (128, False)])
 def test_scales_and_tiles(rows, bias, tile, blocks):
     x, weight = torch.randn(rows, 640), torch.randn(384, 640)
@@ -44,9 +44,9 @@ def test_what_cannot_be_copied_16_bytes_at_a_time_goes_elsewhere(monkeypatch):
     for module in (hopper, gemm_fp8_ring):
         monkeypatch.setattr(module, "processors", lambda device: 132)
     wide, dtype = torch.empty(16, 288, dtype=torch.float8_e4m3fn), torch.bfloat16
-    assert gemm_fp8_ring.tile_for(wide[:, :256], 256, dtype) == gemm_fp8_ring.tile_for(wide[:, 32:], 256, dtype)
+    assert gemm_fp8_ring.tile_for(wide[:, :256], 256, dtype, False) == gemm_fp8_ring.tile_for(wide[:, 32:], 256, dtype, False)
     for x in (wide[:, 8:264], torch.empty(16, 264, dtype=wide.dtype)[:, :256], wide[:8, :256], wide[:, :256].float()):
-        assert gemm_fp8_ring.tile_for(x, 256, dtype) is None
-    assert gemm_fp8_ring.tile_for(wide[:, :192], 256, dtype) is None        # no whole blocks
-    assert gemm_fp8_ring.tile_for(wide[:, :256], 192, dtype) is None
-    assert gemm_fp8_ring.tile_for(wide[:, :256], 256, torch.float32) is None
+        assert gemm_fp8_ring.tile_for(x, 256, dtype, False) is None
+    assert gemm_fp8_ring.tile_for(wide[:, :192], 256, dtype, False) is None        # no whole blocks
+    assert gemm_fp8_ring.tile_for(wide[:, :256], 192, dtype, False) is None
+    assert gemm_fp8_ring.tile_for(wide[:, :256], 256, torch.float32, False) is None
