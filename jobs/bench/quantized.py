@@ -427,7 +427,7 @@ def rings(kind: str, rows: int, splits: Sequence[int] = SPLITS) -> list[gemm_fp8
                 if (few or groups * programs == 2) and rows <= gemm_w4_ring.MOST_ROWS]
     most = {way: gemm_fp8_ring.most_stages(rows, *way) for way in gemm_fp8_ring.REGISTERS}
     return [gemm_fp8_ring.Tile(groups, split, stages, programs) for groups, programs in most for split in splits if split <= 4
-            for stages in sorted({most[groups, programs], min(most[groups, programs], 8), 4})
+            for stages in sorted({most[groups, programs], max(most[groups, programs] * 2 // 3, 4)})
             if few or groups * programs < 4]
 
 
