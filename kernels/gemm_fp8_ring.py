@@ -34,7 +34,7 @@ from kernels.hopper import (
     processors,
     takes,
 )
-from kernels.overlap import after, launch_options, overlaps
+from kernels.overlap import after, launch_options, overlaps, prefetch
 from kernels.split_k import counters
 
 WARPS = gl.constexpr(2)     # that bring weights, and that bring x
@@ -182,6 +182,11 @@ def _product_kernel(x, x_scales, weight, weight_scales, bias, out, partial, arri
     DTYPE: gl.constexpr = weight.dtype.element_ty
     tile, split = gl.program_id(0), gl.program_id(1)
     blocks = K // BLOCK_K
+    begin, end = split * blocks // splits, (split + 1) * blocks // splits
+    # The L2 has been asked for the first blocks when there is a ring to copy them into, which takes a while.
+    n = tile * BLOCK_N + gl.arange(0, BLOCK_N, gl.BlockedLayout([1], [32], [4], [0]))
+    for block in gl.static_range(STAGES):
+        prefetch(weight + (n.to(gl.int64) * K + gl.minimum(begin + block, end - 1) * BLOCK_K))
     of_weights: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_N, BLOCK_K], DTYPE)
     of_columns: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_M, BLOCK_K], DTYPE)
     flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
@@ -196,7 +201,7 @@ def _product_kernel(x, x_scales, weight, weight_scales, bias, out, partial, arri
         mbarrier.init(ready.index(stage), count=2 * 32 * WARPS)
         mbarrier.init(free.index(stage), count=BLOCK_N // 64)       # all groups have read it
     sizes = M, K, x_stride
-    span = tile, split * blocks // splits, (split + 1) * blocks // splits
+    span = tile, begin, end
     rings = weights, columns, of_rows, of_x
     bars = ready, free
     ends = bias, out, partial, arrived, splits, split
