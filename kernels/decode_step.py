@@ -28,7 +28,6 @@ from kernels.kv_cache import rotated, rotation, scaled, shifted
 from kernels.overlap import after, launch_options, overlaps, prefetch
 from kernels.shapes import next_power_of_2
 
-
 AHEAD = 1           # tiles whose keys and values are asked for ahead, where none is split
 
 

@@ -2,7 +2,7 @@
 
 Few rows: y^T = W x^T from shared memory, K split as split_k.py says. The tensor cores add e4m3 products in fewer bits than
 float32 has (arXiv 2412.19437, section 3.3.2), so their sums are taken over 128 of K only, and those are added up in float32.
-Up to 8 rows on Hopper: gemm_few.py; up to 128: gemm_ring.py.
+Up to 8 rows on Hopper: gemm_few.py; up to 128: gemm_fp8_ring.py.
 Many rows: cuBLAS, which knows scales of rows and columns, with the tensor cores' own sums, as vLLM has them: 6 to 12 % faster,
 and 2.2e-3 to 3.5e-3 off in the 2-norm instead of the 1.7e-3 of bfloat16's rounding. For blocks the kernel here at every size,
 as for sizes that are no multiples of 16, which cuBLAS does not take.
@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels import gemm_few, gemm_ring
+from kernels import gemm_few, gemm_fp8_ring
 from kernels.formats import FP8_BLOCK
 from kernels.overlap import after, launch_options, overlaps, prefetch
 from kernels.quantize import fp8_quantize, quantize_blocks
@@ -101,9 +101,9 @@ def fp8_product(x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor
     tile = gemm_few.tile_for(x, weight.shape[0], 8, dtype)
     if tile is not None:
         return gemm_few.fp8_product(x, x_scale, weight, weight_scale, bias, dtype, False, tile)
-    ring = gemm_ring.tile_for(x, weight.shape[0], dtype)
+    ring = gemm_fp8_ring.tile_for(x, weight.shape[0], dtype, blocks=False)
     if ring is not None:
-        return gemm_ring.product(x, weight, bias, ring, "", x_scale, weight_scale, dtype)
+        return gemm_fp8_ring.product(x, x_scale, weight, weight_scale, bias, dtype, ring)
     few, uneven = x.shape[0] <= MOST_ROWS, any(size % 16 for size in weight.shape)
     if few or uneven or dtype == torch.float32:         # cuBLAS has no float32 outputs for scales of rows
         return _product(x, x_scale, weight, weight_scale, bias, dtype, False, _tile(x.shape[0]))
@@ -120,7 +120,7 @@ def fp8_block_matmul(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tens
     inputs, tile = quantize_blocks(x, FP8_BLOCK), gemm_few.tile_for(x, weight.shape[0], 8, x.dtype)
     if tile is not None:
         return gemm_few.fp8_product(*inputs, weight, weight_scale, bias, x.dtype, True, tile)
-    ring = gemm_ring.tile_for(inputs[0], weight.shape[0], x.dtype)
+    ring = gemm_fp8_ring.tile_for(inputs[0], weight.shape[0], x.dtype, blocks=True)
     if ring is not None:
-        return gemm_ring.product(inputs[0], weight, bias, ring, "", inputs[1], weight_scale, x.dtype)
+        return gemm_fp8_ring.product(*inputs, weight, weight_scale, bias, x.dtype, ring)
     return _product(*inputs, weight, weight_scale, bias, x.dtype, True, _tile(x.shape[0]))

@@ -1,4 +1,4 @@
-"""Products of 9 to 128 rows with 4-bit weights on Hopper, in Gluon: as gemm_ring.py, codes unpacked by the groups that multiply.
+"""Products of 9 to 128 rows with 4-bit weights on Hopper, in Gluon: as gemm_fp8_ring.py, but those who multiply unpack codes.
 
 A program has one or two units of gemm_w4.py's packed layout, 128 of the weight's rows each: the more, the less often x is read.
 A lane finds what it holds of the left operand as 16 bytes. Weights are scaled before they are multiplied, and so rounded as where
@@ -18,8 +18,19 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
 
 from kernels.assembly import HALF_OPERANDS, SCALE_BF16, SCALE_FP16
-from kernels.gemm_ring import GROUP, MOST_BESIDE, add_splits, block_m, takes
-from kernels.hopper import SHARED_BYTES, arrive_when_copied, async_load, await_operands, lines, processors
+from kernels.hopper import (
+    GROUP,
+    MOST_BESIDE,
+    SHARED_BYTES,
+    add_splits,
+    arrive_when_copied,
+    async_load,
+    await_operands,
+    block_m,
+    lines,
+    processors,
+    takes,
+)
 from kernels.overlap import after, launch_options, overlaps, prefetch
 from kernels.split_k import counters
 

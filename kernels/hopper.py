@@ -5,30 +5,35 @@ from __future__ import annotations
 from functools import cache
 
 import torch
+from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 from triton.runtime.jit import constexpr_function
 
+from kernels.shapes import next_power_of_2
+
 # By their names of before Triton 3.9, and of since.
 async_load = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
 barrier = getattr(gl, "barrier", None) or gl.thread_barrier
 reinterpret = getattr(gl.shared_memory_descriptor, "reinterpret", None) or gl.shared_memory_descriptor._reinterpret
 
-GROUP = 128                     # threads of a warp group
+GROUP = gl.constexpr(128)       # threads of a warp group
 SHARED_BYTES = 226 << 10        # of one multiprocessor, less what the system keeps
+LEAST_ROWS = 9                  # of x: gemm_few.py has fewer
+MOST_BESIDE = 64                # rows of x for two programs on a multiprocessor
 
 
 @constexpr_function
-def lines(width, each):
-    """Rows of `width` elements over a warp group, `each` together in a thread."""
-    return gl.BlockedLayout([1, each], [32 * each // width, width // each], [4, 1], [1, 0])
+def lines(width, each, warps=4):
+    """Rows of `width` elements over a warp group, or so many warps, `each` together in a thread."""
+    return gl.BlockedLayout([1, each], [32 * each // width, width // each], [warps, 1], [1, 0])
 
 
 @gluon.jit
 def arrive_when_copied(ready):
-    """Each of this group's threads arrives once all that it has begun to copy is there: `ready` counts GROUP of them."""
+    """Each of this partition's threads arrives once all that it has begun to copy is there: `ready` counts them."""
     async_copy.mbarrier_arrive(ready, increment_count=False)
 
 
@@ -41,9 +46,44 @@ def await_operands(ready, phase):
     fence_async_shared()
 
 
+@gluon.jit
+def add_splits(acc, partial, at, size, inside, counter, split, splits, MOST: gl.constexpr = 4096):
+    """This group's sums, or, if its program is the last of its splits, those of all in their order: (sums, whether it is).
+
+    `at`: where in partial split 0 leaves its sums, `size` elements before the next one's; of few tiles, so that int32 counts
+    them. The counter is 0 before and after. MOST: elements whose loads are in flight together, at least a split's.
+    """
+    gl.store(partial + (at + split * size), acc, mask=inside)
+    barrier()      # all of the group's stores come before its ticket
+    last = gl.atomic_add(counter, 1, sem="acq_rel") == splits - 1
+    if last:
+        acc = gl.zeros_like(acc)
+        AT_ONCE: gl.constexpr = max(1, MOST // (acc.shape[0] * acc.shape[1]))
+        for first in range(0, splits, AT_ONCE):
+            for other in gl.static_range(AT_ONCE):
+                there = inside & (first + other < splits)
+                acc += gl.load(partial + (at + (first + other) * size), mask=there, other=0.0, cache_modifier=".cg")
+        gl.store(counter, 0)
+    return acc, last
+
+
 @cache
 def processors(device: torch.device) -> int:
     """Multiprocessors of a Hopper; 0 elsewhere: later chips have other tensor cores."""
     if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] != 9:
         return 0
     return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def block_m(rows: int) -> int:
+    """Rows of x that a program has room for."""
+    return max(16, next_power_of_2(rows))
+
+
+def takes(x: Tensor) -> bool:
+    """Whether x is where and what the rings are made for: on a Hopper, copied 16 bytes at a time.
+
+    Triton knows of a stride whether 16 divides it, and of no smaller power of two.
+    """
+    whole = x.element_size() <= 2 and x.stride(0) % 16 == 0 and x.data_ptr() % 16 == 0
+    return whole and x.shape[0] >= LEAST_ROWS and processors(x.device) > 0

@@ -1,4 +1,4 @@
-"""Dense linear layers on CUDA: few rows go to gemm_skinny.py, on Hopper some more to gemm_ring.py, and more to cuBLAS."""
+"""Dense linear layers on CUDA: few rows go to gemm_skinny.py, more to cuBLAS."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from kernels import gemm_ring, pointwise, ref
+from kernels import pointwise, ref
 from kernels.gemm_skinny import SHARED_BYTES, Tile, product, tile_of
 from kernels.shapes import cdiv
 
@@ -60,25 +60,14 @@ def _processors(device: torch.device) -> int:
     return chip.multi_processor_count if chip.shared_memory_per_multiprocessor >= SHARED_BYTES else 0
 
 
-def _ring(x: Tensor, weight: Tensor) -> gemm_ring.Tile | None:
-    """Of large weights only: small ones take as long as a program does."""
-    return gemm_ring.tile_for(x, weight.shape[0], x.dtype) if weight.nbytes > SMALL_BYTES else None
-
-
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None) -> Tensor:
     """See ref.linear; rows of x may be strided."""
-    ring = _ring(x, weight)
-    if ring is not None:
-        return gemm_ring.product(x, weight, bias, ring, out=out)
     tile = _tile(x, weight, gated=False)
     return ref.linear(x, weight, bias, out) if tile is None else product(x, weight, bias, tile, out=out)
 
 
 def gated_linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
     """See ref.gated_linear; rows of x may be strided."""
-    ring = _ring(x, weight)
-    if ring is not None:
-        return gemm_ring.product(x, weight, bias, ring, activation)
     tile = _tile(x, weight, gated=True)
     if tile is not None:
         return product(x, weight, bias, tile, activation)

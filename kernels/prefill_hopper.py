@@ -20,9 +20,9 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, warpgroup_mma, warpgroup_mma_wait
 from triton.runtime.jit import constexpr_function
 
-from kernels import attention, hopper
+from kernels import attention
 from kernels.assembly import WIDEN
-from kernels.hopper import arrive_when_copied, async_load, await_operands, barrier, lines, processors, reinterpret
+from kernels.hopper import GROUP, arrive_when_copied, async_load, await_operands, barrier, lines, processors, reinterpret
 from kernels.ref import QUERY_TILE
 from kernels.shapes import cdiv
 from kernels.split_k import counters
@@ -30,7 +30,6 @@ from kernels.split_k import counters
 MASKED, LOWEST = attention.MASKED, attention.LOWEST
 BLOCK_M = 128               # rows of a program
 BLOCK_N = 128               # keys of a tile
-GROUP = gl.constexpr(hopper.GROUP)
 STAGES = gl.constexpr(2)    # tiles of each ring, and blocks whose queries are there
 # Registers of a thread: what twelve warps have on average when they fill a multiprocessor, and how those share it.
 REGISTERS, COMPUTING, BRINGING = 168, 216, 72
@@ -461,11 +460,11 @@ def prefill_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: 
                       out: Tensor | None = None, kv_scales: Tensor | None = None) -> Tensor:
     """See ref.prefill_attention. What lies past cu_q[-1] in the output is not written.
 
-    Heads of 64 and 128 in at most 16 bits are computed here on Hopper, all else by attention.py.
+    On Hopper heads of 128 are computed here, of 64 where they come as FP8; all else by attention.py.
     """
     _, heads, dim = q.shape
     programs = processors(q.device)
-    if dim not in (64, 128) or softcap or k_cache.dtype == torch.float32 or not programs:
+    if dim != 128 and (dim != 64 or kv_scales is None) or softcap or max(q.itemsize, k_cache.itemsize) > 2 or not programs:
         return attention.prefill_attention(q, k_cache, v_cache, block_table, rows, starts, cu_q, tiles, scale, window, softcap,
                                            out, kv_scales)
     kv_heads, page = k_cache.shape[1], k_cache.shape[2]

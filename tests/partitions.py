@@ -21,8 +21,6 @@ import torch
 from layoutless import run_ptx
 from torch import Tensor
 
-from kernels.hopper import GROUP
-
 SECONDS = 60        # a wait of this long is a deadlock
 
 Number = int | float | Tensor
@@ -145,6 +143,7 @@ class Partition(threading.local):
     groups: list[list[tuple[Memory, Tensor]]]
     products: list[Product]
     landing: list[threading.Thread]
+    threads: int
 
 
 class Chip:
@@ -173,7 +172,7 @@ class Chip:
             broadcast=lambda a, b: torch.broadcast_tensors(a, b),
             allocate_shared_memory=_allocate, warp_specialize=self._run)
         return {
-            "gl": gl, "lines": lambda width, each: None, "async_load": self._copy, "barrier": lambda: None,
+            "gl": gl, "lines": lambda width, each, warps=4: None, "async_load": self._copy, "barrier": lambda: None,
             "reinterpret": lambda memory, dtype, shape, layout: Memory(memory.data.view(dtype).view(*shape)),
             "fence_async_shared": lambda: None, "after": lambda overlap: None, "prefetch": lambda pointers: None,
             "async_copy": SimpleNamespace(commit_group=self._commit, wait_group=self._wait_group),
@@ -185,8 +184,9 @@ class Chip:
     def _run(self, partitions: list[tuple[Callable[..., None], tuple]], warps: list[int], registers: list[int]) -> None:
         errors: list[BaseException] = []
 
-        def run(function: Callable[..., None], args: tuple) -> None:
+        def run(function: Callable[..., None], args: tuple, threads: int) -> None:
             mine = self._mine
+            mine.threads = threads
             mine.copies, mine.groups, mine.products, mine.landing = [], [], [], []
             try:
                 function(*args)
@@ -197,7 +197,8 @@ class Chip:
                 errors.append(error)
                 self._broken.set()
 
-        threads = [threading.Thread(target=run, args=partition) for partition in partitions]
+        threads = [threading.Thread(target=run, args=(*partition, 32 * each))
+                   for partition, each in zip(partitions, (4, *warps), strict=True)]
         for thread in threads:
             thread.start()
         for thread in threads:
@@ -236,7 +237,7 @@ class Chip:
 
     def _arrive_when_copied(self, barrier: Barrier) -> None:
         """In a thread of its own, as late as it likes, but after the ones before."""
-        copies, earlier = self._mine.copies, self._mine.landing[-1:]
+        copies, earlier, threads = self._mine.copies, self._mine.landing[-1:], self._mine.threads
 
         def land() -> None:
             self._pause()
@@ -244,7 +245,7 @@ class Chip:
                 thread.join()
             for target, values in copies:
                 target.store(values)
-            self._arrive(barrier, GROUP)
+            self._arrive(barrier, threads)
 
         self._mine.copies = []
         self._mine.landing.append(threading.Thread(target=land))

@@ -5,8 +5,8 @@ python jobs/bench/hopper_smoke.py [seconds], in the repository root; then with `
 """
 import subprocess, sys, time
 CASES = {
- "ring bf16": "ring(64, 4096, 4096, 1)", "ring bf16 split": "ring(33, 1024, 4096, 4)", "ring gated": "ring(16, 2048, 4096, 2, 'silu')",
- "ring 2 programs": "ring(64, 28672, 4096, 1, '', 2)", "ring fp8": "fp8(64, 4096, 4096, 1)", "ring fp8 split": "fp8(9, 4096, 14336, 4)",
+ "fp8": "fp8(64, 4096, 4096, 2, 1, 1)", "fp8 x2": "fp8(64, 28672, 4096, 2, 1, 2)", "fp8 split": "fp8(9, 4096, 14336, 2, 4, 1)", "fp8 128": "fp8(128, 4096, 4096, 2, 3, 1)",
+ "fp8 64 rows": "fp8(50, 4096, 4096, 1, 2, 1)", "fp8 64 rows x2": "fp8(50, 6144, 4096, 1, 2, 2)", "fp8 64 rows 128": "fp8(128, 6144, 4096, 1, 1, 1)",
  "w4 units 1": "w4(64, 1024, 4096, 1, 2, 1, 1)", "w4 units 1 x2": "w4(64, 1024, 4096, 1, 2, 3, 2)", "w4 units 2": "w4(64, 1024, 4096, 2, 4, 1, 1)",
  "w4 units 2 split 16": "w4(16, 4096, 14336, 2, 4, 8, 1)", "w4 groups 2": "w4(100, 1024, 4096, 2, 2, 3, 1)", "prefill bf16 128": "prefill(128, False, 0)", "prefill bf16 64": "prefill(64, False, 0)",
  "prefill window": "prefill(128, False, 150)", "prefill fp8": "prefill(128, True, 0)", "prefill fp8 64 window": "prefill(64, True, 150)",
@@ -14,19 +14,13 @@ CASES = {
 PRELUDE = '''
 import sys; sys.path[:0] = [".", "tests"]
 import torch
-from kernels import gemm_ring as R, gemm_w4_ring as W, gemm_w4, prefill_hopper as P, ref
+from kernels import gemm_fp8_ring as R, gemm_w4_ring as W, gemm_w4, prefill_hopper as P, ref
 from quantized_products import integer_layer, randn, error
 like = torch.empty(0, dtype=torch.bfloat16, device="cuda"); torch.manual_seed(0)
-def ring(m, n, k, splits, act="", programs=1):
-    x, w = randn(m, k, like=like), randn(n, k, like=like) / k**0.5
-    t = R.Tile(splits, R.most_stages(m, programs), programs)
-    want = x.double() @ w.double().t()
-    if act: want = ref.gated_act(want.to(like.dtype), act).double()
-    return lambda: R.product(x, w, None, t, act), want
-def fp8(m, n, k, splits):
+def fp8(m, n, k, groups, splits, programs):
     x, sx = ref.fp8_quantize(randn(m, k, like=like)); w, sw = ref.fp8_quantize(randn(n, k, like=like))
-    t = R.Tile(splits, R.most_stages(m, 1), 1)
-    return lambda: R.product(x, w, None, t, "", sx, sw.flatten(), like.dtype), (x.double() * sx.double()) @ (w.double() * sw.double()).t()
+    t = R.Tile(groups, splits, R.most_stages(m, groups, programs), programs)
+    return lambda: R.product(x, sx, w, sw.flatten(), None, like.dtype, t), (x.double() * sx.double()) @ (w.double() * sw.double()).t()
 def w4(m, n, k, units, groups, splits, programs):
     codes, s, z, exact = integer_layer(like, 4, n, k, 128, "whole"); x = randn(m, k, like=like); p = gemm_w4.w4_pack(codes)
     t = W.Tile(units, groups, splits, W.most_stages(m, units, programs), programs)
@@ -57,8 +51,7 @@ from jobs.bench import quantized as q
 rate = q.read_rate()
 for m in (16, 64):
     for n, k in ((28672, 4096), (6144, 4096)):
-        for name, layer, chosen in (("w4", q.Packed((n, k)), W.tile_of(m, n, k, 132)), ("fp8", q.Fp8((n, k)), R.tile_of(m, n, k, 1, 132)),
-                                    ("bf16", q.Plain((n, k)), R.tile_of(m, n, k, 2, 132))):
+        for name, layer, chosen in (("w4", q.Packed((n, k)), W.tile_of(m, n, k, 132)), ("fp8", q.Fp8((n, k)), R.tile_of(m, n, k, 132))):
             x = torch.randn(m, k, device="cuda").to(like.dtype)
             print(name, m, n, k, "%.1f us, floor %.1f" % (layer.ring(x, chosen) * 1e6, layer.bytes / rate * 1e6), tuple(chosen), flush=True)
 from jobs.bench import attention as a

@@ -6,7 +6,7 @@
 weights and inputs with outliers. --time: microseconds, and the share of the floor: the bytes of weights, inputs and outputs at
 the rate of a large copy. --sweep: times of many tiles, to find the best. Without any of the three: --check and --time.
 few: the tiles of the kernels for 1 to 8 rows (gemm_few.py), beside the kernels for up to 16. ring: of those for 9 rows and more
-(gemm_ring.py, gemm_w4_ring.py), bf16 too, beside the kernels before them.
+(gemm_fp8_ring.py, gemm_w4_ring.py), beside the kernels before them.
 Times are of CUDA graphs of several calls over copies of the weights that do not fit in L2 together, median of the replays.
 """
 
@@ -16,6 +16,7 @@ import argparse
 import functools
 import itertools
 import multiprocessing
+import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -32,8 +33,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from jobs.bench.graph_timing import replay_seconds
-from kernels import gemm_few, gemm_fp8, gemm_ring, gemm_skinny, gemm_w4, gemm_w4_ring, pointwise, quantize, ref
-from kernels import linear as dense_layers
+from kernels import gemm_few, gemm_fp8, gemm_fp8_ring, gemm_w4, gemm_w4_ring, hopper, pointwise, quantize
 from kernels.formats import FP8_BLOCK
 from kernels.gemm_few import Tile as FewTile
 from kernels.split_k import Tile
@@ -41,8 +41,7 @@ from kernels.split_k import Tile
 DEVICE, DTYPE = "cuda", torch.bfloat16
 L2_BYTES = 64 << 20
 NAN = float("nan")
-import os
-RING = os.environ.get("RING", "w4 fp8 bf16").split()
+RING = os.environ.get("RING", "w4 fp8").split()
 LIMIT = {torch.bfloat16: 5e-3, torch.float16: 1e-3}
 
 # Outputs and inputs of each layer's merged projections.
@@ -291,10 +290,10 @@ class Fp8:
         return replay_seconds([functools.partial(gemm_few.fp8_product, x, scale, *part, None, DTYPE, False, tile)
                                for part in self.copies])
 
-    def ring(self, x: Tensor, tile: gemm_ring.Tile) -> float:
+    def ring(self, x: Tensor, tile: gemm_fp8_ring.Tile) -> float:
         x, scale = quantize.fp8_quantize(x)
-        return replay_seconds([functools.partial(gemm_ring.product, x, weight, None, tile, "", scale, weight_scale, DTYPE)
-                               for weight, weight_scale in self.copies])
+        return replay_seconds([functools.partial(gemm_fp8_ring.product, x, scale, *part, None, DTYPE, tile)
+                               for part in self.copies])
 
     def few_blocks(self, x: Tensor, tile: FewTile) -> float:
         (n, k), inputs = self.shape, quantize.quantize_blocks(x, FP8_BLOCK)
@@ -415,52 +414,35 @@ def sweep_few(rate: float) -> None:
                           "32 bytes further apart", flush=True)
 
 
-RING_ROWS = (16, 32, 64, 128, 256)
+RING_ROWS = (16, 32, 64, 128)
 SPLITS = (1, 2, 3, 4, 5, 6, 8)         # 5: what the 24 and 48 tiles of 6,144 outputs fill 132 multiprocessors best with
 
 
-def rings(kind: str, rows: int, splits: Sequence[int] = SPLITS) -> list[gemm_ring.Tile] | list[gemm_w4_ring.Tile]:
-    few = rows <= gemm_ring.MOST_BESIDE
+def rings(kind: str, rows: int, splits: Sequence[int] = SPLITS) -> list[gemm_fp8_ring.Tile] | list[gemm_w4_ring.Tile]:
+    few = rows <= hopper.MOST_BESIDE
     if kind == "w4":
         return [gemm_w4_ring.Tile(units, groups, split, stages, programs)
                 for units, groups, programs in gemm_w4_ring.REGISTERS for split in splits
                 for stages in sorted({gemm_w4_ring.most_stages(rows, units, programs), 4})
                 if (few or groups * programs == 2) and rows <= gemm_w4_ring.MOST_ROWS]
-    return [gemm_ring.Tile(split, stages, programs) for programs in gemm_ring.REGISTERS for split in splits
-            for stages in sorted({gemm_ring.most_stages(rows, programs), 4})
-            if (few or programs == 1) and rows <= gemm_ring.MOST_ROWS[1 if kind == "fp8" else 2]]
-
-
-class Plain:
-    """A dense layer: by gemm_skinny.py or cuBLAS, and by the ring."""
-
-    def __init__(self, shape: tuple[int, int]) -> None:
-        self.shape, self.bytes = shape, 2 * shape[0] * shape[1]
-        self.copies = [torch.randn(shape, device=DEVICE).to(DTYPE) for _ in range(copies(self.bytes))]
-
-    def before(self, x: Tensor) -> float:
-        tile = dense_layers._tile(x, self.copies[0], gated=False)
-        calls = [functools.partial(gemm_skinny.product, x, weight, None, tile) if tile else
-                 functools.partial(ref.linear, x, weight, None, None) for weight in self.copies]
-        return replay_seconds(calls)
-
-    def ring(self, x: Tensor, tile: gemm_ring.Tile) -> float:
-        return replay_seconds([functools.partial(gemm_ring.product, x, weight, None, tile) for weight in self.copies])
+    most = {way: gemm_fp8_ring.most_stages(rows, *way) for way in gemm_fp8_ring.REGISTERS}
+    return [gemm_fp8_ring.Tile(groups, split, stages, programs) for groups, programs in most for split in splits if split <= 4
+            for stages in sorted({most[groups, programs], max(most[groups, programs] * 2 // 3, 4)})
+            if few or groups * programs < 4]
 
 
 def sweep_ring(rate: float) -> None:
-    """Of 16 to 256 rows, each product by every tile: the best, the one that tile_of gives, and the kernel before."""
+    """Of 16 to 128 rows, each product by every tile: the best, the one that tile_of gives, and the kernel before."""
     chips = torch.cuda.get_device_properties(DEVICE).multi_processor_count
     sums: dict[tuple[str, int], list[float]] = {}
     for name, shape in TIMED.items():
-        w4, fp8, plain = Packed(shape), Fp8(shape), Plain(shape)
+        w4, fp8 = Packed(shape), Fp8(shape)
         for rows in RING_ROWS:
             x = torch.randn(rows, shape[1], device=DEVICE).to(DTYPE)
             of_fp8 = (fp8.fused, x, gemm_fp8._tile(rows)) if rows <= gemm_fp8.MOST_ROWS else (fp8.cublas, rows, True)
             for what, layer, old, chosen in (
                 ("w4", w4, (w4.fused, x, gemm_w4._tile(rows, shape[0])), gemm_w4_ring.tile_of(rows, *shape, chips)),
-                ("fp8", fp8, of_fp8, gemm_ring.tile_of(rows, *shape, 1, chips)),
-                ("bf16", plain, (plain.before, x), gemm_ring.tile_of(rows, *shape, 2, chips)),
+                ("fp8", fp8, of_fp8, gemm_fp8_ring.tile_of(rows, *shape, chips)),
             ):
                 if chosen is None or what not in RING:
                     continue
@@ -485,12 +467,9 @@ def compile_ring(job: tuple[str, int, NamedTuple]) -> None:
     x = torch.randn(rows, size, device=DEVICE).to(DTYPE)
     if kind == "w4":
         gemm_w4_ring.product(x, *Integer(4, (size, size), 128).parts, None, tile)
-    elif kind == "fp8":
-        codes = torch.zeros(size, size, device=DEVICE).to(torch.float8_e4m3fn)
-        x, scale = quantize.fp8_quantize(x)
-        gemm_ring.product(x, codes, None, tile, "", scale, torch.zeros(size, device=DEVICE), DTYPE)
     else:
-        gemm_ring.product(x, torch.zeros(size, size, device=DEVICE, dtype=DTYPE), None, tile)
+        codes = torch.zeros(size, size, device=DEVICE).to(torch.float8_e4m3fn)
+        gemm_fp8_ring.product(*quantize.fp8_quantize(x), codes, torch.zeros(size, device=DEVICE), None, DTYPE, tile)
 
 
 # --- compiling beforehand, in processes -----------------------------------------------------------------------------------------

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 
@@ -22,7 +24,8 @@ from quantized_products import (
     randn,
 )
 
-from kernels import gemm_few, gemm_ring, gemm_w4, gemm_w4_ring, ops, ref
+from kernels import gemm_few, gemm_fp8_ring, gemm_w4, gemm_w4_ring, ops, ref
+from kernels.quantize import fp8_quantize, quantize_blocks
 
 HALVES = [torch.empty(0, dtype=dtype, device="cuda") for dtype in (torch.bfloat16, torch.float16)]
 ROWS = [1, 4, 16, 17, 33, 64, 100, 192, 300]
@@ -82,26 +85,30 @@ def test_tiles_of_the_w4_ring(like, tile):
         assert torch.equal(got, again)
 
 
-DENSE_RINGS = [gemm_ring.Tile(splits, min(stages, gemm_ring.most_stages(64 if programs == 2 else 128, programs)), programs)
-               for programs in gemm_ring.REGISTERS for splits in (1, 3) for stages in (3, 8)]
+spread = functools.partial(torch.repeat_interleave, repeats=128)
+FP8_RINGS = [gemm_fp8_ring.Tile(groups, splits, min(stages, gemm_fp8_ring.most_stages(128, groups, programs, True)), programs)
+             for groups, programs in gemm_fp8_ring.REGISTERS for splits in (1, 3) for stages in (3, 8)]
 
 
 @HOPPER
-@pytest.mark.parametrize("tile", DENSE_RINGS, ids=lambda tile: "-".join(map(str, tile)))
+@pytest.mark.parametrize("tile", FP8_RINGS, ids=lambda tile: "-".join(map(str, tile)))
 @pytest.mark.parametrize("like", HALVES, ids=str)
-def test_tiles_of_the_ring(like, tile):
-    for rows in (9, 16, 33, 64) if tile.programs == 2 else (9, 33, 128):
+def test_tiles_of_the_fp8_ring(like, tile):
+    for rows in (9, 16, 33, 64) if tile.groups == tile.programs == 2 else (9, 33, 128):
         x, weight, bias = randn(rows, 1680, like=like)[:, :1664], randn(1024, 1664, like=like) / 40, randn(1024, like=like)
-        want = x.double() @ weight.double().t() + bias.double()
-        assert error(gemm_ring.product(x, weight, bias, tile), want) < ROUNDING[like.dtype]
-        gated = ref.gated_act(want.to(like.dtype), "silu").double()
-        assert error(gemm_ring.product(x, weight, bias, tile, "silu"), gated) < 2 * ROUNDING[like.dtype]
         codes, scales = ref.fp8_quantize(x)
         rows8, scales8 = ref.fp8_quantize(weight)
-        want = (codes.double() * scales.double()) @ (rows8.double() * scales8.double()).t()
-        got = gemm_ring.product(codes, rows8, None, tile, "", scales, scales8.flatten(), like.dtype)
+        want = (codes.double() * scales.double()) @ (rows8.double() * scales8.double()).t() + bias.double()
+        got = gemm_fp8_ring.product(codes, scales, rows8, scales8.flatten(), bias, like.dtype, tile)
         assert error(got, want) < 2 * ROUNDING[like.dtype]         # the tensor cores' sums of 128 have 14 bits
-        assert torch.equal(got, gemm_ring.product(codes, rows8, None, tile, "", scales, scales8.flatten(), like.dtype))
+        again = gemm_fp8_ring.product(codes, scales, rows8, scales8.flatten(), bias, like.dtype, tile)
+        assert torch.equal(got, again)
+        codes, scales = quantize_blocks(x, 128)
+        scales8 = torch.rand(8, 13, device=x.device) + 0.5
+        exact = rows8.double() * spread(spread(scales8.double(), dim=0), dim=1)
+        want = (codes.double() * spread(scales.double(), dim=1)) @ exact.t()
+        got = gemm_fp8_ring.product(codes, scales, rows8, scales8, None, like.dtype, tile)
+        assert error(got, want) < 2 * ROUNDING[like.dtype]
 
 
 @HOPPER
@@ -112,19 +119,21 @@ def test_overlapping_rings_change_nothing(rows, monkeypatch):
     layers = []
     for _ in range(10):
         codes, scales, zero, _ = integer_layer(like, 4, depth, wide, 128, "whole")
-        layers.append((randn(2 * wide, depth, like=like) / 32, gemm_w4.w4_pack(codes), scales, zero))
+        gate_up, gate_up_scales = ref.fp8_quantize(randn(2 * wide, depth, like=like) / 32)
+        layers.append((gate_up, gate_up_scales.flatten(), gemm_w4.w4_pack(codes), scales, zero))
     first, start, scale = randn(rows, depth, like=like), randn(rows, depth, like=like), randn(depth, like=like)
 
     def chain():
         x, residual = first, start.clone()
-        for gate_up, *down in layers:
+        for gate_up, gate_up_scales, *down in layers:
             h = ops.add_rms_norm(x, residual, scale, 1e-5)
-            h = gemm_ring.product(h, gate_up, None, gemm_ring.Tile(3, 3, 2), "silu")
+            h = gemm_fp8_ring.product(*fp8_quantize(h), gate_up, gate_up_scales, None, like.dtype, gemm_fp8_ring.Tile(2, 3, 3, 2))
+            h = ops.gated_act(h, "silu")
             x = gemm_w4_ring.product(h, *down, 128, None, gemm_w4_ring.Tile(2, 4, 5, 3, 1))
         return torch.cat([x, residual])
 
     with monkeypatch.context() as patch:
-        for kernels in (gemm_ring, gemm_w4_ring):
+        for kernels in (gemm_fp8_ring, gemm_w4_ring):
             patch.setattr(kernels, "overlaps", lambda device: False)
         alone = chain()
     chain()
@@ -136,23 +145,20 @@ def test_overlapping_rings_change_nothing(rows, monkeypatch):
         out.fill_(float("nan"))
         graph.replay()
         assert torch.equal(out, alone)
-    assert not gemm_ring.counters(like.device).any()
+    assert not gemm_fp8_ring.counters(like.device).any()
 
 
 @HOPPER
 @pytest.mark.parametrize("like", HALVES, ids=str)
-@pytest.mark.parametrize("rows", [100, 256])
-def test_rings_of_many_rows(like, rows):
-    x, weight = randn(rows, 4096, like=like), randn(6144, 4096, like=like) / 64
-    tile = gemm_ring.tile_for(x, 6144, like.dtype)
+def test_rings_of_many_rows(like):
+    x = randn(100, 4096, like=like)
+    codes, scales, zero, exact = integer_layer(like, 4, 6144, 4096, 128, "whole")
+    tile = gemm_w4_ring.tile_for(x, scales, zero, 128)
     assert tile is not None
-    assert error(gemm_ring.product(x, weight, None, tile), x.double() @ weight.double().t()) < ROUNDING[like.dtype]
-    if rows <= gemm_w4_ring.MOST_ROWS:
-        codes, scales, zero, exact = integer_layer(like, 4, 6144, 4096, 128, "whole")
-        tile = gemm_w4_ring.tile_for(x, scales, zero, 128)
-        assert tile is not None
-        got = gemm_w4_ring.product(x, gemm_w4.w4_pack(codes), scales, zero, 128, None, tile)
-        assert error(got, x.double() @ exact.t()) < ROUNDING[like.dtype]
+    got = gemm_w4_ring.product(x, gemm_w4.w4_pack(codes), scales, zero, 128, None, tile)
+    assert error(got, x.double() @ exact.t()) < ROUNDING[like.dtype]
+    assert gemm_fp8_ring.tile_for(fp8_quantize(x)[0], 6144, like.dtype, False) is not None
+    check_fp8(like, 100, 6144, 4096)
 
 
 @pytest.mark.parametrize("like", HALVES, ids=str)

@@ -157,7 +157,7 @@ def compile_gluon() -> None:
     from triton.compiler import compile as build
     from triton.experimental.gluon._runtime import GluonASTSource
 
-    from kernels import gemm_ring, gemm_w4_ring, prefill_hopper
+    from kernels import gemm_fp8_ring, gemm_w4_ring, prefill_hopper
 
     def compiled(function: Any, constants: dict, kinds: dict[str, str], odd: Sequence[str], registers: int) -> Any:
         """kinds: of what is no int32; odd: what need not be divisible by 16."""
@@ -174,19 +174,25 @@ def compile_gluon() -> None:
             assert "wgmma.mma_async" in operands and since.count("mbarrier.try_wait") <= others
         return built
 
-    for rows, fp8, gated, split, blocks, programs in (
-        (64, False, True, False, False, 1), (16, False, True, True, False, 2), (64, True, False, True, False, 2),
-        (32, True, False, False, True, 1), (256, False, True, False, False, 1), (128, True, False, False, False, 1),
-    ):
-        registers, multiplying, bringing = gemm_ring.REGISTERS[programs]
-        constants = {"BLOCK_M": rows, "BLOCK_N": 128, "BLOCK_K": 128 if fp8 else 64,
-                     "STAGES": gemm_ring.most_stages(rows, programs), "SPLIT": split, "GATED": gated, "GELU": False,
-                     "BIAS": True, "BLOCKS": blocks, "OVERLAP": True, "MULTIPLYING": multiplying, "BRINGING": bringing}
-        kind = "*fp8e4nv" if fp8 else "*bf16"
-        kinds = {"x": kind, "weight": kind, "bias": "*bf16", "out": "*bf16", "partial": "*fp32", "arrived": "*i32",
+    for rows, groups, split, blocks, programs in ((16, 1, False, False, 1), (64, 2, True, False, 2), (64, 1, True, False, 1),
+                                                  (32, 2, False, True, 1), (128, 2, True, False, 1), (128, 1, True, True, 1)):
+        registers, multiplying, bringing = gemm_fp8_ring.REGISTERS[groups, programs]
+        pairs = gemm_fp8_ring.pairs(rows, multiplying)
+        constants = {"BLOCK_M": rows, "BLOCK_N": 64 * groups, "BLOCK_K": 128, "SPLIT": split, "BIAS": True, "BLOCKS": blocks,
+                     "STAGES": gemm_fp8_ring.most_stages(rows, groups, programs, blocks), "OVERLAP": True, "PAIRS": pairs,
+                     "MULTIPLYING": multiplying, "BRINGING": bringing}
+        kinds = {"x": "*fp8e4nv", "weight": "*fp8e4nv", "bias": "*bf16", "out": "*bf16", "partial": "*fp32", "arrived": "*i32",
                  "x_scales": "*fp32", "weight_scales": "*fp32"}
-        built = compiled(gemm_ring._product_kernel, constants, kinds, ("M", "splits"), registers)
+        built = compiled(gemm_fp8_ring._product_kernel, constants, kinds, ("M", "splits"), registers)
         assert built.metadata.shared * programs <= 226 << 10
+        sass = built.asm["sass"]
+        spills = re.compile(r"\b(?:STL|LDL)\b")
+        assert len(spills.findall(sass)) <= 32      # none, or a few addresses
+        assert not any(spills.search(part.partition("QGMMA")[2]) for part in sass.split("WARPGROUP.DEPBAR")[:-1])
+        # In each group: a product of a block is waited for as a whole, the second one of two while the first one is added.
+        asked = groups * (3 if pairs else 1)
+        assert sass.count("QGMMA") == 4 * asked
+        assert sass.count("WARPGROUP.DEPBAR") == asked
     for dtype, rows, units, groups, programs, ones in (         # numbers that are 1 are known when compiled: groups of 128
         ("fp16", 64, 2, 4, 1, ("every",)), ("bf16", 64, 1, 2, 1, ()), ("bf16", 16, 1, 2, 2, ("every", "units")),
         ("bf16", 64, 2, 4, 1, ("every",)), ("fp16", 128, 2, 2, 1, ("every",)),

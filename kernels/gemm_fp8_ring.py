@@ -1,0 +1,290 @@
+"""Products of 9 to 128 rows of e4m3 numbers on Hopper, in Gluon: y^T = W x^T through a ring of blocks of K in shared memory.
+
+A program has 64 or 128 of the weight's rows. Two of its warps copy them, 128 of K at a time, into what is free of the ring, and
+two copy x; one or two warp groups multiply 64 rows each by wgmma. So the memory is asked for more while the tensor cores work,
+which Triton's own loops, waiting for every product, do not do; and the ring is filled with weights before the kernel that makes
+x has finished. Where there are few tiles their K is split, and the last program of a tile adds the sums up in their order, as
+split_k.py says.
+
+The tensor cores add e4m3 products in fewer bits than float32 has (arXiv 2412.19437, section 3.3.2), so their sums are taken
+over 128 of K only, and those are added up in float32.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
+
+from kernels.formats import FP8_BLOCK
+from kernels.hopper import (
+    MOST_BESIDE,
+    SHARED_BYTES,
+    add_splits,
+    arrive_when_copied,
+    async_load,
+    await_operands,
+    block_m,
+    lines,
+    processors,
+    takes,
+)
+from kernels.overlap import after, launch_options, overlaps, prefetch
+from kernels.split_k import counters
+
+WARPS = gl.constexpr(2)     # that bring weights, and that bring x
+ONCE = gl.constexpr(gl.BlockedLayout([1], [32], [2], [0]))      # a number a thread of theirs
+
+
+@gluon.jit
+def _bring_weights(weight, scales, K, span, ring, of_scales, bars, BLOCKS: gl.constexpr):
+    """Blocks begin to end of K. Nothing here waits for the kernel before: no kernel writes weights."""
+    tile, begin, end = span
+    ready, free = bars
+    STAGES: gl.constexpr = ring.shape[0]
+    BLOCK_N: gl.constexpr = ring.shape[1]
+    BLOCK_K: gl.constexpr = ring.shape[2]
+    by: gl.constexpr = lines(BLOCK_K, 16, WARPS)
+    n = tile * BLOCK_N + gl.arange(0, BLOCK_N, gl.SliceLayout(1, by))
+    k = begin * BLOCK_K + gl.arange(0, BLOCK_K, gl.SliceLayout(0, by))
+    at = weight + (n.to(gl.int64)[:, None] * K + k[None, :])
+    if not BLOCKS:
+        async_load(of_scales.index(0), scales + (tile * BLOCK_N + gl.arange(0, BLOCK_N, ONCE)))
+    for turn in range(end - begin):
+        stage = turn % STAGES
+        if turn >= STAGES:
+            mbarrier.wait(free.index(stage), turn // STAGES & 1 ^ 1)
+        async_load(ring.index(stage), at + turn * BLOCK_K, eviction_policy="evict_first")
+        if BLOCKS:      # the same for each row of x
+            SAME: gl.constexpr = of_scales.shape[1]
+            block = tile * BLOCK_N // BLOCK_K * (K // BLOCK_K) + begin + turn
+            async_load(of_scales.index(stage), scales + gl.full([SAME], block, gl.int32, ONCE))
+        arrive_when_copied(ready.index(stage))
+
+
+@gluon.jit
+def _bring_x(x, scales, sizes, span, ring, of_scales, bars, BLOCKS: gl.constexpr, OVERLAP: gl.constexpr):
+    M, K, x_stride = sizes
+    _, begin, end = span
+    ready, free = bars
+    STAGES: gl.constexpr = ring.shape[0]
+    BLOCK_M: gl.constexpr = ring.shape[1]
+    BLOCK_K: gl.constexpr = ring.shape[2]
+    by: gl.constexpr = lines(BLOCK_K, 16, WARPS)
+    m = gl.arange(0, BLOCK_M, gl.SliceLayout(1, by))
+    k = begin * BLOCK_K + gl.arange(0, BLOCK_K, gl.SliceLayout(0, by))
+    row = gl.arange(0, BLOCK_M, ONCE)
+    after(OVERLAP)
+    if not BLOCKS:
+        async_load(of_scales.index(0), scales + row, mask=row < M)
+    for turn in range(end - begin):
+        stage = turn % STAGES
+        if turn >= STAGES:
+            mbarrier.wait(free.index(stage), turn // STAGES & 1 ^ 1)
+        async_load(ring.index(stage), x + (m[:, None] * x_stride + k[None, :] + turn * BLOCK_K), mask=(m < M)[:, None])
+        if BLOCKS:
+            async_load(of_scales.index(stage), scales + (row * (K // BLOCK_K) + begin + turn), mask=row < M)
+        arrive_when_copied(ready.index(stage))
+
+
+@gluon.jit
+def _ask(turn, group: gl.constexpr, rings, ready, SUMS: gl.constexpr):
+    """A block's product, begun as soon as it is there."""
+    weights, columns, _, _ = rings
+    STAGES: gl.constexpr = weights.shape[0]
+    BLOCK_M: gl.constexpr = columns.shape[1]
+    stage = turn % STAGES
+    await_operands(ready.index(stage), turn // STAGES & 1)
+    none = gl.zeros([64, BLOCK_M], gl.float32, SUMS)
+    return warpgroup_mma(weights.index(stage).slice(group * 64, 64), columns.index(stage).permute((1, 0)), none, use_acc=False,
+                         is_async=True)
+
+
+@gluon.jit
+def _add(acc, product, turn, rings, free, BLOCKS: gl.constexpr, SUMS: gl.constexpr):
+    """acc and a product that is there. Its block is given back."""
+    _, _, weight_scales, x_scales = rings
+    STAGES: gl.constexpr = rings[0].shape[0]
+    stage = turn % STAGES
+    if BLOCKS:
+        columns: gl.constexpr = gl.SliceLayout(0, SUMS)
+        product *= (x_scales.index(stage).load(columns) * weight_scales.index(stage).load(columns))[None, :]
+    mbarrier.arrive(free.index(stage), count=1)
+    return acc + product
+
+
+@gluon.jit
+def _multiply(group: gl.constexpr, ends, M, span, rings, bars, SPLIT: gl.constexpr, BIAS: gl.constexpr, BLOCKS: gl.constexpr,
+              PAIRS: gl.constexpr):
+    """Rows 64 group .. 64 group + 64 of the tile's.
+
+    PAIRS: a product is added while the tensor cores have the next one. At the end of a turn none is with them: the compiler
+    would wait for each instruction if it had to follow them around the loop.
+    """
+    tile, begin, end = span
+    weights, columns, weight_scales, x_scales = rings
+    ready, free = bars
+    BLOCK_N: gl.constexpr = weights.shape[1]
+    BLOCK_M: gl.constexpr = columns.shape[1]
+    SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 32])
+    bias, out, partial, arrived, splits, split = ends
+    acc = gl.zeros([64, BLOCK_M], gl.float32, SUMS)
+    turns = end - begin
+    paired = turns // 2 * 2 if PAIRS else 0
+    for turn in range(0, paired, 2):
+        first = _ask(turn, group, rings, ready, SUMS)
+        second = _ask(turn + 1, group, rings, ready, SUMS)
+        first = warpgroup_mma_wait(1, deps=(first,))
+        acc = _add(acc, first, turn, rings, free, BLOCKS, SUMS)
+        second = warpgroup_mma_wait(0, deps=(second,))
+        acc = _add(acc, second, turn + 1, rings, free, BLOCKS, SUMS)
+    for turn in range(paired, turns):
+        product = warpgroup_mma_wait(0, deps=(_ask(turn, group, rings, ready, SUMS),))
+        acc = _add(acc, product, turn, rings, free, BLOCKS, SUMS)
+    if not BLOCKS:
+        acc *= weight_scales.index(0).slice(group * 64, 64).load(gl.SliceLayout(1, SUMS))[:, None]
+        acc *= x_scales.index(0).load(gl.SliceLayout(0, SUMS))[None, :]
+    if BIAS:        # once, by the first split
+        row = tile * BLOCK_N + group * 64 + gl.arange(0, 64, gl.SliceLayout(1, SUMS))
+        acc += gl.load(bias + row, mask=split == 0, other=0.0).to(gl.float32)[:, None]
+    # Line by line what the threads hold, 16 bytes of each together: eight columns of the product, and 64 rows.
+    FLAT: gl.constexpr = gl.BlockedLayout([1, 4], [1, 32], [1, 4], [1, 0])
+    LINES: gl.constexpr = BLOCK_M // 8
+    parts = gl.permute(gl.reshape(acc, [4, 2, 8, LINES, 4, 2]), [3, 0, 2, 4, 1, 5])
+    acc = gl.convert_layout(gl.reshape(parts, [LINES, 512]), FLAT, assert_trivial=True)
+    N = gl.num_programs(0) * BLOCK_N
+    part = tile * (BLOCK_N // 64) + group
+    last = True
+    if SPLIT:
+        line, place = gl.arange(0, LINES, gl.SliceLayout(1, FLAT)), gl.arange(0, 512, gl.SliceLayout(0, FLAT))
+        at = (part * LINES + line)[:, None] * 512 + place[None, :]
+        MOST: gl.constexpr = max(4096, 128 * BLOCK_M) if PAIRS else 4096      # where two products were
+        acc, last = add_splits(acc, partial, at, N * BLOCK_M, True, arrived + part, split, splits, MOST)
+    if last:
+        ROWS: gl.constexpr = lines(64, 8)       # of y
+        m, n = gl.arange(0, BLOCK_M, gl.SliceLayout(1, ROWS)), part * 64 + gl.arange(0, 64, gl.SliceLayout(0, ROWS))
+        y = gl.permute(gl.reshape(acc, [LINES, 4, 8, 4, 2, 2]), [0, 3, 5, 1, 4, 2])
+        y = gl.convert_layout(gl.reshape(y, [BLOCK_M, 64]).to(out.dtype.element_ty), ROWS)
+        gl.store(out + (m[:, None] * N + n[None, :]), y, mask=(m < M)[:, None])
+
+
+@gluon.jit(do_not_specialize=["M", "splits"])
+def _product_kernel(x, x_scales, weight, weight_scales, bias, out, partial, arrived, M, K, x_stride, splits,
+                    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr,
+                    SPLIT: gl.constexpr, BIAS: gl.constexpr, BLOCKS: gl.constexpr, PAIRS: gl.constexpr, OVERLAP: gl.constexpr,
+                    MULTIPLYING: gl.constexpr, BRINGING: gl.constexpr):
+    """Programs are (tile of the weight's rows, split of K)."""
+    DTYPE: gl.constexpr = weight.dtype.element_ty
+    tile, split = gl.program_id(0), gl.program_id(1)
+    blocks = K // BLOCK_K
+    begin, end = split * blocks // splits, (split + 1) * blocks // splits
+    # The L2 has been asked for the first blocks when there is a ring to copy them into, which takes a while.
+    n = tile * BLOCK_N + gl.arange(0, BLOCK_N, gl.BlockedLayout([1], [32], [4], [0]))
+    for block in gl.static_range(STAGES):
+        prefetch(weight + (n.to(gl.int64) * K + gl.minimum(begin + block, end - 1) * BLOCK_K))
+    of_weights: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_N, BLOCK_K], DTYPE)
+    of_columns: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_M, BLOCK_K], DTYPE)
+    flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    weights = gl.allocate_shared_memory(DTYPE, [STAGES, BLOCK_N, BLOCK_K], of_weights)
+    columns = gl.allocate_shared_memory(DTYPE, [STAGES, BLOCK_M, BLOCK_K], of_columns)
+    # Through shared memory too: the compiler puts off loads into registers to where they are waited for.
+    of_rows = gl.allocate_shared_memory(gl.float32, [STAGES if BLOCKS else 1, BLOCK_M if BLOCKS else BLOCK_N], flat)
+    of_x = gl.allocate_shared_memory(gl.float32, [STAGES if BLOCKS else 1, BLOCK_M], flat)
+    ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for stage in gl.static_range(STAGES):
+        mbarrier.init(ready.index(stage), count=2 * 32 * WARPS)
+        mbarrier.init(free.index(stage), count=BLOCK_N // 64)       # all groups have read it
+    sizes = M, K, x_stride
+    span = tile, begin, end
+    rings = weights, columns, of_rows, of_x
+    bars = ready, free
+    ends = bias, out, partial, arrived, splits, split
+    if BLOCK_N == 64:
+        gl.warp_specialize([(_multiply, (0, ends, M, span, rings, bars, SPLIT, BIAS, BLOCKS, PAIRS)),
+                            (_bring_weights, (weight, weight_scales, K, span, weights, of_rows, bars, BLOCKS)),
+                            (_bring_x, (x, x_scales, sizes, span, columns, of_x, bars, BLOCKS, OVERLAP))],
+                           [WARPS, WARPS], [BRINGING, BRINGING])
+    else:
+        gl.warp_specialize([(_multiply, (0, ends, M, span, rings, bars, SPLIT, BIAS, BLOCKS, PAIRS)),
+                            (_multiply, (1, ends, M, span, rings, bars, SPLIT, BIAS, BLOCKS, PAIRS)),
+                            (_bring_weights, (weight, weight_scales, K, span, weights, of_rows, bars, BLOCKS)),
+                            (_bring_x, (x, x_scales, sizes, span, columns, of_x, bars, BLOCKS, OVERLAP))],
+                           [4, WARPS, WARPS], [MULTIPLYING, BRINGING, BRINGING])
+
+
+class Tile(NamedTuple):
+    """How a product is cut.
+
+    Groups that multiply 64 rows of the weight each, programs that share K, blocks in the ring, and programs on a multiprocessor.
+    """
+
+    groups: int
+    splits: int
+    stages: int
+    programs: int
+
+
+MOST_ROWS = 128     # of x
+# Registers of a thread, by the groups and the programs on a multiprocessor: on average, of those that multiply and that bring.
+REGISTERS = {(1, 1): (168, 240, 96), (1, 2): (120, 168, 72), (2, 1): (168, 216, 72), (2, 2): (80, 88, 64)}
+
+
+@cache
+def tile_of(rows: int, features: int, depth: int, chips: int, blocks: bool = False) -> Tile | None:
+    """The tile for rows of x and a weight [features, depth] on so many multiprocessors; None: not for this kernel.
+
+    Guessed so far: jobs/bench/quantized.py --only ring --sweep measures all.
+    """
+    if rows > MOST_ROWS or features % 128 or depth % FP8_BLOCK:
+        return None
+    groups = 1 if features // 64 <= chips else 2
+    tiles = features // (64 * groups)
+    programs = 2 if tiles > chips and rows <= MOST_BESIDE else 1
+    stages = most_stages(rows, groups, programs, blocks)
+    return Tile(groups, max(1, min(programs * chips // tiles, depth // FP8_BLOCK // stages)), stages, programs)
+
+
+def most_stages(rows: int, groups: int, programs: int, blocks: bool = False) -> int:
+    """Blocks that fit into a program's share of a multiprocessor, up to 12, beside row scales and what y goes through."""
+    m, n = block_m(rows), 64 * groups
+    stage, rest = (m + n) * FP8_BLOCK + 16, 2 * m * n
+    stage, rest = (stage + 8 * m, rest) if blocks else (stage, rest + 4 * (m + n))
+    return min((SHARED_BYTES // programs - rest) // stage, 12)
+
+
+def tile_for(x: Tensor, features: int, dtype: torch.dtype, blocks: bool) -> Tile | None:
+    """tile_of x; None too where the device or the dtype of the result is none for this kernel."""
+    if dtype.itemsize != 2 or not takes(x):
+        return None
+    return tile_of(x.shape[0], features, x.shape[1], processors(x.device), blocks)
+
+
+def product(x: Tensor, x_scales: Tensor, weight: Tensor, weight_scales: Tensor, bias: Tensor | None, dtype: torch.dtype,
+            tile: Tile) -> Tensor:
+    """x [M, K] times the weight [N, K], both e4m3 -> [M, N] of the dtype, of 16 bits; rows of x may be strided.
+
+    M up to MOST_ROWS, with two groups in each of two programs up to MOST_BESIDE; N and K multiples of 128.
+    x_scales and weight_scales: float32 [M] and [N], or, of blocks, [M, K / 128] and [N / 128, K / 128].
+    """
+    (rows, depth), features = x.shape, weight.shape[0]
+    m, n = block_m(rows), 64 * tile.groups
+    out = torch.empty((rows, features), dtype=dtype, device=x.device)
+    partial = torch.empty((tile.splits, features, m), dtype=torch.float32, device=x.device) if tile.splits > 1 else out
+    registers, multiplying, bringing = REGISTERS[tile.groups, tile.programs]
+    _product_kernel[features // n, tile.splits](
+        x, x_scales, weight, weight_scales, out if bias is None else bias, out, partial, counters(x.device), rows, depth,
+        x.stride(0), tile.splits, BLOCK_M=m, BLOCK_N=n, BLOCK_K=FP8_BLOCK, STAGES=tile.stages, SPLIT=tile.splits > 1,
+        BIAS=bias is not None, BLOCKS=weight_scales.dim() == 2, PAIRS=pairs(m, multiplying), MULTIPLYING=multiplying,
+        BRINGING=bringing, num_warps=4, maxnreg=registers, **launch_options(overlaps(x.device)))
+    return out
+
+
+def pairs(rows: int, registers: int) -> bool:
+    """Whether there are registers for the sums of two products beside their sum, and some more."""
+    return 3 * rows // 2 + 40 <= registers
