@@ -23,7 +23,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 
 from kernels.hopper import processors
-from kernels.overlap import after, launch_options, overlaps
+from kernels.overlap import after, launch_options, overlaps, prefetch
 from kernels.pointwise import gate
 
 DEPTH = 128                     # inputs in a block
@@ -270,20 +270,18 @@ def _fp8_kernel(x, x_scales, weight, weight_scales, bias, out, M, N, WORDS, BLOC
     blocks = WORDS // 32
     n = gl.program_id(0) * OUTPUTS + _count(OUTPUTS, 1, 3, left)
     weight_at = weight + n.to(gl.int64) * WORDS + _count(WARPS, 0, 3, left) * 32 + _count(32, 2, 3, left)
-    scales_at = weight_scales + gl.program_id(0) * OUTPUTS // BLOCK * blocks
+    of_blocks = weight_scales + gl.program_id(0) * OUTPUTS // BLOCK * blocks
     ahead = ()  # type: tuple
     for i in gl.static_range(AHEAD):
-        ahead += (_fetch_fp8(i, weight_at, scales_at, blocks, BLOCKS, WARPS),)
+        ahead += (_fetch_fp8(i, weight_at, of_blocks, blocks, BLOCKS, WARPS),)
         weight_at += WARPS * 32
-    if not BLOCKS:
-        weight_scale = gl.load(weight_scales + gl.program_id(0) * OUTPUTS + _count(OUTPUTS, 1, 3, sums))
+    if not BLOCKS:      # read at the end, when there are registers for them
+        prefetch(weight_scales + gl.program_id(0) * OUTPUTS)
     after(OVERLAP)
 
     s, s_sums = _count(WARPS, 0, 3, along), _count(WARPS, 0, 3, sums)
     x_at = x + gl.minimum(_count(ROWS, 1, 3, along), M - 1) * WORDS + _count(32, 2, 3, along)
     row = gl.minimum(_count(ROWS, 2, 3, sums), M - 1)
-    if not BLOCKS:
-        x_scale = gl.load(x_scales + row)
     acc = gl.full([WARPS, OUTPUTS, ROWS], 0.0, gl.float32, sums)
     for begin in range(0, gl.cdiv(blocks, WARPS), AHEAD):
         fetched = ()  # type: tuple
@@ -300,11 +298,12 @@ def _fp8_kernel(x, x_scales, weight, weight_scales, bias, out, M, N, WORDS, BLOC
                 acc += product * (gl.load(x_scales + row * blocks + block) * scale)
             else:
                 acc = product
-            fetched += (_fetch_fp8(begin + i + AHEAD, weight_at, scales_at, blocks, BLOCKS, WARPS),)
+            fetched += (_fetch_fp8(begin + i + AHEAD, weight_at, of_blocks, blocks, BLOCKS, WARPS),)
             weight_at += WARPS * 32
         ahead = fetched
     if not BLOCKS:
-        acc *= weight_scale * x_scale
+        n = gl.program_id(0) * OUTPUTS + _count(OUTPUTS, 1, 3, sums)
+        acc *= gl.load(weight_scales + n) * gl.load(x_scales + row)
     _finish(acc, bias, out, M, N, BIAS, False, False, OUTPUTS, WARPS)
 
 

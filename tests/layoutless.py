@@ -50,6 +50,11 @@ def _mma(a: Any, b: Any, acc: Any) -> Any:
     return tl.dot(a, b, acc, input_precision="ieee")
 
 
+@triton.jit
+def _nothing(pointers):
+    pass
+
+
 def interpreted(name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """The module of that name anew, with interpreted kernels."""
     gluon, ampere, language = ModuleType("gluon"), ModuleType("ampere"), _Language("language")
@@ -63,6 +68,7 @@ def interpreted(name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
             meanwhile.setitem(sys.modules, f"{root}.{path}", fake)
         meanwhile.setattr(importlib.import_module(root), "gluon", gluon, raising=False)
         spec.loader.exec_module(module)
+    monkeypatch.setattr(module, "prefetch", _nothing, raising=False)
     return module
 
 

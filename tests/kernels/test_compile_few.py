@@ -136,6 +136,7 @@ def compile_all() -> None:
         check_code("_w4_kernel", constants, 2, limit, most, registers)
     for constants, most, registers in (
         (fp8, 110, 64),
+        ({**fp8, "WARPS": 16}, 110, 64),
         ({**fp8, "WARPS": 16, "BLOCKS": True}, 120, 80),
         ({**fp8, "OUTPUTS": 32, "WARPS": 4}, 95, 96),
     ):
