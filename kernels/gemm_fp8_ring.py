@@ -239,15 +239,14 @@ REGISTERS = {(1, 1): (168, 240, 96), (1, 2): (120, 168, 72), (2, 1): (168, 216, 
 def tile_of(rows: int, features: int, depth: int, chips: int, blocks: bool = False) -> Tile | None:
     """The tile for rows of x and a weight [features, depth] on so many multiprocessors; None: not for this kernel.
 
-    Guessed so far: jobs/bench/quantized.py --only ring --sweep measures all.
+    As jobs/bench/quantized.py --only ring --sweep measured them on an H100 for the shapes of Mistral-7B.
     """
-    if rows > MOST_ROWS or features % 128 or depth % FP8_BLOCK:
+    many = features // 64 > chips
+    if rows > (MOST_BESIDE if many else MOST_ROWS) or features % 128 or depth % FP8_BLOCK:
         return None
-    groups = 1 if features // 64 <= chips else 2
-    tiles = features // (64 * groups)
-    programs = 2 if tiles > chips and rows <= MOST_BESIDE else 1
-    stages = most_stages(rows, groups, programs, blocks)
-    return Tile(groups, max(1, min(programs * chips // tiles, depth // FP8_BLOCK // stages)), stages, programs)
+    programs = 2 if many else 1
+    splits = 2 if rows > MOST_BESIDE and depth > 1 << 13 else 1
+    return Tile(1, splits, most_stages(rows, 1, programs, blocks), programs)
 
 
 def most_stages(rows: int, groups: int, programs: int, blocks: bool = False) -> int:
