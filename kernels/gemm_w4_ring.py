@@ -19,16 +19,20 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup
 
 from kernels.assembly import HALF_OPERANDS, SCALE_BF16, SCALE_FP16
 from kernels.hopper import (
+    FLAT,
     MOST_BESIDE,
     SHARED_BYTES,
     WARPS,
     arrive_when_copied,
     async_load,
     await_operands,
+    barrier,
     block_m,
     finish,
+    in_lines,
     lines,
     processors,
+    reinterpret,
     takes,
 )
 from kernels.overlap import after, launch_options, overlaps, prefetch
@@ -132,7 +136,7 @@ def _left(rows: gl.constexpr, half: gl.constexpr, stage, rings, LEFT: gl.constex
 @gluon.jit
 def _multiply(group: gl.constexpr, GROUPS: gl.constexpr, ends, sizes, span, rings, columns, bars, SPLIT: gl.constexpr,
               BIAS: gl.constexpr):
-    """One part of the program's rows in GROUPS: 64 of them or two times 64.
+    """One part of the program's rows in GROUPS, 64 of them or two times 64; or every second block, of two groups for 64 rows.
 
     While the tensor cores have one left operand, the next one is unpacked. At the end of a turn none is with them: the compiler
     would wait for each instruction if it had to follow them around the loop.
@@ -143,16 +147,18 @@ def _multiply(group: gl.constexpr, GROUPS: gl.constexpr, ends, sizes, span, ring
     STAGES: gl.constexpr = rings[0].shape[0]
     PARTS: gl.constexpr = rings[0].shape[1] // 8
     BLOCK_M: gl.constexpr = columns.shape[1]
-    EACH: gl.constexpr = PARTS // GROUPS
+    EACH: gl.constexpr = max(1, PARTS // GROUPS)
+    TURNS: gl.constexpr = max(1, GROUPS // PARTS)       # groups that take the blocks in turn
     SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
     LEFT: gl.constexpr = gl.DotOperandLayout(0, SUMS, 2)
-    ROWS: gl.constexpr = group * EACH
+    ROWS: gl.constexpr = group // TURNS * EACH
+    TURN: gl.constexpr = group % TURNS
     first = gl.zeros([64, BLOCK_M], gl.float32, SUMS)
     second = gl.zeros([64, BLOCK_M], gl.float32, SUMS)
     turns = end - begin
-    await_operands(ready.index(0), 0)
-    a = _left(ROWS, 0, 0, rings, LEFT, DTYPE)
-    for turn in range(turns):
+    await_operands(ready.index(TURN), 0)
+    a = _left(ROWS, 0, TURN, rings, LEFT, DTYPE)
+    for turn in range(TURN, turns, TURNS):
         stage = turn % STAGES
         x0, x1 = columns.index(2 * stage).permute((1, 0)), columns.index(2 * stage + 1).permute((1, 0))
         first = warpgroup_mma(a, x0, first, is_async=True)
@@ -166,14 +172,28 @@ def _multiply(group: gl.constexpr, GROUPS: gl.constexpr, ends, sizes, span, ring
             b = _left(ROWS + 1, 1, stage, rings, LEFT, DTYPE)
             second, a = warpgroup_mma_wait(0, deps=(second, a))
             second = warpgroup_mma(b, x1, second, is_async=True)
-        if turn + 1 < turns:
-            following = turn + 1
+        following = turn + TURNS
+        if following < turns:
             await_operands(ready.index(following % STAGES), following // STAGES & 1)
             a = _left(ROWS, 0, following % STAGES, rings, LEFT, DTYPE)
         first, second, b = warpgroup_mma_wait(0, deps=(first, second, b))
-        mbarrier.arrive(free.index(stage), count=1)
+        if TURN == 0 or following < turns:
+            mbarrier.arrive(free.index(stage), count=1)
+    if TURNS == 2:      # the second group leaves its sums where x of its last block was, and gives that back then
+        final = turns // 2 * 2 - 1
+        plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
+        spare = reinterpret(columns, gl.float32, [STAGES, BLOCK_M // 8, 512], plain).index(final % STAGES)
+        if TURN == 1:
+            spare.store(in_lines(first))
+            barrier()
+            mbarrier.arrive(free.index(final % STAGES), count=1)
+        else:
+            mbarrier.wait(free.index(final % STAGES), final // STAGES & 1)
+            others = gl.permute(gl.reshape(spare.load(FLAT), [BLOCK_M // 8, 4, 8, 4, 2, 2]), [1, 4, 2, 0, 3, 5])
+            first += gl.convert_layout(gl.reshape(others, [64, BLOCK_M]), SUMS, assert_trivial=True)
     N = gl.num_programs(0) * PARTS * 64
-    finish(first, tile * PARTS + ROWS, (sizes[0], N), ends, SPLIT, BIAS, SUMS)
+    if TURN == 0:
+        finish(first, tile * PARTS + ROWS, (sizes[0], N), ends, SPLIT, BIAS, SUMS)
     if EACH == 2:
         finish(second, tile * PARTS + ROWS + 1, (sizes[0], N), ends, SPLIT, BIAS, SUMS)
 
@@ -208,7 +228,7 @@ def _product_kernel(x, packed, scales, zeros, bias, out, partial, arrived, M, K,
     free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for stage in gl.static_range(STAGES):
         mbarrier.init(ready.index(stage), count=2 * 32 * WARPS)
-        mbarrier.init(free.index(stage), count=GROUPS)      # all have read it
+        mbarrier.init(free.index(stage), count=min(GROUPS, BLOCK_N // 64))       # all that read it have
     tables = packed, scales, zeros, stride_g, units, every
     sizes = M, x_stride
     span = tile, begin, end
@@ -239,8 +259,8 @@ def _product_kernel(x, packed, scales, zeros, bias, out, partial, arrived, M, K,
 class Tile(NamedTuple):
     """How a product is cut.
 
-    The weight's rows of a program, groups that multiply, programs that share K, blocks in the ring, and programs on a
-    multiprocessor.
+    The weight's rows of a program, groups that multiply (two for 64 rows take the blocks in turn), programs that share K, blocks
+    in the ring, and programs on a multiprocessor.
     """
 
     outputs: int
@@ -249,13 +269,18 @@ class Tile(NamedTuple):
     stages: int
     programs: int
 
+    @property
+    def turns(self) -> int:
+        """Groups that take the blocks of the same rows in turn."""
+        return max(1, 64 * self.groups // self.outputs)
+
 
 MOST_ROWS = 128                 # of x
 EARLY_BYTES = 128 << 10         # of packed words that the programs of a multiprocessor ask the L2 for at once
 # Registers of a thread, by the rows of a program, its groups and the programs on a multiprocessor: on average, of those that
 # multiply, of those that bring.
-REGISTERS = {(64, 1, 1): (168, 240, 96), (64, 1, 2): (120, 168, 72), (128, 2, 1): (168, 216, 72), (128, 2, 2): (80, 96, 48),
-             (256, 2, 1): (168, 216, 72), (256, 4, 1): (96, 104, 64)}
+REGISTERS = {(64, 1, 1): (168, 240, 96), (64, 1, 2): (120, 168, 72), (64, 2, 1): (168, 216, 72),
+             (128, 2, 1): (168, 216, 72), (128, 2, 2): (80, 96, 48), (256, 2, 1): (168, 216, 72), (256, 4, 1): (96, 104, 64)}
 
 
 @cache
@@ -268,8 +293,8 @@ def tile_of(rows: int, features: int, depth: int, chips: int) -> Tile | None:
         return None
     if features // 128 >= chips:
         outputs, groups, programs, least = (128, 2, 2, 8) if rows <= MOST_BESIDE or features % 256 else (256, 2, 1, 8)
-    elif rows <= 32 and features // 64 <= chips:
-        outputs, groups, programs, least = 64, 1, 1, 32
+    elif rows <= 32 and features // 64 <= chips and depth > 128:
+        outputs, groups, programs, least = 64, 2, 1, 32
     else:       # larger tiles read x less often
         outputs, groups, programs, least = 128, 2, 1, 8
     programs = programs if groups * programs < 4 or rows <= MOST_BESIDE else 1
@@ -299,10 +324,10 @@ def product(x: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor | None, gro
 
     M up to MOST_ROWS, with four groups or two of two programs MOST_BESIDE; K a multiple of 128, N of 128 and of tile.outputs;
     the group is K or a multiple of 128, zeros are uint8; N is contiguous in scales and zeros, their groups a multiple of 16
-    apart. More splits than blocks of K would wait for ever.
+    apart. Every group has a block of K, and the ring has room for another one, or they would wait for ever.
     """
     (rows, depth), features = x.shape, scales.shape[0]
-    assert tile.splits <= depth // 128
+    assert tile.splits * tile.turns <= depth // 128 and tile.stages > tile.turns
     m = block_m(rows)
     out = torch.empty((rows, features), dtype=x.dtype, device=x.device)
     partial = torch.empty((tile.splits, features, m), dtype=torch.float32, device=x.device) if tile.splits > 1 else out

@@ -416,8 +416,8 @@ def sweep_few(rate: float) -> None:
 
 RING_ROWS = (16, 32, 64, 128)
 # Of 4-bit weights by (outputs, groups, programs): those that fill the multiprocessors about once, as 5 do 24 and 48 tiles.
-W4_SPLITS = {(64, 1, 1): (1, 2), (64, 1, 2): (1, 2, 3, 4), (128, 2, 1): (1, 2, 3, 4), (128, 2, 2): (1, 4, 5, 8),
-             (256, 2, 1): (1,), (256, 4, 1): (1, 4, 5, 8)}
+W4_SPLITS = {(64, 1, 1): (1, 2), (64, 1, 2): (1, 2, 3, 4), (64, 2, 1): (1, 2), (128, 2, 1): (1, 2, 3, 4),
+             (128, 2, 2): (1, 4, 5, 8), (256, 2, 1): (1,), (256, 4, 1): (1, 4, 5, 8)}
 
 
 def rings(kind: str, rows: int) -> list[gemm_fp8_ring.Tile] | list[gemm_w4_ring.Tile]:

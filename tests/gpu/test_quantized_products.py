@@ -69,7 +69,7 @@ def test_tiles_of_few_rows(tile):
 
 
 RINGS = [gemm_w4_ring.Tile(outputs, groups, splits, min(stages, gemm_w4_ring.most_stages(64, outputs, programs)), programs)
-         for outputs, groups, programs in gemm_w4_ring.REGISTERS for splits in (1, 3) for stages in (2, 8)]
+         for outputs, groups, programs in gemm_w4_ring.REGISTERS for splits in (1, 3) for stages in (3, 8)]
 
 
 @HOPPER
