@@ -25,11 +25,12 @@ from kernels.formats import FP8_BLOCK
 from kernels.hopper import (
     MOST_BESIDE,
     SHARED_BYTES,
-    add_splits,
+    WARPS,
     arrive_when_copied,
     async_load,
     await_operands,
     block_m,
+    finish,
     lines,
     processors,
     takes,
@@ -37,7 +38,6 @@ from kernels.hopper import (
 from kernels.overlap import after, launch_options, overlaps, prefetch
 from kernels.split_k import counters
 
-WARPS = gl.constexpr(2)     # that bring weights, and that bring x
 ONCE = gl.constexpr(gl.BlockedLayout([1], [32], [2], [0]))      # a number a thread of theirs
 
 
@@ -132,7 +132,6 @@ def _multiply(group: gl.constexpr, ends, M, span, rings, bars, SPLIT: gl.constex
     BLOCK_N: gl.constexpr = weights.shape[1]
     BLOCK_M: gl.constexpr = columns.shape[1]
     SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 32])
-    bias, out, partial, arrived, splits, split = ends
     acc = gl.zeros([64, BLOCK_M], gl.float32, SUMS)
     turns = end - begin
     paired = turns // 2 * 2 if PAIRS else 0
@@ -149,28 +148,8 @@ def _multiply(group: gl.constexpr, ends, M, span, rings, bars, SPLIT: gl.constex
     if not BLOCKS:
         acc *= weight_scales.index(0).slice(group * 64, 64).load(gl.SliceLayout(1, SUMS))[:, None]
         acc *= x_scales.index(0).load(gl.SliceLayout(0, SUMS))[None, :]
-    if BIAS:        # once, by the first split
-        row = tile * BLOCK_N + group * 64 + gl.arange(0, 64, gl.SliceLayout(1, SUMS))
-        acc += gl.load(bias + row, mask=split == 0, other=0.0).to(gl.float32)[:, None]
-    # Line by line what the threads hold, 16 bytes of each together: eight columns of the product, and 64 rows.
-    FLAT: gl.constexpr = gl.BlockedLayout([1, 4], [1, 32], [1, 4], [1, 0])
-    LINES: gl.constexpr = BLOCK_M // 8
-    parts = gl.permute(gl.reshape(acc, [4, 2, 8, LINES, 4, 2]), [3, 0, 2, 4, 1, 5])
-    acc = gl.convert_layout(gl.reshape(parts, [LINES, 512]), FLAT, assert_trivial=True)
-    N = gl.num_programs(0) * BLOCK_N
-    part = tile * (BLOCK_N // 64) + group
-    last = True
-    if SPLIT:
-        line, place = gl.arange(0, LINES, gl.SliceLayout(1, FLAT)), gl.arange(0, 512, gl.SliceLayout(0, FLAT))
-        at = (part * LINES + line)[:, None] * 512 + place[None, :]
-        MOST: gl.constexpr = max(4096, 128 * BLOCK_M) if PAIRS else 4096      # where two products were
-        acc, last = add_splits(acc, partial, at, N * BLOCK_M, True, arrived + part, split, splits, MOST)
-    if last:
-        ROWS: gl.constexpr = lines(64, 8)       # of y
-        m, n = gl.arange(0, BLOCK_M, gl.SliceLayout(1, ROWS)), part * 64 + gl.arange(0, 64, gl.SliceLayout(0, ROWS))
-        y = gl.permute(gl.reshape(acc, [LINES, 4, 8, 4, 2, 2]), [0, 3, 5, 1, 4, 2])
-        y = gl.convert_layout(gl.reshape(y, [BLOCK_M, 64]).to(out.dtype.element_ty), ROWS)
-        gl.store(out + (m[:, None] * N + n[None, :]), y, mask=(m < M)[:, None])
+    MOST: gl.constexpr = max(4096, 128 * BLOCK_M) if PAIRS else 4096      # where two products were
+    finish(acc, tile * (BLOCK_N // 64) + group, (M, gl.num_programs(0) * BLOCK_N), ends, SPLIT, BIAS, SUMS, MOST)
 
 
 @gluon.jit(do_not_specialize=["M", "splits"])

@@ -1,9 +1,9 @@
 """Products of 9 to 128 rows with 4-bit weights on Hopper, in Gluon: as gemm_fp8_ring.py, but those who multiply unpack codes.
 
-A program has one or two units of gemm_w4.py's packed layout, 128 of the weight's rows each: the more, the less often x is read.
-A lane finds what it holds of the left operand as 16 bytes. Weights are scaled before they are multiplied, and so rounded as where
-they are unpacked beforehand: all blocks add to one sum, and a left operand is unpacked while the tensor cores have the last one.
-Scales and zeros come through the ring too: the compiler puts off loads into registers to where they are waited for.
+A program has 64 to 256 of the weight's rows, of half a unit to two of gemm_w4.py's packed layout: the more, the less often x is
+read. A lane finds what it holds of the left operand as 16 bytes. Weights are scaled before they are multiplied, and so rounded as
+where they are unpacked beforehand: all blocks add to one sum, and a left operand is unpacked while the tensor cores have the last
+one. Scales and zeros come through the ring too: the compiler puts off loads into registers to where they are waited for.
 """
 
 from __future__ import annotations
@@ -19,16 +19,20 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup
 
 from kernels.assembly import HALF_OPERANDS, SCALE_BF16, SCALE_FP16
 from kernels.hopper import (
-    GROUP,
+    FLAT,
     MOST_BESIDE,
     SHARED_BYTES,
-    add_splits,
+    WARPS,
     arrive_when_copied,
     async_load,
     await_operands,
+    barrier,
     block_m,
+    finish,
+    in_lines,
     lines,
     processors,
+    reinterpret,
     takes,
 )
 from kernels.overlap import after, launch_options, overlaps, prefetch
@@ -36,43 +40,58 @@ from kernels.split_k import counters
 
 
 @gluon.jit
-def _bring(x, tables, sizes, span, rings, bars, OVERLAP: gl.constexpr):
-    """Blocks begin to end of K. The L2 is asked for the first of the weights before the wait for the kernel that makes x."""
-    packed, scales, zeros, stride_g, every = tables
-    M, units, x_stride = sizes
+def _run(run):
+    """Where runs of 256 words begin in a block of K: 16 rows by 16 words each, as a warp holds them; eight are 64 rows.
+
+    In a unit those of its lower words come first; in the ring all of 64 rows lie together.
+    """
+    return run // 16 * 4096 + run // 8 % 2 * 1024 + run // 4 % 2 * 2048 + run % 4 * 256
+
+
+@gluon.jit
+def _bring_weights(tables, span, rings, bars):
+    """Blocks begin to end of K. Nothing here waits for the kernel before: no kernel writes weights."""
+    packed, scales, zeros, stride_g, units, every = tables
     tile, begin, end = span
-    weights, columns, of_scales, of_zeros = rings
+    ring, of_scales, of_zeros = rings
     ready, free = bars
-    STAGES: gl.constexpr = weights.shape[0]
-    BLOCK_M: gl.constexpr = columns.shape[1]
-    RUNS: gl.constexpr = weights.shape[1]       # of 256 words: 16 rows by 16 words, as a warp holds them
-    UNITS: gl.constexpr = RUNS // 16
-    of_words: gl.constexpr = lines(256, 8)
-    of_x: gl.constexpr = lines(64, 8)
-    run, word = gl.arange(0, RUNS, gl.SliceLayout(1, of_words)), gl.arange(0, 256, gl.SliceLayout(0, of_words))
-    m, k = gl.arange(0, BLOCK_M, gl.SliceLayout(1, of_x)), gl.arange(0, 64, gl.SliceLayout(0, of_x))
-    packed += (begin * units + tile * UNITS) * 4096
-    packed_at = packed + (run[:, None] * 256 + word[None, :])
-    x_at = x + (m[:, None] * x_stride + (begin * 128 + k)[None, :])
-    inside = (m < M)[:, None]
-    n = tile * UNITS * 128 + gl.arange(0, UNITS * 128, gl.BlockedLayout([2], [32], [4], [0]))       # 4 bytes a thread: the least
-    zero_n = tile * UNITS * 128 + gl.arange(0, UNITS * 128, gl.BlockedLayout([4], [32], [4], [0]))
-    turns = end - begin
-    line = packed + gl.arange(0, UNITS * 64, gl.BlockedLayout([1], [32], [4], [0])) * 64
-    for turn in range(gl.minimum(turns, STAGES)):
-        prefetch(line + turn * units * 4096)
-    after(OVERLAP)
-    for turn in range(turns):
+    STAGES: gl.constexpr = ring.shape[0]
+    RUNS: gl.constexpr = ring.shape[1]
+    by: gl.constexpr = lines(256, 8, WARPS)
+    run, word = tile * RUNS + gl.arange(0, RUNS, gl.SliceLayout(1, by)), gl.arange(0, 256, gl.SliceLayout(0, by))
+    at = packed + (_run(run)[:, None] + word[None, :])
+    n = tile * RUNS * 8 + gl.arange(0, RUNS * 8, gl.BlockedLayout([2], [32], [WARPS], [0]))     # 4 bytes a thread: the least
+    zero_n = tile * RUNS * 8 + gl.arange(0, RUNS * 8, gl.BlockedLayout([4], [32], [WARPS], [0]))
+    for turn in range(end - begin):
         stage = turn % STAGES
         if turn >= STAGES:
             mbarrier.wait(free.index(stage), turn // STAGES & 1 ^ 1)
+        async_load(ring.index(stage), at + (begin + turn) * units * 4096, eviction_policy="evict_first")
         group = (begin + turn) // every * stride_g
-        async_load(weights.index(stage), packed_at + turn * units * 4096, eviction_policy="evict_first")
         async_load(of_scales.index(stage), scales + (group + n))
         if of_zeros is not None:
             async_load(of_zeros.index(stage), zeros + (group + zero_n))
-        async_load(columns.index(2 * stage), x_at + turn * 128, mask=inside)
-        async_load(columns.index(2 * stage + 1), x_at + (turn * 128 + 64), mask=inside)
+        arrive_when_copied(ready.index(stage))
+
+
+@gluon.jit
+def _bring_x(x, sizes, span, ring, bars, OVERLAP: gl.constexpr):
+    M, x_stride = sizes
+    _, begin, end = span
+    ready, free = bars
+    STAGES: gl.constexpr = ring.shape[0] // 2
+    BLOCK_M: gl.constexpr = ring.shape[1]
+    by: gl.constexpr = lines(64, 8, WARPS)
+    m = gl.arange(0, BLOCK_M, gl.SliceLayout(1, by))
+    k = begin * 128 + gl.arange(0, 64, gl.SliceLayout(0, by))
+    after(OVERLAP)
+    for turn in range(end - begin):
+        stage = turn % STAGES
+        if turn >= STAGES:
+            mbarrier.wait(free.index(stage), turn // STAGES & 1 ^ 1)
+        at = x + (m[:, None] * x_stride + k[None, :] + turn * 128)
+        async_load(ring.index(2 * stage), at, mask=(m < M)[:, None])
+        async_load(ring.index(2 * stage + 1), at + 64, mask=(m < M)[:, None])
         arrive_when_copied(ready.index(stage))
 
 
@@ -101,153 +120,167 @@ def _beside(a, b):
 
 
 @gluon.jit
-def _left(rows: gl.constexpr, half: gl.constexpr, stage, rings, LEFT: gl.constexpr):
+def _left(rows: gl.constexpr, half: gl.constexpr, stage, rings, LEFT: gl.constexpr, DTYPE: gl.constexpr):
     """The weights of 64 rows and of half of a block's columns, [64, 64], as the tensor cores' left operand."""
-    weights, columns, of_scales, of_zeros = rings
-    DTYPE: gl.constexpr = columns.dtype
-    FIRST: gl.constexpr = rows // 2 * 16 + rows % 2 * 4         # of these rows' runs of words
+    weights, of_scales, of_zeros = rings
     words = weights.index(stage)
     scale = of_scales.index(stage).slice(rows * 64, 64).load(gl.SliceLayout(1, LEFT))
     zero = gl.full([64], 8.0, DTYPE, gl.SliceLayout(1, LEFT))
     if of_zeros is not None:
         zero = of_zeros.index(stage).slice(rows * 64, 64).load(gl.SliceLayout(1, LEFT)).to(DTYPE)
-    a = _codes(words.slice(FIRST, 4).load(lines(256, 8)), half, scale, zero, LEFT, DTYPE)
-    b = _codes(words.slice(FIRST + 8, 4).load(lines(256, 8)), half, scale, zero, LEFT, DTYPE)
+    a = _codes(words.slice(rows * 8, 4).load(lines(256, 8)), half, scale, zero, LEFT, DTYPE)
+    b = _codes(words.slice(rows * 8 + 4, 4).load(lines(256, 8)), half, scale, zero, LEFT, DTYPE)
     return gl.convert_layout(_beside(_beside(a[0], b[0]), _beside(a[1], b[1])), LEFT, assert_trivial=True)
 
 
 @gluon.jit
-def _multiply(group: gl.constexpr, GROUPS: gl.constexpr, ends, sizes, span, rings, bars, SPLIT: gl.constexpr,
+def _multiply(group: gl.constexpr, GROUPS: gl.constexpr, ends, sizes, span, rings, columns, bars, SPLIT: gl.constexpr,
               BIAS: gl.constexpr):
-    """One part of the program's rows in GROUPS: 64 of them or two times 64.
+    """One part of the program's rows in GROUPS, 64 of them or two times 64; or every second block, of two groups for 64 rows.
 
     While the tensor cores have one left operand, the next one is unpacked. At the end of a turn none is with them: the compiler
     would wait for each instruction if it had to follow them around the loop.
     """
-    M, _, _ = sizes
     tile, begin, end = span
-    weights, columns, _, _ = rings
     ready, free = bars
-    STAGES: gl.constexpr = weights.shape[0]
-    BLOCK_N: gl.constexpr = weights.shape[1] * 8
+    DTYPE: gl.constexpr = columns.dtype
+    STAGES: gl.constexpr = rings[0].shape[0]
+    PARTS: gl.constexpr = rings[0].shape[1] // 8
     BLOCK_M: gl.constexpr = columns.shape[1]
-    EACH: gl.constexpr = BLOCK_N // 64 // GROUPS
+    EACH: gl.constexpr = max(1, PARTS // GROUPS)
+    TURNS: gl.constexpr = max(1, GROUPS // PARTS)       # groups that take the blocks in turn
     SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
     LEFT: gl.constexpr = gl.DotOperandLayout(0, SUMS, 2)
-    ROWS: gl.constexpr = group * EACH
-    bias, out, partial, arrived, splits, split = ends
+    ROWS: gl.constexpr = group // TURNS * EACH
+    TURN: gl.constexpr = group % TURNS
     first = gl.zeros([64, BLOCK_M], gl.float32, SUMS)
     second = gl.zeros([64, BLOCK_M], gl.float32, SUMS)
-    if BIAS:        # once, by the first split
-        bias_at = bias + (tile * BLOCK_N + ROWS * 64 + gl.arange(0, 64, gl.SliceLayout(1, SUMS)))
-        first += gl.load(bias_at, mask=split == 0, other=0.0).to(gl.float32)[:, None]
-        if EACH == 2:
-            second += gl.load(bias_at + 64, mask=split == 0, other=0.0).to(gl.float32)[:, None]
     turns = end - begin
-    await_operands(ready.index(0), 0)
-    a = _left(ROWS, 0, 0, rings, LEFT)
-    for turn in range(turns):
+    await_operands(ready.index(TURN), 0)
+    a = _left(ROWS, 0, TURN, rings, LEFT, DTYPE)
+    for turn in range(TURN, turns, TURNS):
         stage = turn % STAGES
         x0, x1 = columns.index(2 * stage).permute((1, 0)), columns.index(2 * stage + 1).permute((1, 0))
         first = warpgroup_mma(a, x0, first, is_async=True)
-        b = _left(ROWS, 1, stage, rings, LEFT)
+        b = _left(ROWS, 1, stage, rings, LEFT, DTYPE)
         first, a = warpgroup_mma_wait(0, deps=(first, a))
         first = warpgroup_mma(b, x1, first, is_async=True)
         if EACH == 2:
-            a = _left(ROWS + 1, 0, stage, rings, LEFT)
+            a = _left(ROWS + 1, 0, stage, rings, LEFT, DTYPE)
             first, b = warpgroup_mma_wait(0, deps=(first, b))
             second = warpgroup_mma(a, x0, second, is_async=True)
-            b = _left(ROWS + 1, 1, stage, rings, LEFT)
+            b = _left(ROWS + 1, 1, stage, rings, LEFT, DTYPE)
             second, a = warpgroup_mma_wait(0, deps=(second, a))
             second = warpgroup_mma(b, x1, second, is_async=True)
-        if turn + 1 < turns:
-            following = turn + 1
+        following = turn + TURNS
+        if following < turns:
             await_operands(ready.index(following % STAGES), following // STAGES & 1)
-            a = _left(ROWS, 0, following % STAGES, rings, LEFT)
+            a = _left(ROWS, 0, following % STAGES, rings, LEFT, DTYPE)
         first, second, b = warpgroup_mma_wait(0, deps=(first, second, b))
-        mbarrier.arrive(free.index(stage), count=1)
-    # Line by line what the threads hold, 16 bytes of each together: eight columns of the product, and 64 rows.
-    FLAT: gl.constexpr = gl.BlockedLayout([1, 4], [1, 32], [1, 4], [1, 0])
-    LINES: gl.constexpr = EACH * BLOCK_M // 8
+        if TURN == 0 or following < turns:
+            mbarrier.arrive(free.index(stage), count=1)
+    if TURNS == 2:      # the second group leaves its sums where x of its last block was, and gives that back then
+        final = turns // 2 * 2 - 1
+        plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
+        spare = reinterpret(columns, gl.float32, [STAGES, BLOCK_M // 8, 512], plain).index(final % STAGES)
+        if TURN == 1:
+            spare.store(in_lines(first))
+            barrier()
+            mbarrier.arrive(free.index(final % STAGES), count=1)
+        else:
+            mbarrier.wait(free.index(final % STAGES), final // STAGES & 1)
+            others = gl.permute(gl.reshape(spare.load(FLAT), [BLOCK_M // 8, 4, 8, 4, 2, 2]), [1, 4, 2, 0, 3, 5])
+            first += gl.convert_layout(gl.reshape(others, [64, BLOCK_M]), SUMS, assert_trivial=True)
+    N = gl.num_programs(0) * PARTS * 64
+    if TURN == 0:
+        finish(first, tile * PARTS + ROWS, (sizes[0], N), ends, SPLIT, BIAS, SUMS)
     if EACH == 2:
-        parts = gl.reshape(gl.join(first, second), [4, 2, 8, BLOCK_M // 8, 4, 2, 2])
-        parts = gl.permute(parts, [6, 3, 0, 2, 4, 1, 5])
-    else:
-        parts = gl.permute(gl.reshape(first, [4, 2, 8, BLOCK_M // 8, 4, 2]), [3, 0, 2, 4, 1, 5])
-    acc = gl.convert_layout(gl.reshape(parts, [LINES, 512]), FLAT, assert_trivial=True)
-    line, place = gl.arange(0, LINES, gl.SliceLayout(1, FLAT)), gl.arange(0, 512, gl.SliceLayout(0, FLAT))
-    N = gl.num_programs(0) * BLOCK_N
-    part = tile * GROUPS + group
-    last = True
-    if SPLIT:
-        at = (part * LINES + line)[:, None] * 512 + place[None, :]
-        acc, last = add_splits(acc, partial, at, N * BLOCK_M, True, arrived + part, split, splits)
-    if last:
-        m = (line % (BLOCK_M // 8) * 8)[:, None] + (place // 4 % 4 * 2 + place % 2)[None, :]
-        row = place // 128 * 16 + place // 2 % 2 * 8 + place // 16 % 8
-        n = ((part * EACH + line // (BLOCK_M // 8)) * 64)[:, None] + row[None, :]
-        gl.store(out + (m * N + n), acc.to(out.dtype.element_ty), mask=m < M)
+        finish(second, tile * PARTS + ROWS + 1, (sizes[0], N), ends, SPLIT, BIAS, SUMS)
 
 
 @gluon.jit(do_not_specialize=["M", "splits"])
 def _product_kernel(x, packed, scales, zeros, bias, out, partial, arrived, M, K, x_stride, stride_g, units, every, splits,
-                    BLOCK_M: gl.constexpr, UNITS: gl.constexpr, GROUPS: gl.constexpr, STAGES: gl.constexpr, SPLIT: gl.constexpr,
-                    BIAS: gl.constexpr, ZERO: gl.constexpr, OVERLAP: gl.constexpr, MULTIPLYING: gl.constexpr,
-                    BRINGING: gl.constexpr):
-    """Programs are (UNITS of the weight's rows, split of K). every: blocks of 128 that share a scale."""
+                    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, GROUPS: gl.constexpr, STAGES: gl.constexpr,
+                    EARLY: gl.constexpr, SPLIT: gl.constexpr, BIAS: gl.constexpr, ZERO: gl.constexpr, OVERLAP: gl.constexpr,
+                    MULTIPLYING: gl.constexpr, BRINGING: gl.constexpr):
+    """Programs are (tile of the weight's rows, split of K). every: blocks of 128 that share a scale."""
     DTYPE: gl.constexpr = x.dtype.element_ty
+    RUNS: gl.constexpr = BLOCK_N // 8
     tile, split = gl.program_id(0), gl.program_id(1)
     blocks = K // 128
+    begin, end = split * blocks // splits, (split + 1) * blocks // splits
+    # The L2 is asked for the first blocks before there is a ring to copy them into, and for more than it has room for.
+    AT_ONCE: gl.constexpr = 32 // RUNS
+    thread = gl.arange(0, 128, gl.BlockedLayout([1], [32], [4], [0]))
+    line = packed + (_run(tile * RUNS + thread // 4 % RUNS) + thread % 4 * 64)
+    for block in range(begin, gl.minimum(begin + EARLY, end), AT_ONCE):
+        prefetch(line + gl.minimum(block + thread // (4 * RUNS), end - 1) * units * 4096)
     plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
     flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     of_columns: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_M, 64], DTYPE)
-    weights = gl.allocate_shared_memory(gl.int16, [STAGES, UNITS * 16, 256], plain)
+    weights = gl.allocate_shared_memory(gl.int16, [STAGES, RUNS, 256], plain)
     columns = gl.allocate_shared_memory(DTYPE, [2 * STAGES, BLOCK_M, 64], of_columns)     # two for each block
-    of_scales = gl.allocate_shared_memory(DTYPE, [STAGES, UNITS * 128], flat)
+    of_scales = gl.allocate_shared_memory(DTYPE, [STAGES, BLOCK_N], flat)
     of_zeros = None
     if ZERO:
-        of_zeros = gl.allocate_shared_memory(gl.uint8, [STAGES, UNITS * 128], flat)
+        of_zeros = gl.allocate_shared_memory(gl.uint8, [STAGES, BLOCK_N], flat)
     ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for stage in gl.static_range(STAGES):
-        mbarrier.init(ready.index(stage), count=GROUP)
-        mbarrier.init(free.index(stage), count=GROUPS)      # all have read it
-    tables = packed, scales, zeros, stride_g, every
-    sizes = M, units, x_stride
-    span = tile, split * blocks // splits, (split + 1) * blocks // splits
-    rings = weights, columns, of_scales, of_zeros
+        mbarrier.init(ready.index(stage), count=2 * 32 * WARPS)
+        mbarrier.init(free.index(stage), count=min(GROUPS, BLOCK_N // 64))       # all that read it have
+    tables = packed, scales, zeros, stride_g, units, every
+    sizes = M, x_stride
+    span = tile, begin, end
+    rings = weights, of_scales, of_zeros
     bars = ready, free
     ends = bias, out, partial, arrived, splits, split
-    if GROUPS == 2:
-        gl.warp_specialize([(_multiply, (0, 2, ends, sizes, span, rings, bars, SPLIT, BIAS)),
-                            (_multiply, (1, 2, ends, sizes, span, rings, bars, SPLIT, BIAS)),
-                            (_bring, (x, tables, sizes, span, rings, bars, OVERLAP))], [4, 4], [MULTIPLYING, BRINGING])
+    if GROUPS == 1:
+        gl.warp_specialize([(_multiply, (0, 1, ends, sizes, span, rings, columns, bars, SPLIT, BIAS)),
+                            (_bring_weights, (tables, span, rings, bars)),
+                            (_bring_x, (x, sizes, span, columns, bars, OVERLAP))],
+                           [WARPS, WARPS], [BRINGING, BRINGING])
+    elif GROUPS == 2:
+        gl.warp_specialize([(_multiply, (0, 2, ends, sizes, span, rings, columns, bars, SPLIT, BIAS)),
+                            (_multiply, (1, 2, ends, sizes, span, rings, columns, bars, SPLIT, BIAS)),
+                            (_bring_weights, (tables, span, rings, bars)),
+                            (_bring_x, (x, sizes, span, columns, bars, OVERLAP))],
+                           [4, WARPS, WARPS], [MULTIPLYING, BRINGING, BRINGING])
     else:
-        gl.warp_specialize([(_multiply, (0, 4, ends, sizes, span, rings, bars, SPLIT, BIAS)),
-                            (_multiply, (1, 4, ends, sizes, span, rings, bars, SPLIT, BIAS)),
-                            (_multiply, (2, 4, ends, sizes, span, rings, bars, SPLIT, BIAS)),
-                            (_multiply, (3, 4, ends, sizes, span, rings, bars, SPLIT, BIAS)),
-                            (_bring, (x, tables, sizes, span, rings, bars, OVERLAP))],
-                           [4, 4, 4, 4], [MULTIPLYING, MULTIPLYING, MULTIPLYING, BRINGING])
+        gl.warp_specialize([(_multiply, (0, 4, ends, sizes, span, rings, columns, bars, SPLIT, BIAS)),
+                            (_multiply, (1, 4, ends, sizes, span, rings, columns, bars, SPLIT, BIAS)),
+                            (_multiply, (2, 4, ends, sizes, span, rings, columns, bars, SPLIT, BIAS)),
+                            (_multiply, (3, 4, ends, sizes, span, rings, columns, bars, SPLIT, BIAS)),
+                            (_bring_weights, (tables, span, rings, bars)),
+                            (_bring_x, (x, sizes, span, columns, bars, OVERLAP))],
+                           [4, 4, 4, WARPS, WARPS], [MULTIPLYING, MULTIPLYING, MULTIPLYING, BRINGING, BRINGING])
 
 
 class Tile(NamedTuple):
     """How a product is cut.
 
-    Units of a program, groups that multiply, programs that share K, blocks in the ring, and programs on a multiprocessor.
+    The weight's rows of a program, groups that multiply (two for 64 rows take the blocks in turn), programs that share K, blocks
+    in the ring, and programs on a multiprocessor.
     """
 
-    units: int
+    outputs: int
     groups: int
     splits: int
     stages: int
     programs: int
 
+    @property
+    def turns(self) -> int:
+        """Groups that take the blocks of the same rows in turn."""
+        return max(1, 64 * self.groups // self.outputs)
 
-# Registers of a thread, by the units of a program, its groups and the programs on a multiprocessor: on average, of those that
+
+MOST_ROWS = 128                 # of x
+EARLY_BYTES = 128 << 10         # of packed words that the programs of a multiprocessor ask the L2 for at once
+# Registers of a thread, by the rows of a program, its groups and the programs on a multiprocessor: on average, of those that
 # multiply, of those that bring.
-REGISTERS = {(1, 2, 1): (168, 216, 72), (1, 2, 2): (80, 96, 48), (2, 2, 1): (168, 216, 72), (2, 4, 1): (96, 104, 64)}
-MOST_ROWS = 128
+REGISTERS = {(64, 1, 1): (168, 240, 96), (64, 1, 2): (120, 168, 72), (64, 2, 1): (168, 216, 72),
+             (128, 2, 1): (168, 216, 72), (128, 2, 2): (80, 96, 48), (256, 2, 1): (168, 216, 72), (256, 4, 1): (96, 104, 64)}
 
 
 @cache
@@ -258,16 +291,21 @@ def tile_of(rows: int, features: int, depth: int, chips: int) -> Tile | None:
     """
     if rows > MOST_ROWS or features % 128 or depth % 128:
         return None
-    units = 2 if features % 256 == 0 and features // 128 >= chips else 1
-    groups = 4 if units == 2 and rows <= MOST_BESIDE else 2
-    tiles, blocks = features // (128 * units), depth // 128
-    stages = most_stages(rows, units, 1)
-    return Tile(units, groups, max(1, min(chips // tiles, blocks // stages)), stages, 1)
+    if features // 128 >= chips:
+        outputs, groups, programs, least = (128, 2, 2, 8) if rows <= MOST_BESIDE or features % 256 else (256, 2, 1, 8)
+    elif rows <= 32 and features // 64 <= chips and depth > 128:
+        outputs, groups, programs, least = 64, 2, 1, 32
+    else:       # larger tiles read x less often
+        outputs, groups, programs, least = 128, 2, 1, 8
+    programs = programs if groups * programs < 4 or rows <= MOST_BESIDE else 1
+    splits = max(1, min(programs * chips // (features // outputs), depth // 128 // least))
+    return Tile(outputs, groups, splits, most_stages(rows, outputs, programs), programs)
 
 
-def most_stages(rows: int, units: int, programs: int) -> int:
-    """Blocks that fit into a program's share of a multiprocessor, up to 8."""
-    return min((SHARED_BYTES // programs - 1024) // (units * (8192 + 384) + block_m(rows) * 256), 8)
+def most_stages(rows: int, outputs: int, programs: int) -> int:
+    """Blocks that fit into a program's share of a multiprocessor, up to 12, beside what y goes through."""
+    m = block_m(rows)
+    return min((SHARED_BYTES // programs - 32 * outputs - 1024) // (outputs * 67 + m * 256 + 16), 12)
 
 
 def tile_for(x: Tensor, scales: Tensor, zeros: Tensor | None, group: int) -> Tile | None:
@@ -284,18 +322,25 @@ def product(x: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor | None, gro
             tile: Tile) -> Tensor:
     """x [M, K] of 16 bits times weights as gemm_w4.w4_matmul has them -> [M, N]; rows of x may be strided.
 
-    M up to MOST_ROWS, with four groups or two programs MOST_BESIDE; K a multiple of 128, N of 128 tile.units; the group is K or
-    a multiple of 128, zeros are uint8; N is contiguous in scales and zeros, their groups a multiple of 16 apart.
+    M up to MOST_ROWS, with four groups or two of two programs MOST_BESIDE; K a multiple of 128, N of 128 and of tile.outputs;
+    the group is K or a multiple of 128, zeros are uint8; N is contiguous in scales and zeros, their groups a multiple of 16
+    apart. Every group has a block of K, and the ring has room for another one, or they would wait for ever.
     """
     (rows, depth), features = x.shape, scales.shape[0]
+    assert tile.splits * tile.turns <= depth // 128 and tile.stages > tile.turns
     m = block_m(rows)
     out = torch.empty((rows, features), dtype=x.dtype, device=x.device)
     partial = torch.empty((tile.splits, features, m), dtype=torch.float32, device=x.device) if tile.splits > 1 else out
-    registers, multiplying, bringing = REGISTERS[tile.units, tile.groups, tile.programs]
-    _product_kernel[features // (128 * tile.units), tile.splits](
+    registers, multiplying, bringing = REGISTERS[tile.outputs, tile.groups, tile.programs]
+    _product_kernel[features // tile.outputs, tile.splits](
         x, packed, scales, scales if zeros is None else zeros, out if bias is None else bias, out, partial, counters(x.device),
         rows, depth, x.stride(0), scales.stride(1) if scales.shape[1] > 1 else 0, packed.shape[1], group // 128, tile.splits,
-        BLOCK_M=m, UNITS=tile.units, GROUPS=tile.groups, STAGES=tile.stages, SPLIT=tile.splits > 1, BIAS=bias is not None,
-        ZERO=zeros is not None, MULTIPLYING=multiplying, BRINGING=bringing, num_warps=4, maxnreg=registers,
-        **launch_options(overlaps(x.device)))
+        BLOCK_M=m, BLOCK_N=tile.outputs, GROUPS=tile.groups, STAGES=tile.stages, EARLY=early(tile), SPLIT=tile.splits > 1,
+        BIAS=bias is not None, ZERO=zeros is not None, MULTIPLYING=multiplying, BRINGING=bringing, num_warps=4,
+        maxnreg=registers, **launch_options(overlaps(x.device)))
     return out
+
+
+def early(tile: Tile) -> int:
+    """Blocks that a program asks the L2 for at once."""
+    return EARLY_BYTES // (64 * tile.outputs * tile.programs)

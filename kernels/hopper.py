@@ -21,6 +21,8 @@ reinterpret = getattr(gl.shared_memory_descriptor, "reinterpret", None) or gl.sh
 
 GROUP = gl.constexpr(128)       # threads of a warp group
 SHARED_BYTES = 226 << 10        # of one multiprocessor, less what the system keeps
+WARPS = gl.constexpr(2)         # that bring weights to a ring, and that bring x
+FLAT = gl.constexpr(gl.BlockedLayout([1, 4], [1, 32], [1, 4], [1, 0]))
 LEAST_ROWS = 9                  # of x: gemm_few.py has fewer
 MOST_BESIDE = 64                # rows of x for two programs on a multiprocessor
 
@@ -65,6 +67,43 @@ def add_splits(acc, partial, at, size, inside, counter, split, splits, MOST: gl.
                 acc += gl.load(partial + (at + (first + other) * size), mask=there, other=0.0, cache_modifier=".cg")
         gl.store(counter, 0)
     return acc, last
+
+
+@gluon.jit
+def in_lines(sums):
+    """[64, N] as wgmma leaves them -> [N / 8, 512], line by line what the threads hold, 16 bytes of each together, as FLAT.
+
+    A line is eight columns of the product.
+    """
+    parts = gl.permute(gl.reshape(sums, [4, 2, 8, sums.shape[1] // 8, 4, 2]), [3, 0, 2, 4, 1, 5])
+    return gl.convert_layout(gl.reshape(parts, [sums.shape[1] // 8, 512]), FLAT, assert_trivial=True)
+
+
+@gluon.jit
+def finish(acc, part, sizes, ends, SPLIT: gl.constexpr, BIAS: gl.constexpr, SUMS: gl.constexpr, MOST: gl.constexpr = 4096):
+    """Write y of the weight's rows 64 part .. 64 part + 64, bias added, from a group's sums, float32 [64, rows of x] as SUMS.
+
+    SPLIT: from the sums of all splits, by the last of them; see add_splits.
+    """
+    M, N = sizes
+    bias, out, partial, arrived, splits, split = ends
+    BLOCK_M: gl.constexpr = acc.shape[1]
+    if BIAS:        # once, by the first split
+        row = part * 64 + gl.arange(0, 64, gl.SliceLayout(1, SUMS))
+        acc += gl.load(bias + row, mask=split == 0, other=0.0).to(gl.float32)[:, None]
+    LINES: gl.constexpr = BLOCK_M // 8
+    acc = in_lines(acc)
+    last = True
+    if SPLIT:
+        line, place = gl.arange(0, LINES, gl.SliceLayout(1, FLAT)), gl.arange(0, 512, gl.SliceLayout(0, FLAT))
+        at = (part * LINES + line)[:, None] * 512 + place[None, :]
+        acc, last = add_splits(acc, partial, at, N * BLOCK_M, True, arrived + part, split, splits, MOST)
+    if last:
+        ROWS: gl.constexpr = lines(64, 8)       # of y
+        m, n = gl.arange(0, BLOCK_M, gl.SliceLayout(1, ROWS)), part * 64 + gl.arange(0, 64, gl.SliceLayout(0, ROWS))
+        y = gl.permute(gl.reshape(acc, [LINES, 4, 8, 4, 2, 2]), [0, 3, 5, 1, 4, 2])
+        y = gl.convert_layout(gl.reshape(y, [BLOCK_M, 64]).to(out.dtype.element_ty), ROWS)
+        gl.store(out + (m[:, None] * N + n[None, :]), y, mask=(m < M)[:, None])
 
 
 @cache

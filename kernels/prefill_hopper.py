@@ -464,7 +464,7 @@ def prefill_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: 
     """
     _, heads, dim = q.shape
     programs = processors(q.device)
-    if dim != 128 and (dim != 64 or kv_scales is None) or softcap or max(q.itemsize, k_cache.itemsize) > 2 or not programs:
+    if (dim != 128 and (dim != 64 or kv_scales is None)) or softcap or max(q.itemsize, k_cache.itemsize) > 2 or not programs:
         return attention.prefill_attention(q, k_cache, v_cache, block_table, rows, starts, cu_q, tiles, scale, window, softcap,
                                            out, kv_scales)
     kv_heads, page = k_cache.shape[1], k_cache.shape[2]

@@ -21,6 +21,8 @@ import torch
 from layoutless import run_ptx
 from torch import Tensor
 
+from kernels import hopper
+
 SECONDS = 60        # a wait of this long is a deadlock
 
 Number = int | float | Tensor
@@ -319,9 +321,10 @@ class Launch:
 def emulated(module: ModuleType, kernel: str, **others: Any) -> SimpleNamespace:
     """The module's functions over a Chip; `kernel` is launched by them; `others` take the place of names in it."""
     names = Chip(seed=0).names()
+    known = vars(hopper) | vars(module)         # what the module has from there may use more of it
     space: dict[str, Any] = {name: value.value if type(value).__name__ == "constexpr" else value
-                             for name, value in vars(module).items()} | names | others
-    for name, value in vars(module).items():
+                             for name, value in known.items()} | names | others
+    for name, value in known.items():
         function = getattr(value, "fn", value)      # of what is compiled, also what another module has
         mine = isinstance(function, FunctionType) and (function is not value or function.__module__ == module.__name__)
         if mine and name not in names and name not in others:

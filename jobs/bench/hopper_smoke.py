@@ -7,8 +7,9 @@ import subprocess, sys, time
 CASES = {
  "fp8": "fp8(64, 4096, 4096, 2, 1, 1)", "fp8 x2": "fp8(64, 28672, 4096, 2, 1, 2)", "fp8 split": "fp8(9, 4096, 14336, 2, 4, 1)", "fp8 128": "fp8(128, 4096, 4096, 2, 3, 1)",
  "fp8 64 rows": "fp8(50, 4096, 4096, 1, 2, 1)", "fp8 64 rows x2": "fp8(50, 6144, 4096, 1, 2, 2)", "fp8 64 rows 128": "fp8(128, 6144, 4096, 1, 1, 1)",
- "w4 units 1": "w4(64, 1024, 4096, 1, 2, 1, 1)", "w4 units 1 x2": "w4(64, 1024, 4096, 1, 2, 3, 2)", "w4 units 2": "w4(64, 1024, 4096, 2, 4, 1, 1)",
- "w4 units 2 split 16": "w4(16, 4096, 14336, 2, 4, 8, 1)", "w4 groups 2": "w4(100, 1024, 4096, 2, 2, 3, 1)", "prefill bf16 128": "prefill(128, False, 0)", "prefill bf16 64": "prefill(64, False, 0)",
+ "w4 64": "w4(64, 6144, 4096, 64, 1, 1, 1)", "w4 64 x2": "w4(50, 4096, 14336, 64, 1, 4, 2)", "w4 64 groups 2": "w4(64, 4096, 14336, 64, 2, 2, 1)", "w4 64 128": "w4(128, 4096, 4096, 64, 1, 2, 1)",
+ "w4 128": "w4(64, 1024, 4096, 128, 2, 1, 1)", "w4 128 x2": "w4(64, 28672, 4096, 128, 2, 1, 2)", "w4 256": "w4(64, 28672, 4096, 256, 4, 1, 1)",
+ "w4 256 split 8": "w4(16, 4096, 14336, 256, 4, 8, 1)", "w4 256 groups 2": "w4(100, 1024, 4096, 256, 2, 3, 1)", "prefill bf16 128": "prefill(128, False, 0)", "prefill bf16 64": "prefill(64, False, 0)",
  "prefill window": "prefill(128, False, 150)", "prefill fp8": "prefill(128, True, 0)", "prefill fp8 64 window": "prefill(64, True, 150)",
 }
 PRELUDE = '''
@@ -21,9 +22,9 @@ def fp8(m, n, k, groups, splits, programs):
     x, sx = ref.fp8_quantize(randn(m, k, like=like)); w, sw = ref.fp8_quantize(randn(n, k, like=like))
     t = R.Tile(groups, splits, R.most_stages(m, groups, programs), programs)
     return lambda: R.product(x, sx, w, sw.flatten(), None, like.dtype, t), (x.double() * sx.double()) @ (w.double() * sw.double()).t()
-def w4(m, n, k, units, groups, splits, programs):
+def w4(m, n, k, outputs, groups, splits, programs):
     codes, s, z, exact = integer_layer(like, 4, n, k, 128, "whole"); x = randn(m, k, like=like); p = gemm_w4.w4_pack(codes)
-    t = W.Tile(units, groups, splits, W.most_stages(m, units, programs), programs)
+    t = W.Tile(outputs, groups, splits, W.most_stages(m, outputs, programs), programs)
     return lambda: W.product(x, p, s, z, 128, None, t), x.double() @ exact.t()
 def prefill(dim, f8, window):
     from attention_cases import make_case, exact, work_list

@@ -415,18 +415,22 @@ def sweep_few(rate: float) -> None:
 
 
 RING_ROWS = (16, 32, 64, 128)
-SPLITS = (1, 2, 3, 4, 5, 6, 8)         # 5: what the 24 and 48 tiles of 6,144 outputs fill 132 multiprocessors best with
+# Of 4-bit weights by (outputs, groups, programs): those that fill the multiprocessors about once, as 5 do 24 and 48 tiles.
+W4_SPLITS = {(64, 1, 1): (1, 2), (64, 1, 2): (1, 2, 3, 4), (64, 2, 1): (1, 2), (128, 2, 1): (1, 2, 3, 4),
+             (128, 2, 2): (1, 4, 5, 8), (256, 2, 1): (1,), (256, 4, 1): (1, 4, 5, 8)}
 
 
-def rings(kind: str, rows: int, splits: Sequence[int] = SPLITS) -> list[gemm_fp8_ring.Tile] | list[gemm_w4_ring.Tile]:
+def rings(kind: str, rows: int) -> list[gemm_fp8_ring.Tile] | list[gemm_w4_ring.Tile]:
     few = rows <= hopper.MOST_BESIDE
     if kind == "w4":
-        return [gemm_w4_ring.Tile(units, groups, split, stages, programs)
-                for units, groups, programs in gemm_w4_ring.REGISTERS for split in splits
-                for stages in sorted({gemm_w4_ring.most_stages(rows, units, programs), 4})
-                if (few or groups * programs == 2) and rows <= gemm_w4_ring.MOST_ROWS]
+        deep = {way: gemm_w4_ring.most_stages(rows, way[0], way[2]) for way in W4_SPLITS}
+        return [gemm_w4_ring.Tile(outputs, groups, split, stages, programs)
+                for (outputs, groups, programs), most in deep.items() if most > 2
+                for split in W4_SPLITS[outputs, groups, programs]
+                for stages in sorted({most, min(most, 6 if outputs == 64 else 4)})
+                if ((outputs, groups) != (256, 2) if few else groups < 4 and groups * programs < 4)]
     most = {way: gemm_fp8_ring.most_stages(rows, *way) for way in gemm_fp8_ring.REGISTERS}
-    return [gemm_fp8_ring.Tile(groups, split, stages, programs) for groups, programs in most for split in splits if split <= 4
+    return [gemm_fp8_ring.Tile(groups, split, stages, programs) for groups, programs in most for split in (1, 2, 3, 4)
             for stages in sorted({most[groups, programs], max(most[groups, programs] * 2 // 3, 4)})
             if few or groups * programs < 4]
 
@@ -546,8 +550,9 @@ def main() -> None:
             list(workers.map(compile_few, [(kind, tile) for kind in ("w4", "w4 gated", "fp8", "block") for tile in FEW_TILES
                                            if kind != "w4 gated" or tile.outputs >= 32], chunksize=4))
         if args.sweep and "ring" in args.only:
-            list(workers.map(compile_ring, [(kind, rows, tile) for rows in RING_ROWS for kind in RING
-                                            for tile in rings(kind, rows, (1, 2))], chunksize=2))
+            split = {(kind, rows, tile._replace(splits=min(tile.splits, 2)))
+                     for rows in RING_ROWS for kind in RING for tile in rings(kind, rows)}
+            list(workers.map(compile_ring, split, chunksize=2))
     torch.manual_seed(0)
     torch.use_deterministic_algorithms(args.check, warn_only=True)      # torch.empty gives NaN: what no program wrote shows
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}; "
