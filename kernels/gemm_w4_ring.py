@@ -69,7 +69,7 @@ def _bring_weights(tables, span, rings, bars):
         async_load(ring.index(stage), at + (begin + turn) * units * 4096, eviction_policy="evict_first")
         group = (begin + turn) // every * stride_g
         async_load(of_scales.index(stage), scales + (group + n))
-        if of_zeros is not None:
+        if of_zeros.dtype == gl.uint8:
             async_load(of_zeros.index(stage), zeros + (group + zero_n))
         arrive_when_copied(ready.index(stage))
 
@@ -126,7 +126,7 @@ def _left(rows: gl.constexpr, half: gl.constexpr, stage, rings, LEFT: gl.constex
     words = weights.index(stage)
     scale = of_scales.index(stage).slice(rows * 64, 64).load(gl.SliceLayout(1, LEFT))
     zero = gl.full([64], 8.0, DTYPE, gl.SliceLayout(1, LEFT))
-    if of_zeros is not None:
+    if of_zeros.dtype == gl.uint8:
         zero = of_zeros.index(stage).slice(rows * 64, 64).load(gl.SliceLayout(1, LEFT)).to(DTYPE)
     a = _codes(words.slice(rows * 8, 4).load(lines(256, 8)), half, scale, zero, LEFT, DTYPE)
     b = _codes(words.slice(rows * 8 + 4, 4).load(lines(256, 8)), half, scale, zero, LEFT, DTYPE)
@@ -221,7 +221,7 @@ def _product_kernel(x, packed, scales, zeros, bias, out, partial, arrived, M, K,
     weights = gl.allocate_shared_memory(gl.int16, [STAGES, RUNS, 256], plain)
     columns = gl.allocate_shared_memory(DTYPE, [2 * STAGES, BLOCK_M, 64], of_columns)     # two for each block
     of_scales = gl.allocate_shared_memory(DTYPE, [STAGES, BLOCK_N], flat)
-    of_zeros = None
+    of_zeros = of_scales        # not read
     if ZERO:
         of_zeros = gl.allocate_shared_memory(gl.uint8, [STAGES, BLOCK_N], flat)
     ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())

@@ -201,7 +201,7 @@ def compile_gluon() -> None:
     ):
         registers, multiplying, bringing = gemm_w4_ring.REGISTERS[outputs, groups, programs]
         tile = gemm_w4_ring.Tile(outputs, groups, 2, gemm_w4_ring.most_stages(rows, outputs, programs), programs)
-        constants = {"BLOCK_M": rows, "BLOCK_N": outputs, "GROUPS": groups, "SPLIT": True, "BIAS": True, "ZERO": True,
+        constants = {"BLOCK_M": rows, "BLOCK_N": outputs, "GROUPS": groups, "SPLIT": True, "BIAS": True, "ZERO": outputs < 256,
                      "STAGES": tile.stages, "EARLY": gemm_w4_ring.early(tile), "OVERLAP": True, "MULTIPLYING": multiplying,
                      "BRINGING": bringing, **dict.fromkeys(ones, 1)}
         kinds = {**dict.fromkeys(("x", "scales", "bias", "out"), "*" + dtype), "packed": "*i16", "zeros": "*u8",
