@@ -35,7 +35,7 @@ from kernels.hopper import (
     reinterpret,
     takes,
 )
-from kernels.overlap import after, launch_options, overlaps, prefetch
+from kernels.overlap import after, launch_options, overlaps
 from kernels.split_k import counters
 
 
@@ -134,9 +134,8 @@ def _left(rows: gl.constexpr, half: gl.constexpr, stage, rings, LEFT: gl.constex
 
 
 @gluon.jit
-def _multiply(group: gl.constexpr, GROUPS: gl.constexpr, ends, sizes, span, rings, columns, bars, SPLIT: gl.constexpr,
-              BIAS: gl.constexpr):
-    """One part of the program's rows in GROUPS, 64 of them or two times 64; or every second block, of two groups for 64 rows.
+def _multiply(group: gl.constexpr, ends, sizes, span, rings, columns, bars, SPLIT: gl.constexpr, BIAS: gl.constexpr):
+    """Half of the program's rows, 64 of them or two times 64; of 64 rows both groups have all, and take the blocks in turn.
 
     While the tensor cores have one left operand, the next one is unpacked. At the end of a turn none is with them: the compiler
     would wait for each instruction if it had to follow them around the loop.
@@ -147,8 +146,8 @@ def _multiply(group: gl.constexpr, GROUPS: gl.constexpr, ends, sizes, span, ring
     STAGES: gl.constexpr = rings[0].shape[0]
     PARTS: gl.constexpr = rings[0].shape[1] // 8
     BLOCK_M: gl.constexpr = columns.shape[1]
-    EACH: gl.constexpr = max(1, PARTS // GROUPS)
-    TURNS: gl.constexpr = max(1, GROUPS // PARTS)       # groups that take the blocks in turn
+    EACH: gl.constexpr = max(1, PARTS // 2)
+    TURNS: gl.constexpr = 2 if PARTS == 1 else 1
     SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
     LEFT: gl.constexpr = gl.DotOperandLayout(0, SUMS, 2)
     ROWS: gl.constexpr = group // TURNS * EACH
@@ -200,21 +199,14 @@ def _multiply(group: gl.constexpr, GROUPS: gl.constexpr, ends, sizes, span, ring
 
 @gluon.jit(do_not_specialize=["M", "splits"])
 def _product_kernel(x, packed, scales, zeros, bias, out, partial, arrived, M, K, x_stride, stride_g, units, every, splits,
-                    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, GROUPS: gl.constexpr, STAGES: gl.constexpr,
-                    EARLY: gl.constexpr, SPLIT: gl.constexpr, BIAS: gl.constexpr, ZERO: gl.constexpr, OVERLAP: gl.constexpr,
-                    MULTIPLYING: gl.constexpr, BRINGING: gl.constexpr):
+                    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, SPLIT: gl.constexpr,
+                    BIAS: gl.constexpr, ZERO: gl.constexpr, OVERLAP: gl.constexpr, MULTIPLYING: gl.constexpr,
+                    BRINGING: gl.constexpr):
     """Programs are (tile of the weight's rows, split of K). every: blocks of 128 that share a scale."""
     DTYPE: gl.constexpr = x.dtype.element_ty
     RUNS: gl.constexpr = BLOCK_N // 8
     tile, split = gl.program_id(0), gl.program_id(1)
     blocks = K // 128
-    begin, end = split * blocks // splits, (split + 1) * blocks // splits
-    # The L2 is asked for the first blocks before there is a ring to copy them into, and for more than it has room for.
-    AT_ONCE: gl.constexpr = 32 // RUNS
-    thread = gl.arange(0, 128, gl.BlockedLayout([1], [32], [4], [0]))
-    line = packed + (_run(tile * RUNS + thread // 4 % RUNS) + thread % 4 * 64)
-    for block in range(begin, gl.minimum(begin + EARLY, end), AT_ONCE):
-        prefetch(line + gl.minimum(block + thread // (4 * RUNS), end - 1) * units * 4096)
     plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
     flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     of_columns: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_M, 64], DTYPE)
@@ -228,43 +220,27 @@ def _product_kernel(x, packed, scales, zeros, bias, out, partial, arrived, M, K,
     free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for stage in gl.static_range(STAGES):
         mbarrier.init(ready.index(stage), count=2 * 32 * WARPS)
-        mbarrier.init(free.index(stage), count=min(GROUPS, BLOCK_N // 64))       # all that read it have
+        mbarrier.init(free.index(stage), count=min(2, BLOCK_N // 64))       # all that read it have
     tables = packed, scales, zeros, stride_g, units, every
     sizes = M, x_stride
-    span = tile, begin, end
+    span = tile, split * blocks // splits, (split + 1) * blocks // splits
     rings = weights, of_scales, of_zeros
     bars = ready, free
     ends = bias, out, partial, arrived, splits, split
-    if GROUPS == 1:
-        gl.warp_specialize([(_multiply, (0, 1, ends, sizes, span, rings, columns, bars, SPLIT, BIAS)),
-                            (_bring_weights, (tables, span, rings, bars)),
-                            (_bring_x, (x, sizes, span, columns, bars, OVERLAP))],
-                           [WARPS, WARPS], [BRINGING, BRINGING])
-    elif GROUPS == 2:
-        gl.warp_specialize([(_multiply, (0, 2, ends, sizes, span, rings, columns, bars, SPLIT, BIAS)),
-                            (_multiply, (1, 2, ends, sizes, span, rings, columns, bars, SPLIT, BIAS)),
-                            (_bring_weights, (tables, span, rings, bars)),
-                            (_bring_x, (x, sizes, span, columns, bars, OVERLAP))],
-                           [4, WARPS, WARPS], [MULTIPLYING, BRINGING, BRINGING])
-    else:
-        gl.warp_specialize([(_multiply, (0, 4, ends, sizes, span, rings, columns, bars, SPLIT, BIAS)),
-                            (_multiply, (1, 4, ends, sizes, span, rings, columns, bars, SPLIT, BIAS)),
-                            (_multiply, (2, 4, ends, sizes, span, rings, columns, bars, SPLIT, BIAS)),
-                            (_multiply, (3, 4, ends, sizes, span, rings, columns, bars, SPLIT, BIAS)),
-                            (_bring_weights, (tables, span, rings, bars)),
-                            (_bring_x, (x, sizes, span, columns, bars, OVERLAP))],
-                           [4, 4, 4, WARPS, WARPS], [MULTIPLYING, MULTIPLYING, MULTIPLYING, BRINGING, BRINGING])
+    gl.warp_specialize([(_multiply, (0, ends, sizes, span, rings, columns, bars, SPLIT, BIAS)),
+                        (_multiply, (1, ends, sizes, span, rings, columns, bars, SPLIT, BIAS)),
+                        (_bring_weights, (tables, span, rings, bars)),
+                        (_bring_x, (x, sizes, span, columns, bars, OVERLAP))],
+                       [4, WARPS, WARPS], [MULTIPLYING, BRINGING, BRINGING])
 
 
 class Tile(NamedTuple):
     """How a product is cut.
 
-    The weight's rows of a program, groups that multiply (two for 64 rows take the blocks in turn), programs that share K, blocks
-    in the ring, and programs on a multiprocessor.
+    The weight's rows of a program, programs that share K, blocks in the ring, and programs on a multiprocessor.
     """
 
     outputs: int
-    groups: int
     splits: int
     stages: int
     programs: int
@@ -272,34 +248,33 @@ class Tile(NamedTuple):
     @property
     def turns(self) -> int:
         """Groups that take the blocks of the same rows in turn."""
-        return max(1, 64 * self.groups // self.outputs)
+        return 2 if self.outputs == 64 else 1
 
 
 MOST_ROWS = 128                 # of x
-EARLY_BYTES = 128 << 10         # of packed words that the programs of a multiprocessor ask the L2 for at once
-# Registers of a thread, by the rows of a program, its groups and the programs on a multiprocessor: on average, of those that
-# multiply, of those that bring.
-REGISTERS = {(64, 1, 1): (168, 240, 96), (64, 1, 2): (120, 168, 72), (64, 2, 1): (168, 216, 72),
-             (128, 2, 1): (168, 216, 72), (128, 2, 2): (80, 96, 48), (256, 2, 1): (168, 216, 72), (256, 4, 1): (96, 104, 64)}
+# Registers of a thread, by the rows of a program and the programs on a multiprocessor: on average, of those that multiply, of
+# those that bring.
+REGISTERS = {(64, 1): (168, 216, 72), (128, 1): (168, 216, 72), (128, 2): (80, 96, 48), (256, 1): (168, 216, 72)}
 
 
 @cache
 def tile_of(rows: int, features: int, depth: int, chips: int) -> Tile | None:
     """The tile for rows of x and a weight [features, depth] on so many multiprocessors; None: not for this kernel.
 
-    Guessed so far: jobs/bench/quantized.py --only ring --sweep measures all.
+    As jobs/bench/quantized.py --only ring --sweep measured them on an H100 for the shapes of Mistral-7B.
     """
     if rows > MOST_ROWS or features % 128 or depth % 128:
         return None
-    if features // 128 >= chips:
-        outputs, groups, programs, least = (128, 2, 2, 8) if rows <= MOST_BESIDE or features % 256 else (256, 2, 1, 8)
-    elif rows <= 32 and features // 64 <= chips and depth > 128:
-        outputs, groups, programs, least = 64, 2, 1, 32
+    many = features // 128 >= chips
+    if rows <= (MOST_BESIDE if many else 32):
+        outputs, programs = 128, 2
+    elif many and features % 256 == 0:
+        outputs, programs = 256, 1
     else:       # larger tiles read x less often
-        outputs, groups, programs, least = 128, 2, 1, 8
-    programs = programs if groups * programs < 4 or rows <= MOST_BESIDE else 1
-    splits = max(1, min(programs * chips // (features // outputs), depth // 128 // least))
-    return Tile(outputs, groups, splits, most_stages(rows, outputs, programs), programs)
+        outputs, programs = 64 if not many and 128 < depth <= 1 << 13 else 128, 1
+    tile = Tile(outputs, 1, most_stages(rows, outputs, programs), programs)
+    splits = programs * chips // (features // outputs)
+    return tile._replace(splits=max(1, min(splits, depth // 128 // (2 * tile.turns))))
 
 
 def most_stages(rows: int, outputs: int, programs: int) -> int:
@@ -322,25 +297,19 @@ def product(x: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor | None, gro
             tile: Tile) -> Tensor:
     """x [M, K] of 16 bits times weights as gemm_w4.w4_matmul has them -> [M, N]; rows of x may be strided.
 
-    M up to MOST_ROWS, with four groups or two of two programs MOST_BESIDE; K a multiple of 128, N of 128 and of tile.outputs;
-    the group is K or a multiple of 128, zeros are uint8; N is contiguous in scales and zeros, their groups a multiple of 16
-    apart. Every group has a block of K, and the ring has room for another one, or they would wait for ever.
+    M up to MOST_ROWS, with two programs MOST_BESIDE; K a multiple of 128, N of 128 and of tile.outputs; the group is K or a
+    multiple of 128, zeros are uint8; N is contiguous in scales and zeros, their groups a multiple of 16 apart. All that multiply
+    have a block of K, and the ring has room for another one, or they would wait for ever.
     """
     (rows, depth), features = x.shape, scales.shape[0]
     assert tile.splits * tile.turns <= depth // 128 and tile.stages > tile.turns
     m = block_m(rows)
     out = torch.empty((rows, features), dtype=x.dtype, device=x.device)
     partial = torch.empty((tile.splits, features, m), dtype=torch.float32, device=x.device) if tile.splits > 1 else out
-    registers, multiplying, bringing = REGISTERS[tile.outputs, tile.groups, tile.programs]
+    registers, multiplying, bringing = REGISTERS[tile.outputs, tile.programs]
     _product_kernel[features // tile.outputs, tile.splits](
         x, packed, scales, scales if zeros is None else zeros, out if bias is None else bias, out, partial, counters(x.device),
         rows, depth, x.stride(0), scales.stride(1) if scales.shape[1] > 1 else 0, packed.shape[1], group // 128, tile.splits,
-        BLOCK_M=m, BLOCK_N=tile.outputs, GROUPS=tile.groups, STAGES=tile.stages, EARLY=early(tile), SPLIT=tile.splits > 1,
-        BIAS=bias is not None, ZERO=zeros is not None, MULTIPLYING=multiplying, BRINGING=bringing, num_warps=4,
-        maxnreg=registers, **launch_options(overlaps(x.device)))
+        BLOCK_M=m, BLOCK_N=tile.outputs, STAGES=tile.stages, SPLIT=tile.splits > 1, BIAS=bias is not None, ZERO=zeros is not None,
+        MULTIPLYING=multiplying, BRINGING=bringing, num_warps=4, maxnreg=registers, **launch_options(overlaps(x.device)))
     return out
-
-
-def early(tile: Tile) -> int:
-    """Blocks that a program asks the L2 for at once."""
-    return EARLY_BYTES // (64 * tile.outputs * tile.programs)

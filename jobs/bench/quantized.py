@@ -415,20 +415,17 @@ def sweep_few(rate: float) -> None:
 
 
 RING_ROWS = (16, 32, 64, 128)
-# Of 4-bit weights by (outputs, groups, programs): those that fill the multiprocessors about once, as 5 do 24 and 48 tiles.
-W4_SPLITS = {(64, 1, 1): (1, 2), (64, 1, 2): (1, 2, 3, 4), (64, 2, 1): (1, 2), (128, 2, 1): (1, 2, 3, 4),
-             (128, 2, 2): (1, 4, 5, 8), (256, 2, 1): (1,), (256, 4, 1): (1, 4, 5, 8)}
+# Of 4-bit weights by (outputs, programs): those that fill the multiprocessors about once, as 5 do 24 and 48 tiles.
+W4_SPLITS = {(64, 1): (1, 2), (128, 1): (1, 2, 3, 4), (128, 2): (1, 4, 5, 8), (256, 1): (1, 2)}
 
 
 def rings(kind: str, rows: int) -> list[gemm_fp8_ring.Tile] | list[gemm_w4_ring.Tile]:
     few = rows <= hopper.MOST_BESIDE
     if kind == "w4":
-        deep = {way: gemm_w4_ring.most_stages(rows, way[0], way[2]) for way in W4_SPLITS}
-        return [gemm_w4_ring.Tile(outputs, groups, split, stages, programs)
-                for (outputs, groups, programs), most in deep.items() if most > 2
-                for split in W4_SPLITS[outputs, groups, programs]
-                for stages in sorted({most, min(most, 6 if outputs == 64 else 4)})
-                if ((outputs, groups) != (256, 2) if few else groups < 4 and groups * programs < 4)]
+        deep = {way: gemm_w4_ring.most_stages(rows, *way) for way in W4_SPLITS}
+        return [gemm_w4_ring.Tile(outputs, split, stages, programs) for (outputs, programs), most in deep.items()
+                for split in W4_SPLITS[outputs, programs] for stages in sorted({most, min(most, 6 if outputs == 64 else 4)})
+                if few or programs == 1]
     most = {way: gemm_fp8_ring.most_stages(rows, *way) for way in gemm_fp8_ring.REGISTERS}
     return [gemm_fp8_ring.Tile(groups, split, stages, programs) for groups, programs in most for split in (1, 2, 3, 4)
             for stages in sorted({most[groups, programs], max(most[groups, programs] * 2 // 3, 4)})

@@ -68,8 +68,8 @@ def test_tiles_of_few_rows(tile):
             check_few_w4(gemm_few, like, rows, 2 * 480, 1664, 128, tile, activation="gelu_tanh")
 
 
-RINGS = [gemm_w4_ring.Tile(outputs, groups, splits, min(stages, gemm_w4_ring.most_stages(64, outputs, programs)), programs)
-         for outputs, groups, programs in gemm_w4_ring.REGISTERS for splits in (1, 3) for stages in (3, 8)]
+RINGS = [gemm_w4_ring.Tile(outputs, splits, min(stages, gemm_w4_ring.most_stages(64, outputs, programs)), programs)
+         for outputs, programs in gemm_w4_ring.REGISTERS for splits in (1, 3) for stages in (3, 8)]
 
 
 @HOPPER
@@ -129,7 +129,7 @@ def test_overlapping_rings_change_nothing(rows, monkeypatch):
             h = ops.add_rms_norm(x, residual, scale, 1e-5)
             h = gemm_fp8_ring.product(*fp8_quantize(h), gate_up, gate_up_scales, None, like.dtype, gemm_fp8_ring.Tile(2, 3, 3, 2))
             h = ops.gated_act(h, "silu")
-            x = gemm_w4_ring.product(h, *down, 128, None, gemm_w4_ring.Tile(128, 2, 5, 3, 2))
+            x = gemm_w4_ring.product(h, *down, 128, None, gemm_w4_ring.Tile(128, 5, 3, 2))
         return torch.cat([x, residual])
 
     with monkeypatch.context() as patch:
