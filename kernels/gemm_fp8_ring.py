@@ -1,7 +1,7 @@
 """Products of 9 to 128 rows of e4m3 numbers on Hopper, in Gluon: y^T = W x^T through a ring of blocks of K in shared memory.
 
-A program has 64 or 128 of the weight's rows. Two of its warps copy them, 128 of K at a time, into what is free of the ring, and
-two copy x; one or two warp groups multiply 64 rows each by wgmma. So the memory is asked for more while the tensor cores work,
+A program has 64 of the weight's rows. Two of its warps copy them, 128 of K at a time, into what is free of the ring, and two
+copy x; a warp group multiplies by wgmma. So the memory is asked for more while the tensor cores work,
 which Triton's own loops, waiting for every product, do not do; and the ring is filled with weights before the kernel that makes
 x has finished. Where there are few tiles their K is split, and the last program of a tile adds the sums up in their order, as
 split_k.py says.
@@ -93,7 +93,7 @@ def _bring_x(x, scales, sizes, span, ring, of_scales, bars, BLOCKS: gl.constexpr
 
 
 @gluon.jit
-def _ask(turn, group: gl.constexpr, rings, ready, SUMS: gl.constexpr):
+def _ask(turn, rings, ready, SUMS: gl.constexpr):
     """A block's product, begun as soon as it is there."""
     weights, columns, _, _ = rings
     STAGES: gl.constexpr = weights.shape[0]
@@ -101,8 +101,7 @@ def _ask(turn, group: gl.constexpr, rings, ready, SUMS: gl.constexpr):
     stage = turn % STAGES
     await_operands(ready.index(stage), turn // STAGES & 1)
     none = gl.zeros([64, BLOCK_M], gl.float32, SUMS)
-    return warpgroup_mma(weights.index(stage).slice(group * 64, 64), columns.index(stage).permute((1, 0)), none, use_acc=False,
-                         is_async=True)
+    return warpgroup_mma(weights.index(stage), columns.index(stage).permute((1, 0)), none, use_acc=False, is_async=True)
 
 
 @gluon.jit
@@ -119,44 +118,41 @@ def _add(acc, product, turn, rings, free, BLOCKS: gl.constexpr, SUMS: gl.constex
 
 
 @gluon.jit
-def _multiply(group: gl.constexpr, ends, M, span, rings, bars, SPLIT: gl.constexpr, BIAS: gl.constexpr, BLOCKS: gl.constexpr,
-              PAIRS: gl.constexpr):
-    """Rows 64 group .. 64 group + 64 of the tile's.
+def _multiply(ends, M, span, rings, bars, SPLIT: gl.constexpr, BIAS: gl.constexpr, BLOCKS: gl.constexpr):
+    """Two blocks a turn: a product is added while the tensor cores have the next one.
 
-    PAIRS: a product is added while the tensor cores have the next one. At the end of a turn none is with them: the compiler
-    would wait for each instruction if it had to follow them around the loop.
+    At the end of a turn none is with them: the compiler would wait for each instruction if it had to follow them around the loop.
     """
     tile, begin, end = span
-    weights, columns, weight_scales, x_scales = rings
+    _, columns, weight_scales, x_scales = rings
     ready, free = bars
-    BLOCK_N: gl.constexpr = weights.shape[1]
     BLOCK_M: gl.constexpr = columns.shape[1]
     SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 32])
     acc = gl.zeros([64, BLOCK_M], gl.float32, SUMS)
     turns = end - begin
-    paired = turns // 2 * 2 if PAIRS else 0
+    paired = turns // 2 * 2
     for turn in range(0, paired, 2):
-        first = _ask(turn, group, rings, ready, SUMS)
-        second = _ask(turn + 1, group, rings, ready, SUMS)
+        first = _ask(turn, rings, ready, SUMS)
+        second = _ask(turn + 1, rings, ready, SUMS)
         first = warpgroup_mma_wait(1, deps=(first,))
         acc = _add(acc, first, turn, rings, free, BLOCKS, SUMS)
         second = warpgroup_mma_wait(0, deps=(second,))
         acc = _add(acc, second, turn + 1, rings, free, BLOCKS, SUMS)
     for turn in range(paired, turns):
-        product = warpgroup_mma_wait(0, deps=(_ask(turn, group, rings, ready, SUMS),))
+        product = warpgroup_mma_wait(0, deps=(_ask(turn, rings, ready, SUMS),))
         acc = _add(acc, product, turn, rings, free, BLOCKS, SUMS)
     if not BLOCKS:
-        acc *= weight_scales.index(0).slice(group * 64, 64).load(gl.SliceLayout(1, SUMS))[:, None]
+        acc *= weight_scales.index(0).load(gl.SliceLayout(1, SUMS))[:, None]
         acc *= x_scales.index(0).load(gl.SliceLayout(0, SUMS))[None, :]
-    MOST: gl.constexpr = max(4096, 128 * BLOCK_M) if PAIRS else 4096      # where two products were
-    finish(acc, tile * (BLOCK_N // 64) + group, (M, gl.num_programs(0) * BLOCK_N), ends, SPLIT, BIAS, SUMS, MOST)
+    # As many of the splits' sums at once as there were products.
+    finish(acc, tile, (M, gl.num_programs(0) * 64), ends, SPLIT, BIAS, SUMS, max(4096, 128 * BLOCK_M))
 
 
 @gluon.jit(do_not_specialize=["M", "splits"])
 def _product_kernel(x, x_scales, weight, weight_scales, bias, out, partial, arrived, M, K, x_stride, splits,
                     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr,
-                    SPLIT: gl.constexpr, BIAS: gl.constexpr, BLOCKS: gl.constexpr, PAIRS: gl.constexpr, OVERLAP: gl.constexpr,
-                    MULTIPLYING: gl.constexpr, BRINGING: gl.constexpr):
+                    SPLIT: gl.constexpr, BIAS: gl.constexpr, BLOCKS: gl.constexpr, OVERLAP: gl.constexpr,
+                    BRINGING: gl.constexpr):
     """Programs are (tile of the weight's rows, split of K)."""
     DTYPE: gl.constexpr = weight.dtype.element_ty
     tile, split = gl.program_id(0), gl.program_id(1)
@@ -178,40 +174,30 @@ def _product_kernel(x, x_scales, weight, weight_scales, bias, out, partial, arri
     free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for stage in gl.static_range(STAGES):
         mbarrier.init(ready.index(stage), count=2 * 32 * WARPS)
-        mbarrier.init(free.index(stage), count=BLOCK_N // 64)       # all groups have read it
+        mbarrier.init(free.index(stage), count=1)
     sizes = M, K, x_stride
     span = tile, begin, end
     rings = weights, columns, of_rows, of_x
     bars = ready, free
     ends = bias, out, partial, arrived, splits, split
-    if BLOCK_N == 64:
-        gl.warp_specialize([(_multiply, (0, ends, M, span, rings, bars, SPLIT, BIAS, BLOCKS, PAIRS)),
-                            (_bring_weights, (weight, weight_scales, K, span, weights, of_rows, bars, BLOCKS)),
-                            (_bring_x, (x, x_scales, sizes, span, columns, of_x, bars, BLOCKS, OVERLAP))],
-                           [WARPS, WARPS], [BRINGING, BRINGING])
-    else:
-        gl.warp_specialize([(_multiply, (0, ends, M, span, rings, bars, SPLIT, BIAS, BLOCKS, PAIRS)),
-                            (_multiply, (1, ends, M, span, rings, bars, SPLIT, BIAS, BLOCKS, PAIRS)),
-                            (_bring_weights, (weight, weight_scales, K, span, weights, of_rows, bars, BLOCKS)),
-                            (_bring_x, (x, x_scales, sizes, span, columns, of_x, bars, BLOCKS, OVERLAP))],
-                           [4, WARPS, WARPS], [MULTIPLYING, BRINGING, BRINGING])
+    gl.warp_specialize([(_multiply, (ends, M, span, rings, bars, SPLIT, BIAS, BLOCKS)),
+                        (_bring_weights, (weight, weight_scales, K, span, weights, of_rows, bars, BLOCKS)),
+                        (_bring_x, (x, x_scales, sizes, span, columns, of_x, bars, BLOCKS, OVERLAP))],
+                       [WARPS, WARPS], [BRINGING, BRINGING])
 
 
 class Tile(NamedTuple):
-    """How a product is cut.
+    """How a product is cut: programs that share K, blocks in the ring, and programs on a multiprocessor."""
 
-    Groups that multiply 64 rows of the weight each, programs that share K, blocks in the ring, and programs on a multiprocessor.
-    """
-
-    groups: int
     splits: int
     stages: int
     programs: int
 
 
 MOST_ROWS = 128     # of x
-# Registers of a thread, by the groups and the programs on a multiprocessor: on average, of those that multiply and that bring.
-REGISTERS = {(1, 1): (168, 240, 96), (1, 2): (120, 168, 72), (2, 1): (168, 216, 72), (2, 2): (80, 88, 64)}
+BLOCK_N = 64        # of the weight's
+# Registers of a thread, by the programs on a multiprocessor: on average, and of those that bring.
+REGISTERS = {1: (168, 96), 2: (120, 72)}
 
 
 @cache
@@ -220,19 +206,19 @@ def tile_of(rows: int, features: int, depth: int, chips: int, blocks: bool = Fal
 
     As jobs/bench/quantized.py --only ring --sweep measured them on an H100 for the shapes of Mistral-7B.
     """
-    many = features // 64 > chips
+    many = features // BLOCK_N > chips
     if rows > (MOST_BESIDE if many else MOST_ROWS) or features % 128 or depth % FP8_BLOCK:
         return None
     programs = 2 if many else 1
     splits = 2 if rows > MOST_BESIDE and depth > 1 << 13 else 1
-    return Tile(1, splits, most_stages(rows, 1, programs, blocks), programs)
+    return Tile(splits, most_stages(rows, programs, blocks), programs)
 
 
-def most_stages(rows: int, groups: int, programs: int, blocks: bool = False) -> int:
+def most_stages(rows: int, programs: int, blocks: bool = False) -> int:
     """Blocks that fit into a program's share of a multiprocessor, up to 12, beside row scales and what y goes through."""
-    m, n = block_m(rows), 64 * groups
-    stage, rest = (m + n) * FP8_BLOCK + 16, 2 * m * n
-    stage, rest = (stage + 8 * m, rest) if blocks else (stage, rest + 4 * (m + n))
+    m = block_m(rows)
+    stage, rest = (m + BLOCK_N) * FP8_BLOCK + 16, 2 * m * BLOCK_N
+    stage, rest = (stage + 8 * m, rest) if blocks else (stage, rest + 4 * (m + BLOCK_N))
     return min((SHARED_BYTES // programs - rest) // stage, 12)
 
 
@@ -247,22 +233,17 @@ def product(x: Tensor, x_scales: Tensor, weight: Tensor, weight_scales: Tensor, 
             tile: Tile) -> Tensor:
     """x [M, K] times the weight [N, K], both e4m3 -> [M, N] of the dtype, of 16 bits; rows of x may be strided.
 
-    M up to MOST_ROWS, with two groups in each of two programs up to MOST_BESIDE; N and K multiples of 128.
+    M up to MOST_ROWS, with two programs MOST_BESIDE; N and K multiples of 128.
     x_scales and weight_scales: float32 [M] and [N], or, of blocks, [M, K / 128] and [N / 128, K / 128].
     """
     (rows, depth), features = x.shape, weight.shape[0]
-    m, n = block_m(rows), 64 * tile.groups
+    m = block_m(rows)
     out = torch.empty((rows, features), dtype=dtype, device=x.device)
     partial = torch.empty((tile.splits, features, m), dtype=torch.float32, device=x.device) if tile.splits > 1 else out
-    registers, multiplying, bringing = REGISTERS[tile.groups, tile.programs]
-    _product_kernel[features // n, tile.splits](
+    registers, bringing = REGISTERS[tile.programs]
+    _product_kernel[features // BLOCK_N, tile.splits](
         x, x_scales, weight, weight_scales, out if bias is None else bias, out, partial, counters(x.device), rows, depth,
-        x.stride(0), tile.splits, BLOCK_M=m, BLOCK_N=n, BLOCK_K=FP8_BLOCK, STAGES=tile.stages, SPLIT=tile.splits > 1,
-        BIAS=bias is not None, BLOCKS=weight_scales.dim() == 2, PAIRS=pairs(m, multiplying), MULTIPLYING=multiplying,
-        BRINGING=bringing, num_warps=4, maxnreg=registers, **launch_options(overlaps(x.device)))
+        x.stride(0), tile.splits, BLOCK_M=m, BLOCK_N=BLOCK_N, BLOCK_K=FP8_BLOCK, STAGES=tile.stages, SPLIT=tile.splits > 1,
+        BIAS=bias is not None, BLOCKS=weight_scales.dim() == 2, BRINGING=bringing, num_warps=4, maxnreg=registers,
+        **launch_options(overlaps(x.device)))
     return out
-
-
-def pairs(rows: int, registers: int) -> bool:
-    """Whether there are registers for the sums of two products beside their sum, and some more."""
-    return 3 * rows // 2 + 40 <= registers

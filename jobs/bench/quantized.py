@@ -426,10 +426,9 @@ def rings(kind: str, rows: int) -> list[gemm_fp8_ring.Tile] | list[gemm_w4_ring.
         return [gemm_w4_ring.Tile(outputs, split, stages, programs) for (outputs, programs), most in deep.items()
                 for split in W4_SPLITS[outputs, programs] for stages in sorted({most, min(most, 6 if outputs == 64 else 4)})
                 if few or programs == 1]
-    most = {way: gemm_fp8_ring.most_stages(rows, *way) for way in gemm_fp8_ring.REGISTERS}
-    return [gemm_fp8_ring.Tile(groups, split, stages, programs) for groups, programs in most for split in (1, 2, 3, 4)
-            for stages in sorted({most[groups, programs], max(most[groups, programs] * 2 // 3, 4)})
-            if few or groups * programs < 4]
+    most = {programs: gemm_fp8_ring.most_stages(rows, programs) for programs in gemm_fp8_ring.REGISTERS}
+    return [gemm_fp8_ring.Tile(split, stages, programs) for programs in most for split in (1, 2, 3, 4)
+            for stages in sorted({most[programs], max(most[programs] * 2 // 3, 4)}) if few or programs == 1]
 
 
 def sweep_ring(rate: float) -> None:
