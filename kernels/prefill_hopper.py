@@ -4,7 +4,7 @@ A block has 128 rows, queries times heads as in attention.py, 64 to each of two 
 the keys and values of tile after tile, from the last that a query sees to the first, and page by page, into two rings of shared
 memory. FP8 ones become float16 on the way, so that the groups that compute find all alike and none is converted twice. These ask
 the tensor cores for the scores of a tile and, behind them, for the weighed values of the tile before; they take the softmax of
-the scores while the values are added up.
+the scores while the values are added up, and take turns at asking, so that one's softmax runs beside the other's products.
 
 As one program fills a multiprocessor, it takes block after block, whichever comes next when it has brought all of one: what that
 needs is on its way before this one is done.
@@ -33,7 +33,6 @@ BLOCK_N = 128               # keys of a tile
 STAGES = gl.constexpr(2)    # tiles of each ring, and blocks whose queries are there
 # Registers of a thread: what twelve warps have on average when they fill a multiprocessor, and how those share it.
 REGISTERS, COMPUTING, BRINGING = 168, 216, 72
-ALTERNATE = True            # whether the two groups ask the tensor cores in turn: one's softmax runs beside the other's products
 
 # --- the work list --------------------------------------------------------------------------------------------------------------
 
@@ -283,7 +282,7 @@ def _await_turn(half: gl.constexpr, order, n):
 
 @gluon.jit
 def _turns(half: gl.constexpr, first, end, fixed, sums, MASK: gl.constexpr, WINDOW: gl.constexpr, SCORES: gl.constexpr,
-           OUT: gl.constexpr, ALTERNATE: gl.constexpr):
+           OUT: gl.constexpr):
     """Tiles first, first - 1, ... down to end + 1. `weights` are those of the tile before, whose values are not yet in acc.
 
     Tile t is the (turns - t)-th of the program.
@@ -299,13 +298,11 @@ def _turns(half: gl.constexpr, first, end, fixed, sums, MASK: gl.constexpr, WIND
         before, earlier = _turn(turns - t - 1)
         mbarrier.wait(k_ready.index(stage), phase)
         await_operands(v_ready.index(before), earlier)
-        if ALTERNATE:
-            _await_turn(half, order, turns - t)
+        _await_turn(half, order, turns - t)
         nothing = gl.zeros([ROWS, BLOCK_N], gl.float32, SCORES)
         scores = warpgroup_mma(queries, k_tiles.index(stage).permute((1, 0)), nothing, use_acc=False, is_async=True)
         acc = warpgroup_mma(weights, v_tiles.index(before), acc, is_async=True)
-        if ALTERNATE:
-            mbarrier.arrive(order.index(1 - half), count=1)
+        mbarrier.arrive(order.index(1 - half), count=1)
         scores = warpgroup_mma_wait(1, deps=(scores,))
         mbarrier.arrive(k_free.index(stage), count=1)
         if MASK:
@@ -323,7 +320,7 @@ def _turns(half: gl.constexpr, first, end, fixed, sums, MASK: gl.constexpr, WIND
 
 @gluon.jit
 def _attend(half: gl.constexpr, block, turn, queries, out, kv_scales, scale, window, rings, bars, order, G: gl.constexpr,
-            K: gl.constexpr, WINDOW: gl.constexpr, FP8: gl.constexpr, ALTERNATE: gl.constexpr):
+            K: gl.constexpr, WINDOW: gl.constexpr, FP8: gl.constexpr):
     """Rows 64 half .. 64 half + 64 of a block's, whose queries are there."""
     _, head, token, start, count, r, low, high = block
     k_tiles, v_tiles = rings
@@ -340,12 +337,10 @@ def _attend(half: gl.constexpr, block, turn, queries, out, kv_scales, scale, win
     acc = gl.zeros([64, D], gl.float32, OUT)
     stage, phase = _turn(turn)
     await_operands(k_ready.index(stage), phase)
-    if ALTERNATE:
-        _await_turn(half, order, turn)
+    _await_turn(half, order, turn)
     nothing = gl.zeros([64, BLOCK_N], gl.float32, SCORES)
     scores = warpgroup_mma(queries, k_tiles.index(stage).permute((1, 0)), nothing, use_acc=False, is_async=True)
-    if ALTERNATE:
-        mbarrier.arrive(order.index(1 - half), count=1)
+    mbarrier.arrive(order.index(1 - half), count=1)
     scores = warpgroup_mma_wait(0, deps=(scores,))
     mbarrier.arrive(k_free.index(stage), count=1)
     weights, peak, total, _ = _softmax(_mask(scores, last, positions, window, WINDOW, SCORES), LOWEST, 0.0, scale, SCORES)
@@ -356,10 +351,10 @@ def _attend(half: gl.constexpr, block, turn, queries, out, kv_scales, scale, win
         inner = gl.minimum(gl.maximum(high + BLOCK_N - window, 0) // BLOCK_N, edge)
     fixed = turn + last, queries, positions, window, scale, rings, bars, order
     sums = weights, peak, total, acc
-    sums = _turns(half, last - 1, edge - 1, fixed, sums, True, WINDOW, SCORES, OUT, ALTERNATE)
-    sums = _turns(half, edge - 1, inner - 1, fixed, sums, False, WINDOW, SCORES, OUT, ALTERNATE)
+    sums = _turns(half, last - 1, edge - 1, fixed, sums, True, WINDOW, SCORES, OUT)
+    sums = _turns(half, edge - 1, inner - 1, fixed, sums, False, WINDOW, SCORES, OUT)
     if WINDOW:
-        sums = _turns(half, inner - 1, lo - 1, fixed, sums, True, WINDOW, SCORES, OUT, ALTERNATE)
+        sums = _turns(half, inner - 1, lo - 1, fixed, sums, True, WINDOW, SCORES, OUT)
     weights, peak, total, acc = sums
     stage, phase = _turn(turn + last - lo)
     await_operands(v_ready.index(stage), phase)
@@ -380,7 +375,7 @@ def _attend(half: gl.constexpr, block, turn, queries, out, kv_scales, scale, win
 
 @gluon.jit
 def _compute(half: gl.constexpr, known, G: gl.constexpr, K: gl.constexpr, TILE: gl.constexpr, BLOCK_M: gl.constexpr,
-             WINDOW: gl.constexpr, FP8: gl.constexpr, ALTERNATE: gl.constexpr):
+             WINDOW: gl.constexpr, FP8: gl.constexpr):
     work, window, queries, names, out, kv_scales, scale, rings, bars, q_bars, order = known
     told, q_ready, q_free = q_bars
     k_tiles = rings[0]
@@ -399,9 +394,9 @@ def _compute(half: gl.constexpr, known, G: gl.constexpr, K: gl.constexpr, TILE: 
             converted = reinterpret(mine, k_tiles.dtype, mine.shape, mine.layout)
             converted.store(mine.load(by).to(k_tiles.dtype))
             fence_async_shared()
-            _attend(half, block, turn, converted, out, kv_scales, scale, window, rings, bars, order, G, K, WINDOW, FP8, ALTERNATE)
+            _attend(half, block, turn, converted, out, kv_scales, scale, window, rings, bars, order, G, K, WINDOW, FP8)
         else:
-            _attend(half, block, turn, mine, out, kv_scales, scale, window, rings, bars, order, G, K, WINDOW, FP8, ALTERNATE)
+            _attend(half, block, turn, mine, out, kv_scales, scale, window, rings, bars, order, G, K, WINDOW, FP8)
         mbarrier.arrive(q_free.index(stage), count=1)
         taken += 1
         turn += high // BLOCK_N - low // BLOCK_N + 1
@@ -424,7 +419,7 @@ def _barriers(count: gl.constexpr):
 def _prefill_kernel(q, k_cache, v_cache, kv_scales, block_table, rows, starts, cu_q, tiles, out, counter, scale, window,
                     table_stride, q_stride, blocks, H: gl.constexpr, K: gl.constexpr, P: gl.constexpr, D: gl.constexpr,
                     TILE: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, WINDOW: gl.constexpr, FP8: gl.constexpr,
-                    ALTERNATE: gl.constexpr, COMPUTING: gl.constexpr, BRINGING: gl.constexpr):
+                    COMPUTING: gl.constexpr, BRINGING: gl.constexpr):
     G: gl.constexpr = H // K
     DTYPE: gl.constexpr = gl.float16 if FP8 else k_cache.dtype.element_ty
     half: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_M // 2, D], DTYPE)
@@ -448,8 +443,8 @@ def _prefill_kernel(q, k_cache, v_cache, kv_scales, block_table, rows, starts, c
     inputs = q, q_stride, k_cache, v_cache
     known = work, window, queries, names, out, kv_scales, scale, rings, bars, q_bars, order
     gl.warp_specialize([
-        (_compute, (0, known, G, K, TILE, BLOCK_M, WINDOW, FP8, ALTERNATE)),
-        (_compute, (1, known, G, K, TILE, BLOCK_M, WINDOW, FP8, ALTERNATE)),
+        (_compute, (0, known, G, K, TILE, BLOCK_M, WINDOW, FP8)),
+        (_compute, (1, known, G, K, TILE, BLOCK_M, WINDOW, FP8)),
         (_bring, (inputs, work, counter, tables, window, queries, names, rings, bars, q_bars, raw, G, K, P, TILE, BLOCK_M, WINDOW,
                   FP8)),
     ], [4, 4], [COMPUTING, BRINGING])
@@ -476,5 +471,5 @@ def prefill_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: 
         q, k_cache, v_cache, out if kv_scales is None else kv_scales, block_table, rows, starts, cu_q, tiles, out,
         counters(q.device), attention.LOG2E * scale, window, block_table.stride(0), q.stride(0), blocks, H=heads, K=kv_heads,
         P=page, D=dim, TILE=QUERY_TILE, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, WINDOW=window > 0, FP8=kv_scales is not None,
-        ALTERNATE=ALTERNATE, COMPUTING=COMPUTING, BRINGING=BRINGING, num_warps=4, maxnreg=REGISTERS)
+        COMPUTING=COMPUTING, BRINGING=BRINGING, num_warps=4, maxnreg=REGISTERS)
     return out

@@ -163,7 +163,7 @@ def compile_gluon() -> None:
 
     def compiled(function: Any, constants: dict, kinds: dict[str, str], odd: Sequence[str], registers: int) -> Any:
         """kinds: of what is no int32; odd: what need not be divisible by 16."""
-        others = 1 if constants.get("ALTERNATE") else 0     # waits that are not for operands
+        others = 1 if "TILE" in constants else 0        # waits that are not for operands
         signature = {name: "constexpr" if name in constants else kinds.get(name, "i32") for name in function.arg_names}
         aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(function.arg_names)
                    if signature[name] not in ("constexpr", "fp32") and name not in odd}
@@ -214,7 +214,7 @@ def compile_gluon() -> None:
 
     function = prefill_hopper._prefill_kernel
     heads = {"H": 32, "K": 8, "P": 32, "TILE": 128, "BLOCK_M": prefill_hopper.BLOCK_M, "BLOCK_N": prefill_hopper.BLOCK_N,
-             "ALTERNATE": True, "COMPUTING": prefill_hopper.COMPUTING, "BRINGING": prefill_hopper.BRINGING}
+             "COMPUTING": prefill_hopper.COMPUTING, "BRINGING": prefill_hopper.BRINGING}
     for dim, fp8, window, ones in ((128, False, False, ()), (128, True, False, ()), (64, True, True, ("window", "table_stride"))):
         constants = {**heads, "D": dim, "FP8": fp8, "WINDOW": window, **dict.fromkeys(ones, 1)}
         cache = "*fp8e4nv" if fp8 else "*bf16"
