@@ -98,18 +98,18 @@ def elements(layout, shape: list[int]) -> dict[tuple[int, int, int], tuple[int, 
 
 def check_fragments() -> None:
     """What lies where in a lane: of runs of 2 just what mma.m16n8k16 takes; of runs of 4 the same k of weights and of x."""
-    from kernels import gemm_few
+    from kernels import fragments
 
-    sums = elements(gemm_few._sums(4), [4, 16, 8])
+    sums = elements(fragments.sums_layout(4), [4, 16, 8])
     assert all(at == (warp, lane // 4 + i // 2 * 8, lane % 4 * 2 + i % 2) for (warp, lane, i), at in sums.items())
-    a, b = elements(gemm_few._operand(0, 4, 2), [4, 16, 16]), elements(gemm_few._operand(1, 4, 2), [4, 16, 8])
+    a, b = elements(fragments.operand_layout(0, 4, 2), [4, 16, 16]), elements(fragments.operand_layout(1, 4, 2), [4, 16, 8])
     assert (len(a), len(b)) == (4 * 32 * 8, 4 * 32 * 4)
     for (warp, lane, i), at in a.items():
         assert at == (warp, lane // 4 + (i // 2 % 2) * 8, lane % 4 * 2 + i % 2 + i // 4 * 8)
     for (warp, lane, i), at in b.items():
         assert at == (warp, lane % 4 * 2 + i % 2 + i // 2 * 8, lane // 4)
 
-    a, b = elements(gemm_few._operand(0, 4, 4), [4, 16, 32]), elements(gemm_few._operand(1, 4, 4), [4, 32, 8])
+    a, b = elements(fragments.operand_layout(0, 4, 4), [4, 16, 32]), elements(fragments.operand_layout(1, 4, 4), [4, 32, 8])
     assert (len(a), len(b)) == (4 * 32 * 16, 4 * 32 * 8)
     for (warp, lane, i), at in a.items():
         k = lane % 4 * 4 + i % 4 + i // 8 * 16
