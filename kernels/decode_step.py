@@ -2,6 +2,7 @@
 
 It does what kv_cache.rope_and_cache and attention.decode_attention do one after the other, for steps of so few rows that a
 launch takes as long as its work. The softmax sums begin with the new token, so that no program reads what another writes.
+decode_few.py does it for 16-bit and FP8 caches of heads of 64 and 128 on Hopper.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels import decode_few
 from kernels.attention import (
     LOWEST,
     attend,
@@ -119,6 +121,9 @@ def rope_and_decode(qkv: Tensor, q_weight: Tensor | None, k_weight: Tensor | Non
                     rows: Tensor, scale: float, window: int, softcap: float, max_context: int,
                     kv_scales: Tensor | None = None, k_shift: Tensor | None = None) -> Tensor:
     """See ref.rope_and_decode; rows of qkv may be strided. Safe in a CUDA graph, as attention.decode_attention is."""
+    if decode_few.takes(qkv, k_cache, num_heads, softcap):
+        return decode_few.rope_and_decode(qkv, q_weight, k_weight, eps, plus_one, cos_sin, positions, slots, k_cache, v_cache,
+                                          num_heads, block_table, rows, scale, window, max_context, kv_scales, k_shift)
     n = qkv.shape[0]
     _, kv_heads, page, dim = k_cache.shape
     block_n = decode_keys(k_cache)

@@ -22,6 +22,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 
+from kernels.fragments import count, numbers, operand_layout, sums_layout
 from kernels.hopper import processors
 from kernels.overlap import after, launch_options, overlaps, prefetch
 from kernels.pointwise import gate
@@ -31,37 +32,6 @@ MOST_ROWS = 8                   # of x, which one product of the tensor cores ha
 BLOCK, ROWS = tl.constexpr(DEPTH), tl.constexpr(MOST_ROWS)
 
 # --- what both kernels share ----------------------------------------------------------------------------------------------------
-
-
-@gluon.constexpr_function
-def _sums(warps):
-    """Of float32 [warps, outputs, 8], each warp having sums of its own."""
-    return gl.NVMMADistributedLayout(version=[2, 0], warps_per_cta=[warps, 1, 1], instr_shape=[1, 16, 8])
-
-
-@gluon.constexpr_function
-def _operand(index, warps, run):
-    """Of the weights (0) [warps, outputs, inputs] and of x (1) [warps, inputs, 8]: a lane has `run` inputs after another."""
-    return gl.DotOperandLayout(index, _sums(warps), run)
-
-
-@gluon.constexpr_function
-def _along(layout, rank, dim):
-    """Of what is broadcast along all dimensions but `dim`."""
-    for other in reversed(range(rank)):
-        if other != dim:
-            layout = gl.SliceLayout(other, layout)
-    return layout
-
-
-@gluon.jit
-def _count(size: tl.constexpr, dim: tl.constexpr, rank: tl.constexpr, layout: tl.constexpr):
-    """0 to size along one dimension of a tensor."""
-    n = gl.arange(0, size, _along(layout, rank, dim))
-    for other in gl.static_range(rank):
-        if other != dim:
-            n = gl.expand_dims(n, other)
-    return n
 
 
 @gluon.jit
@@ -83,13 +53,13 @@ def _finish(acc, bias, out, M, N, BIAS: tl.constexpr, GATED: tl.constexpr, GELU:
     whole: tl.constexpr = gl.SliceLayout(0, apart)
     y = gl.sum(gl.convert_layout(acc, apart), 0)
     if BIAS:
-        y += gl.load(bias + _outputs(_count(OUTPUTS, 0, 2, whole), N, GATED, OUTPUTS)).to(gl.float32)
+        y += gl.load(bias + _outputs(count(OUTPUTS, 0, 2, whole), N, GATED, OUTPUTS)).to(gl.float32)
     y = y.to(DTYPE)
     WIDTH: tl.constexpr = OUTPUTS // 2 if GATED else OUTPUTS
     if GATED:
         low, up = gl.split(gl.permute(gl.reshape(y, [2, WIDTH, ROWS]), [1, 2, 0]))
         y = gl.convert_layout(gate(low.to(gl.float32), up.to(gl.float32), GELU, DTYPE), whole)
-    n, m = gl.program_id(0) * WIDTH + _count(WIDTH, 0, 2, whole), _count(ROWS, 1, 2, whole)
+    n, m = gl.program_id(0) * WIDTH + count(WIDTH, 0, 2, whole), count(ROWS, 1, 2, whole)
     gl.store(out + m * N + n, y, mask=m < M)
 
 
@@ -158,15 +128,15 @@ def _of_group(block, piece: tl.constexpr, at, blocks, stride_g, GROUP: tl.conste
 def _fetch(turn, words_at, scales_at, zeros_at, blocks, stride_g, GROUP: tl.constexpr, PIECES: tl.constexpr, ZERO: tl.constexpr,
            TILES: tl.constexpr, WARPS: tl.constexpr):
     """Words, scales and zeros of each warp's block of this turn; 0 past the last."""
-    block = turn * WARPS + _count(WARPS, 0, 5, _as_stored(WARPS, TILES))
+    block = turn * WARPS + count(WARPS, 0, 5, _as_stored(WARPS, TILES))
     words = gl.load(words_at, mask=block < blocks, other=0, eviction_policy="evict_first")
     scale = ()  # type: tuple
     zero = ()  # type: tuple
     for piece in gl.static_range(PIECES):
-        block = turn * WARPS + _count(WARPS, 0, 3, _sums(WARPS))
+        block = turn * WARPS + count(WARPS, 0, 3, sums_layout(WARPS))
         scale += (_of_group(block, piece, scales_at, blocks, stride_g, GROUP, PIECES),)
         if ZERO:
-            block = turn * WARPS + _count(WARPS, 0, 3, _operand(0, WARPS, 2))
+            block = turn * WARPS + count(WARPS, 0, 3, operand_layout(0, WARPS, 2))
             zero += (_of_group(block, piece, zeros_at, blocks, stride_g, GROUP, PIECES),)
         else:
             zero += (0,)
@@ -181,29 +151,29 @@ def _w4_kernel(x, packed, scales, zeros, bias, out, M, N, K, x_stride, stride_n,
     """packed: pairs of gemm_w4._pack's words, int32 [blocks, units, 2048]; N: of out."""
     DTYPE: tl.constexpr = x.dtype.element_ty
     TILES: tl.constexpr = OUTPUTS // 16
-    sums: tl.constexpr = _sums(WARPS)
-    left: tl.constexpr = _operand(0, WARPS, 2)
-    right: tl.constexpr = _operand(1, WARPS, 2)
+    sums: tl.constexpr = sums_layout(WARPS)
+    left: tl.constexpr = operand_layout(0, WARPS, 2)
+    right: tl.constexpr = operand_layout(1, WARPS, 2)
     stored: tl.constexpr = _as_stored(WARPS, TILES)
     blocks = K // BLOCK
     if GATED:
-        tile = _outputs(_count(TILES, 2, 5, stored), N // 16, GATED, TILES)
+        tile = _outputs(count(TILES, 2, 5, stored), N // 16, GATED, TILES)
         start = tile // 8 * 2048 + tile % 8 * 128
     else:       # of one unit, one after another
         first = gl.program_id(0) * TILES
-        start = first // 8 * 2048 + first % 8 * 128 + _count(TILES, 2, 5, stored) * 128
-    words_at = (packed + _count(WARPS, 0, 5, stored) * units * 2048 + start + _count(2, 1, 5, stored) * 1024
-                + _count(32, 3, 5, stored) * 4 + _count(4, 4, 5, stored))
-    scales_at = scales + _outputs(_count(OUTPUTS, 1, 3, sums), N, GATED, OUTPUTS) * stride_n
-    zeros_at = zeros + _outputs(_count(OUTPUTS, 1, 3, left), N, GATED, OUTPUTS) * stride_n
+        start = first // 8 * 2048 + first % 8 * 128 + count(TILES, 2, 5, stored) * 128
+    words_at = (packed + count(WARPS, 0, 5, stored) * units * 2048 + start + count(2, 1, 5, stored) * 1024
+                + count(32, 3, 5, stored) * 4 + count(4, 4, 5, stored))
+    scales_at = scales + _outputs(count(OUTPUTS, 1, 3, sums), N, GATED, OUTPUTS) * stride_n
+    zeros_at = zeros + _outputs(count(OUTPUTS, 1, 3, left), N, GATED, OUTPUTS) * stride_n
     ahead = ()  # type: tuple
     for i in gl.static_range(AHEAD):
         ahead += (_fetch(i, words_at, scales_at, zeros_at, blocks, stride_g, GROUP, PIECES, ZERO, TILES, WARPS),)
         words_at += WARPS * 2048 * units
     after(OVERLAP)
 
-    s = _count(WARPS, 0, 3, right)
-    x_at = x + gl.minimum(_count(ROWS, 2, 3, right), M - 1) * x_stride + _count(16, 1, 3, right)
+    s = count(WARPS, 0, 3, right)
+    x_at = x + gl.minimum(count(ROWS, 2, 3, right), M - 1) * x_stride + count(16, 1, 3, right)
     acc = gl.full([WARPS, OUTPUTS, ROWS], 0.0, gl.float32, sums)
     for begin in range(0, gl.cdiv(blocks, WARPS), AHEAD):
         fetched = ()  # type: tuple
@@ -228,33 +198,15 @@ def _w4_kernel(x, packed, scales, zeros, bias, out, M, N, K, x_stride, stride_n,
 
 # --- e4m3 weights ---------------------------------------------------------------------------------------------------------------
 
-# Two registers of four e4m3 numbers each as float16, which holds them exactly, and whose products are added in float32. (Hopper's
-# mma.sync of e4m3 does the same; its wgmma adds in fewer bits.)
-TO_FLOAT16 = tl.constexpr("""{
-.reg .b16 a, b, c, d;
-mov.b32 {a, b}, $4;
-mov.b32 {c, d}, $5;
-cvt.rn.f16x2.e4m3x2 $0, a;
-cvt.rn.f16x2.e4m3x2 $1, b;
-cvt.rn.f16x2.e4m3x2 $2, c;
-cvt.rn.f16x2.e4m3x2 $3, d;
-}""")
-
-
-@gluon.jit
-def _numbers(words):
-    """int32 of four e4m3 numbers each -> these in float16, in four parts: which goes where is the same for weights and x."""
-    return gl.inline_asm_elementwise(TO_FLOAT16, "=&r,=&r,=&r,=&r,r,r", [words], (gl.float16,) * 4, is_pure=True, pack=2)
-
 
 @gluon.jit
 def _fetch_fp8(turn, weight_at, scales_at, blocks, BLOCKS: tl.constexpr, WARPS: tl.constexpr):
     """Words [WARPS, outputs, 32] of each warp's block of this turn, and BLOCKS: its scales [WARPS, 1, 1]; 0 past the last."""
-    block = turn * WARPS + _count(WARPS, 0, 3, _operand(0, WARPS, 4))
+    block = turn * WARPS + count(WARPS, 0, 3, operand_layout(0, WARPS, 4))
     words = gl.load(weight_at, mask=block < blocks, other=0, eviction_policy="evict_first")
     scale = 1.0
     if BLOCKS:
-        block = turn * WARPS + _count(WARPS, 0, 3, _sums(WARPS))
+        block = turn * WARPS + count(WARPS, 0, 3, sums_layout(WARPS))
         scale = gl.load(scales_at + block, mask=block < blocks, other=0.0)
     return words, scale
 
@@ -263,13 +215,13 @@ def _fetch_fp8(turn, weight_at, scales_at, blocks, BLOCKS: tl.constexpr, WARPS: 
 def _fp8_kernel(x, x_scales, weight, weight_scales, bias, out, M, N, WORDS, BLOCKS: tl.constexpr, BIAS: tl.constexpr,
                 OUTPUTS: tl.constexpr, AHEAD: tl.constexpr, OVERLAP: tl.constexpr, WARPS: tl.constexpr):
     """x [M, WORDS] and weight [N, WORDS]: int32 of four e4m3 numbers each."""
-    sums: tl.constexpr = _sums(WARPS)
-    left: tl.constexpr = _operand(0, WARPS, 4)
-    right: tl.constexpr = _operand(1, WARPS, 4)
+    sums: tl.constexpr = sums_layout(WARPS)
+    left: tl.constexpr = operand_layout(0, WARPS, 4)
+    right: tl.constexpr = operand_layout(1, WARPS, 4)
     along: tl.constexpr = gl.BlockedLayout([1, 1, 4], [1, 8, 4], [WARPS, 1, 1], [2, 1, 0])      # of x as it lies in memory
     blocks = WORDS // 32
-    n = gl.program_id(0) * OUTPUTS + _count(OUTPUTS, 1, 3, left)
-    weight_at = weight + n.to(gl.int64) * WORDS + _count(WARPS, 0, 3, left) * 32 + _count(32, 2, 3, left)
+    n = gl.program_id(0) * OUTPUTS + count(OUTPUTS, 1, 3, left)
+    weight_at = weight + n.to(gl.int64) * WORDS + count(WARPS, 0, 3, left) * 32 + count(32, 2, 3, left)
     of_blocks = weight_scales + gl.program_id(0) * OUTPUTS // BLOCK * blocks
     ahead = ()  # type: tuple
     for i in gl.static_range(AHEAD):
@@ -279,16 +231,16 @@ def _fp8_kernel(x, x_scales, weight, weight_scales, bias, out, M, N, WORDS, BLOC
         prefetch(weight_scales + gl.program_id(0) * OUTPUTS)
     after(OVERLAP)
 
-    s, s_sums = _count(WARPS, 0, 3, along), _count(WARPS, 0, 3, sums)
-    x_at = x + gl.minimum(_count(ROWS, 1, 3, along), M - 1) * WORDS + _count(32, 2, 3, along)
-    row = gl.minimum(_count(ROWS, 2, 3, sums), M - 1)
+    s, s_sums = count(WARPS, 0, 3, along), count(WARPS, 0, 3, sums)
+    x_at = x + gl.minimum(count(ROWS, 1, 3, along), M - 1) * WORDS + count(32, 2, 3, along)
+    row = gl.minimum(count(ROWS, 2, 3, sums), M - 1)
     acc = gl.full([WARPS, OUTPUTS, ROWS], 0.0, gl.float32, sums)
     for begin in range(0, gl.cdiv(blocks, WARPS), AHEAD):
         fetched = ()  # type: tuple
         for i in gl.static_range(AHEAD):
             words, scale = ahead[i]
-            rows = _numbers(words)
-            columns = _numbers(gl.load(x_at + gl.minimum((begin + i) * WARPS + s, blocks - 1) * 32))
+            rows = numbers(words)
+            columns = numbers(gl.load(x_at + gl.minimum((begin + i) * WARPS + s, blocks - 1) * 32))
             product = gl.full([WARPS, OUTPUTS, ROWS], 0.0, gl.float32, sums) if BLOCKS else acc
             for part in gl.static_range(4):
                 column = gl.convert_layout(gl.permute(columns[part], [0, 2, 1]), right, assert_trivial=True)
@@ -302,7 +254,7 @@ def _fp8_kernel(x, x_scales, weight, weight_scales, bias, out, M, N, WORDS, BLOC
             weight_at += WARPS * 32
         ahead = fetched
     if not BLOCKS:
-        n = gl.program_id(0) * OUTPUTS + _count(OUTPUTS, 1, 3, sums)
+        n = gl.program_id(0) * OUTPUTS + count(OUTPUTS, 1, 3, sums)
         acc *= gl.load(weight_scales + n) * gl.load(x_scales + row)
     _finish(acc, bias, out, M, N, BIAS, False, False, OUTPUTS, WARPS)
 

@@ -42,12 +42,28 @@ class _Language(ModuleType):
         return tl.full(like.shape, value, like.dtype)
 
     @staticmethod
+    def allocate_shared_memory(dtype: tl.dtype, shape: list[int], layout: None, value: Any) -> Any:
+        return _Shared(value)
+
+    @staticmethod
     def convert_layout(value: Any, layout: None, assert_trivial: bool = False) -> Any:
         return value
 
 
+class _Shared:
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def load(self, layout: None) -> Any:
+        return self.value
+
+
 def _mma(a: Any, b: Any, acc: Any) -> Any:
     return tl.dot(a, b, acc, input_precision="ieee")
+
+
+def _of_values(function: Any) -> Any:
+    return lambda *args: function(*(arg.value if isinstance(arg, tl.constexpr) else arg for arg in args))
 
 
 @triton.jit
@@ -58,7 +74,7 @@ def _nothing(pointers):
 def interpreted(name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """The module of that name anew, with interpreted kernels."""
     gluon, ampere, language = ModuleType("gluon"), ModuleType("ampere"), _Language("language")
-    gluon.jit, gluon.constexpr_function, gluon.language, ampere.mma_v2 = triton.jit, lambda fn: fn, language, _mma
+    gluon.jit, gluon.constexpr_function, gluon.language, ampere.mma_v2 = triton.jit, _of_values, language, _mma
     monkeypatch.setattr(interpreter.InterpreterBuilder, "create_inline_asm", _inline_assembly)
     spec = importlib.util.find_spec(name)
     module = importlib.util.module_from_spec(spec)
@@ -67,6 +83,8 @@ def interpreted(name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
         for path, fake in {"gluon": gluon, "gluon.language": language, "gluon.language.nvidia.ampere": ampere}.items():
             meanwhile.setitem(sys.modules, f"{root}.{path}", fake)
         meanwhile.setattr(importlib.import_module(root), "gluon", gluon, raising=False)
+        meanwhile.setitem(sys.modules, "kernels.fragments", language)
+        del sys.modules["kernels.fragments"]        # which it imports, is made anew too
         spec.loader.exec_module(module)
     monkeypatch.setattr(module, "prefetch", _nothing, raising=False)
     return module
@@ -88,7 +106,7 @@ def _inline_assembly(builder: Any, asm: str, constraints: str, values: list, typ
     handles, at = [], 0
     for kind in types:
         scalar = kind.element_ty if isinstance(kind, tl.block_type) else kind
-        count = pack * scalar.primitive_bitwidth // 32
+        count = max(1, pack * scalar.primitive_bitwidth // 32)        # a register of 16 bits is one too
         flat = np.stack([results[f"${at + i}"] for i in range(count)], axis=1)
         dtype = {16: np.uint16, 32: np.uint32}[scalar.primitive_bitwidth]
         if scalar == tl.float16:
@@ -127,6 +145,13 @@ def run_ptx(asm: str, registers: dict[str, np.ndarray]) -> dict[str, np.ndarray]
                 state[target] = value(source)
             case "shr.u32", [target, a, b]:
                 state[target] = value(a) >> value(b)
+            case "prmt.b32", [target, a, b, c]:
+                from_bytes = np.stack([value(x) for x in (a, b)], axis=1).view(np.uint8)
+                picked = from_bytes[:, [int(value(c)) >> 4 * i & 7 for i in range(4)]]
+                state[target] = np.ascontiguousarray(picked).view(np.uint32)[:, 0]
+            case "movmatrix.sync.aligned.m8n8.trans.b16", [target, a]:      # a warp's registers one after another
+                squares = np.ascontiguousarray(value(a)).view(np.uint16).reshape(-1, 8, 8)
+                state[target] = np.ascontiguousarray(squares.transpose(0, 2, 1)).view(np.uint32).reshape(-1)
             case "lop3.b32", [target, a, b, c, "0xea"]:
                 state[target] = (value(a) & value(b)) | value(c)
             case "sub.f16x2" | "sub.bf16x2", [target, a, b]:

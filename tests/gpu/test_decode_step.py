@@ -29,7 +29,7 @@ def test_heads(dtype, heads, kv_heads, dim, norm):
     assert rope_and_decode_error(ops, contexts, heads, kv_heads, dim, 32, dtype, "cuda", norm=norm) < LIMIT[dtype]
 
 
-@pytest.mark.parametrize("rows", [1, 7, 64, 300])
+@pytest.mark.parametrize("rows", [1, 7, 20, 64, 300])
 @pytest.mark.parametrize("page", [16, 128])
 def test_rows_and_pages(rows, page):
     assert rope_and_decode_error(ops, ragged(rows, 1, 1500, rows), 8, 4, 128, page, torch.bfloat16, "cuda") < 8e-3
@@ -40,9 +40,10 @@ def test_window_and_softcap(window, softcap):
     assert rope_and_decode_error(ops, ragged(40, 1, 2000, 7), 8, 2, 64, 32, torch.bfloat16, "cuda", window, softcap) < 8e-3
 
 
-@pytest.mark.parametrize("heads, kv_heads, dim", [(32, 8, 128), (8, 2, 64)])
-def test_fp8_cache(heads, kv_heads, dim):
+@pytest.mark.parametrize("rows", [3, 15, 40])
+@pytest.mark.parametrize("heads, kv_heads, dim", [(32, 8, 128), (8, 2, 64), (40, 4, 128), (8, 2, 80)])
+def test_fp8_cache(rows, heads, kv_heads, dim):
     for shifted in (False, True):
-        found = rope_and_decode_error(ops, ragged(30, 1, 1500, dim), heads, kv_heads, dim, 32, torch.bfloat16, "cuda", fp8=True,
+        found = rope_and_decode_error(ops, ragged(rows, 1, 1500, dim), heads, kv_heads, dim, 32, torch.bfloat16, "cuda", fp8=True,
                                       shifted=shifted)
         assert found < 8e-3, shifted

@@ -21,8 +21,9 @@ def compiled(function, signature, constants, options):
     from triton.compiler import compile as build
     from triton.experimental.gluon._runtime import GluonASTSource
 
+    unaligned = {"M", "units", "positions", "rows", "slots", "splits", "window", "eps", "scale"}
     aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(function.arg_names)
-               if name in signature and name not in ("M", "units")}
+               if name in signature.keys() - unaligned}
     signature = {name: "constexpr" if name in constants else signature[name] for name in function.arg_names}
     source = GluonASTSource(function, signature, constants, aligned)
     return build(source, target=GPUTarget("cuda", 90, 32), options=options)
@@ -56,6 +57,39 @@ def check_code(kernel: str, constants: dict, copies: int, limit: int, most: int,
     taken = 1 + max(int(r) for r in re.findall(r"\bR(\d+)\b", sass))
     length = loop_length(sass) / ahead / tiles
     print(f"{where}: {taken} registers, {length:.0f} instructions")
+    assert taken <= registers, where
+    assert length <= most, where
+
+
+def check_decode(constants: dict, fp8: bool, limit: int, most: int, registers: int) -> None:
+    """most: instructions for 16 keys; limit: of registers, or 0."""
+    from kernels import decode_few
+
+    stored = "*fp8e4nv" if fp8 else "*bf16"
+    kinds = {"cos_sin": "*fp32", "kv_scales": "*fp32", "k_shift": "*fp32", "partial": "*fp32", "scale": "fp32", "eps": "fp32",
+             "k_cache": stored, "v_cache": stored, "window": "i32", "table_stride": "i32", "qkv_stride": "i32", "splits": "i32",
+             **dict.fromkeys(("qkv", "q_weight", "k_weight", "out"), "*bf16")}
+    function = decode_few._decode_few_kernel
+    dim = constants.get("D", 128)
+    constants = {"H": 32, "K": 8, "P": 32, "D": 128, "ROTARY": dim, "ROWS": 8, "TILE": 64, "SPLIT": False, "WINDOW": False,
+                 "Q_NORM": False, "K_NORM": False, "PLUS_ONE": False, "FP8": fp8, "SHIFT": False, "OVERLAP": True, **constants}
+    signature = {name: kinds.get(name, "*i32") for name in function.arg_names if name not in constants}
+    options = {"num_warps": constants["WARPS"], "launch_pdl": True} | ({"maxnreg": limit} if limit else {})
+    built = compiled(function, signature, constants, options)
+    ptx, where = built.asm["ptx"], f"decode {constants}"
+    early, late = ptx.split("griddepcontrol.wait")      # keys and values are asked for before; nothing is written
+    turns = constants["AHEAD"] * constants["GROUPS"]
+    copies = 16 * turns // (1 + fp8)
+    assert len(re.findall(r"ld\.global[^;]*v4\.b32", early)) >= copies * dim // 128, where
+    assert "st.global" not in early, where
+    assert late.count("mma.sync") == turns * (dim // 8) * constants["ROWS"] // 8, where
+    loop = late[late.index("mma.sync") : late.rindex("mma.sync")]
+    assert not re.search(r"(ld|st)\.shared|ldmatrix|bar\.sync", loop), where
+    sass = built.asm["sass"]
+    assert "STL" not in sass, f"spilled: {where}"
+    taken = 1 + max(int(r) for r in re.findall(r"\bR(\d+)\b", sass))
+    length = loop_length(sass) / turns
+    print(f"{where}: {taken} registers, {length:.0f} instructions, {late.count('bar.sync')} barriers")
     assert taken <= registers, where
     assert length <= most, where
 
@@ -98,23 +132,42 @@ def elements(layout, shape: list[int]) -> dict[tuple[int, int, int], tuple[int, 
 
 def check_fragments() -> None:
     """What lies where in a lane: of runs of 2 just what mma.m16n8k16 takes; of runs of 4 the same k of weights and of x."""
-    from kernels import gemm_few
+    from kernels import decode_few, fragments
 
-    sums = elements(gemm_few._sums(4), [4, 16, 8])
+    sums = elements(fragments.sums_layout(4), [4, 16, 8])
     assert all(at == (warp, lane // 4 + i // 2 * 8, lane % 4 * 2 + i % 2) for (warp, lane, i), at in sums.items())
-    a, b = elements(gemm_few._operand(0, 4, 2), [4, 16, 16]), elements(gemm_few._operand(1, 4, 2), [4, 16, 8])
+    a, b = elements(fragments.operand_layout(0, 4, 2), [4, 16, 16]), elements(fragments.operand_layout(1, 4, 2), [4, 16, 8])
     assert (len(a), len(b)) == (4 * 32 * 8, 4 * 32 * 4)
     for (warp, lane, i), at in a.items():
         assert at == (warp, lane // 4 + (i // 2 % 2) * 8, lane % 4 * 2 + i % 2 + i // 4 * 8)
     for (warp, lane, i), at in b.items():
         assert at == (warp, lane % 4 * 2 + i % 2 + i // 2 * 8, lane // 4)
 
-    a, b = elements(gemm_few._operand(0, 4, 4), [4, 16, 32]), elements(gemm_few._operand(1, 4, 4), [4, 32, 8])
+    a, b = elements(fragments.operand_layout(0, 4, 4), [4, 16, 32]), elements(fragments.operand_layout(1, 4, 4), [4, 32, 8])
     assert (len(a), len(b)) == (4 * 32 * 16, 4 * 32 * 8)
     for (warp, lane, i), at in a.items():
         k = lane % 4 * 4 + i % 4 + i // 8 * 16
         assert at == (warp, lane // 4 + (i // 4 % 2) * 8, k)
         assert b[warp, lane, i % 4 + i // 8 * 4] == (warp, k, lane // 4)
+
+    # Attention: runs of 8 numbers of keys and queries; two queries of a key side by side, as movmatrix takes them.
+    a, b = elements(fragments.operand_layout(0, 4, 8), [4, 16, 64]), elements(fragments.operand_layout(1, 4, 8), [4, 64, 16])
+    assert (len(a), len(b)) == (4 * 32 * 32, 4 * 32 * 32)
+    for (warp, lane, i), at in a.items():
+        k = lane % 4 * 8 + i % 8 + i // 16 * 32
+        assert at == (warp, lane // 4 + (i // 8 % 2) * 8, k)
+        assert b[warp, lane, i % 8 + i // 16 * 8] == (warp, k, lane // 4)
+    sums = elements(fragments.sums_layout(4), [4, 16, 16])
+    for (warp, lane, i), at in sums.items():
+        assert at == (warp, lane // 4 + i // 2 % 2 * 8, lane % 4 * 2 + i % 2 + i // 4 * 8)
+    # Values: a lane's 16 bytes of four keys as loaded, and words of two keys side by side.
+    for words, run in ((16, 2), (32, 4), (64, 4)):
+        loaded, paired = (elements(decode_few.values_layout(4, words, pairs), [4, words, 16]) for pairs in (False, True))
+        assert len(loaded) == len(paired) == 4 * words * 16
+        for (warp, lane, i), at in loaded.items():
+            word, key = i // (4 * run) * 32 + lane // 4 * run + i % run, lane % 4 * 2 + i // run % 2 + i // (2 * run) % 2 * 8
+            assert at == (warp, word, key)
+            assert paired[warp, lane, i // (2 * run) * 2 * run + i % run * 2 + i // run % 2] == at
 
 
 def compile_all() -> None:
@@ -141,6 +194,17 @@ def compile_all() -> None:
         ({**fp8, "OUTPUTS": 32, "WARPS": 4}, 95, 96),
     ):
         check_code("_fp8_kernel", constants, 4, 0, most, registers)
+    decode = {"GROUPS": 1, "AHEAD": 1, "NEAR": 0, "WARPS": 4}
+    for constants, fp8, limit, most, registers in (
+        (decode, True, 0, 265, 128),
+        (decode, False, 0, 270, 168),
+        ({**decode, "WARPS": 16, "NEAR": 2}, True, 128, 310, 128),
+        ({**decode, "WARPS": 8, "GROUPS": 2}, True, 0, 235, 184),
+        ({**decode, "WARPS": 8, "AHEAD": 2, "SPLIT": True}, True, 0, 260, 184),
+        ({**decode, "ROWS": 16, "H": 128}, True, 0, 365, 240),
+        ({**decode, "D": 64, "WINDOW": True}, False, 0, 230, 128),
+    ):
+        check_decode(constants, fp8, limit, most, registers)
 
 
 def test_they_compile_for_hopper():

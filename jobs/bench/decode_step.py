@@ -1,0 +1,110 @@
+"""Attention of small decode steps on one GPU, in microseconds: decode_step.py's kernel, and ways of decode_few.py's.
+
+    python jobs/bench/decode_step.py [--rows N --context N ...] [--dim 64]
+
+Each way is checked against decode_step.py's kernel. Times are of CUDA graphs of several calls over caches that do not fit in L2
+together. At the front: the keys and values in MB, and how long they take at 3 TB/s.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import multiprocessing
+import sys
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from jobs.bench.graph_timing import replay_seconds
+from kernels import decode_few, decode_step
+from kernels.decode_few import Way
+
+DEVICE, DTYPE, PAGE, MAX_MODEL_LEN = "cuda", torch.float16, 32, 4096
+HEADS, KV_HEADS = 32, 8
+SHAPES = [(50, 256), (50, 384), (128, 300), (16, 400), (1, 300), (4, 300)]
+STORED = torch.float8_e4m3fn, DTYPE
+WAYS = [Way(warps, groups, ahead, near, programs, registers)
+        for warps in (2, 4, 8, 16) for groups, ahead in ((1, 1), (2, 1), (1, 2)) for near in (0, 2) for programs in (1, 132)
+        for registers in (0, 128)]
+
+
+def calls_of(stored: torch.dtype, rows: int, context: int, dim: int, layers: int) -> list[Callable[[], Tensor]]:
+    torch.manual_seed(0)
+    pages = -(-context // PAGE)
+    shape = (rows * pages + 1, KV_HEADS, PAGE, dim)
+    caches = [[torch.randn(shape, device=DEVICE, dtype=DTYPE).to(stored) for _ in range(2)] for _ in range(layers)]
+    table = (torch.randperm(rows * pages, device=DEVICE).int() + 1).view(rows, pages)
+    table = torch.nn.functional.pad(table, (0, MAX_MODEL_LEN // PAGE - pages)).contiguous()
+    index = torch.arange(rows, device=DEVICE, dtype=torch.int32)
+    positions = context - 1 - index % 2
+    slots = table[index.long(), positions.long() // PAGE] * PAGE + positions % PAGE
+    qkv = torch.randn(rows, (HEADS + 2 * KV_HEADS) * dim, device=DEVICE, dtype=DTYPE)
+    cos_sin = torch.rand(MAX_MODEL_LEN, dim, device=DEVICE)
+    scales = torch.ones(2, KV_HEADS, device=DEVICE) if stored != DTYPE else None
+    return [functools.partial(decode_step.rope_and_decode, qkv, None, None, 1e-5, False, cos_sin, positions, slots.int(), k, v,
+                              HEADS, table, index, dim**-0.5, 0, 0.0, MAX_MODEL_LEN, scales, None) for k, v in caches]
+
+
+def in_way(way: Way | None) -> mock._patch:
+    """None: decode_step.py's kernel."""
+    if way is None:
+        return mock.patch.object(decode_few, "ENABLED", False)
+    return mock.patch.object(decode_few, "way_of", return_value=way)
+
+
+def compile_way(way: Way, dim: int) -> str:
+    try:
+        with in_way(way):
+            for stored in STORED:
+                calls_of(stored, 1, 64, dim, 1)[0]()
+            torch.cuda.synchronize()
+    except Exception as e:
+        return f"{way}: {e}"[:200]
+    return ""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--rows", type=int, nargs="*", default=[])
+    parser.add_argument("--context", type=int, nargs="*", default=[])
+    parser.add_argument("--dim", type=int, default=128)
+    parser.add_argument("--best", type=int, default=6)
+    args = parser.parse_args()
+    with ProcessPoolExecutor(14, mp_context=multiprocessing.get_context("spawn")) as pool:
+        failed = [line for line in pool.map(functools.partial(compile_way, dim=args.dim), WAYS, chunksize=4) if line]
+    print(*failed, sep="\n", flush=True)
+    for stored in STORED:
+        for rows, context in list(zip(args.rows, args.context, strict=True)) or SHAPES:
+            size = 2 * rows * context * KV_HEADS * args.dim * stored.itemsize
+            calls = calls_of(stored, rows, context, args.dim, max(8, min(32, -(-(150 << 20) // size))))
+            with in_way(None):
+                want, now = calls[0]().double(), replay_seconds(calls) * 1e6
+            chosen = decode_few.way_of(torch.empty(0, dtype=stored), rows * KV_HEADS)
+            times = []
+            for way in WAYS:
+                if 1 < way.programs <= rows * KV_HEADS:       # splits no keys, as that with 1
+                    continue
+                try:
+                    with in_way(way):
+                        off = float((calls[0]().double() - want).norm() / want.norm())
+                        times.append((replay_seconds(calls) * 1e6, way))
+                except Exception as e:
+                    print(f"{way}: {e}"[:200], flush=True)
+                    continue
+                if not off < 2e-3:
+                    print(f"WRONG: {stored} {rows} x {context} {way} is off by {off:.1e}", flush=True)
+            rule = next((f"{time:.1f}" for time, way in times if way == chosen), "-")
+            best = ", ".join(f"{time:.1f} {tuple(way)}" for time, way in sorted(times)[: args.best])
+            print(f"{str(stored)[6:]} {rows} x {context}: {size / 1e6:.1f} MB, {size / 3e6:.1f}; decode_step.py {now:.1f}; "
+                  f"rule {rule}; best {best}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,442 @@
+"""decode_step.py's op in Gluon, from registers: keys and values go from memory to where mma.sync takes them.
+
+The warps of a program share a row's keys: each takes every WARPS-th group of 16 with a softmax of its own, and none waits for
+another before their sums are merged. That is a batch of products, one a warp, as in gemm_few.py: scores^T [16 keys, queries] =
+K Q^T and out^T [D, queries] += V^T P^T, so that 8 columns, not 16 rows, are filled up by the queries of a KV head.
+
+A lane loads 16 bytes at a time of the keys that are its rows of K; which numbers along D those are is the same for queries. Of
+values it loads 16 bytes of each of the four keys that are its columns of V^T, and pairs two neighbouring keys' numbers of one
+dimension; which dimensions are its rows shows in the sums alone. The scores' fragment transposed is the weights' as an operand.
+Words of 32 bits are carried; of smaller ones each would take a register.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton.language as tl
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import mma_v2
+
+from kernels.attention import LOWEST, MASKED, combine, key_scaled, log2_scales, split_keys
+from kernels.fragments import count, numbers, operand_layout, sums_layout
+from kernels.kv_cache import rotated, rotation, scaled, shifted
+from kernels.overlap import after, launch_options, overlaps, prefetch
+from kernels.shapes import next_power_of_2
+
+ENABLED = True      # decode_step.py asks; for measuring it without
+GROUP = 16          # keys of a product's rows
+KEYS = tl.constexpr(GROUP)
+
+# --- fragments ------------------------------------------------------------------------------------------------------------------
+
+
+@gluon.constexpr_function
+def run_of(words):
+    """Words of a value that a lane has together: eight lanes share it."""
+    return min(4, words // 8)
+
+
+@gluon.constexpr_function
+def values_layout(warps, words, paired):
+    """Of values [warps, words, 16]: a lane has runs of keys 2 t, 2 t + 1, 2 t + 8, 2 t + 9; paired: two keys' words first."""
+    run = run_of(words)
+    pair, along = [[0, 0, 1]], [[0, 1 << i, 0] for i in range(run.bit_length() - 1)]
+    apart = [[0, 0, 8]] + [[0, 1 << i, 0] for i in range((8 * run).bit_length() - 1, words.bit_length() - 1)]
+    lanes = [[0, 0, 2], [0, 0, 4]] + [[0, run << i, 0] for i in range(3)]
+    return gl.DistributedLinearLayout((pair + along if paired else along + pair) + apart, lanes,
+                                      [[1 << i, 0, 0] for i in range(warps.bit_length() - 1)], [], [warps, words, 16])
+
+
+@gluon.constexpr_function
+def merged_layout(warps, dim):
+    """Of a head's queries [warps, queries, D], with one warp to a query and all warps' sums of an element in one lane."""
+    return gl.BlockedLayout([warps, 1, dim // 32], [1, 1, 32], [1, warps, 1], [2, 1, 0])
+
+
+@gluon.constexpr_function
+def queries_layout(warps, each):
+    """Of queries [warps, queries, D], all of them in each warp: a lane has `each` numbers together, as of its keys."""
+    return gl.BlockedLayout([1, 1, each], [1, 8, 4], [warps, 1, 1], [2, 1, 0])
+
+
+# Two halves of each word; the words of two keys, their numbers paired; and what a warp holds of 8 x 8 numbers transposed.
+HALVES = tl.constexpr("mov.b32 {$0, $1}, $2;")
+PAIRED_HALVES = tl.constexpr("""{
+prmt.b32 $0, $2, $3, 0x5410;
+prmt.b32 $1, $2, $3, 0x7632;
+}""")
+PAIRED_NUMBERS = tl.constexpr("""{
+.reg .b32 t, u;
+.reg .b16 a, b, c, d;
+prmt.b32 t, $4, $5, 0x5140;
+prmt.b32 u, $4, $5, 0x7362;
+mov.b32 {a, b}, t;
+mov.b32 {c, d}, u;
+cvt.rn.f16x2.e4m3x2 $0, a;
+cvt.rn.f16x2.e4m3x2 $1, b;
+cvt.rn.f16x2.e4m3x2 $2, c;
+cvt.rn.f16x2.e4m3x2 $3, d;
+}""")
+TRANSPOSED = tl.constexpr("movmatrix.sync.aligned.m8n8.trans.b16 $0, $1;")
+
+
+@gluon.jit
+def _key_operand(words, KIND: tl.constexpr):
+    """Words of 16-bit numbers [WARPS, 16, D / 2] -> [WARPS, 16, D]."""
+    WARPS: tl.constexpr = words.shape[0]
+    low, high = gl.inline_asm_elementwise(HALVES, "=h,=h,r", [words], (gl.int16, gl.int16), is_pure=True, pack=1)
+    whole = gl.reshape(gl.join(low, high).to(KIND, bitcast=True), [WARPS, KEYS, words.shape[2] * 2])
+    return gl.convert_layout(whole, operand_layout(0, WARPS, 8), assert_trivial=True)
+
+
+@gluon.jit
+def _value_operands(words, KIND: tl.constexpr, FP8: tl.constexpr):
+    """Words of values [WARPS, WORDS, 16] -> operands [WARPS, WORDS, 16], one for each number of a word.
+
+    Row 8 i + g of a tile of eight runs is word i of run g.
+    """
+    WARPS: tl.constexpr = words.shape[0]
+    WORDS: tl.constexpr = words.shape[1]
+    RUN: tl.constexpr = run_of(WORDS)
+    words = gl.convert_layout(words, values_layout(WARPS, WORDS, True), assert_trivial=True)
+    if FP8:
+        parts = gl.inline_asm_elementwise(PAIRED_NUMBERS, "=&r,=&r,=&r,=&r,r,r", [words], (gl.int16,) * 4, is_pure=True, pack=2)
+    else:
+        parts = gl.inline_asm_elementwise(PAIRED_HALVES, "=&r,=&r,r,r", [words], (gl.int16,) * 2, is_pure=True, pack=2)
+    operands = ()  # type: tuple
+    for i in gl.static_range(4 if FP8 else 2):
+        runs = gl.permute(gl.reshape(parts[i].to(KIND, bitcast=True), [WARPS, WORDS // (8 * RUN), 8, RUN, KEYS]), [0, 1, 3, 2, 4])
+        rows = gl.reshape(runs, [WARPS, WORDS, KEYS])
+        operands += (gl.convert_layout(rows, operand_layout(0, WARPS, 2), assert_trivial=True),)
+    return operands
+
+
+@gluon.jit
+def _of_dimensions(acc, PARTS: tl.constexpr):
+    """Sums [WARPS, WORDS, queries], one for each number of a word, rows as _value_operands has them -> [WARPS, queries, D]."""
+    WARPS: tl.constexpr = acc[0].shape[0]
+    WORDS: tl.constexpr = acc[0].shape[1]
+    ROWS: tl.constexpr = acc[0].shape[2]
+    RUN: tl.constexpr = run_of(WORDS)
+    whole = gl.join(gl.join(acc[0], acc[2]), gl.join(acc[1], acc[3])) if PARTS == 4 else gl.join(acc[0], acc[1])
+    whole = gl.reshape(whole, [WARPS, WORDS // (8 * RUN), RUN, 8, ROWS, PARTS])
+    return gl.reshape(gl.permute(whole, [0, 4, 1, 3, 2, 5]), [WARPS, ROWS, WORDS * PARTS])
+
+
+@gluon.jit
+def _weight_operand(weights):
+    """Weights [WARPS, 16, queries] as scores lie -> as the operand that the values are multiplied with."""
+    WARPS: tl.constexpr = weights.shape[0]
+    ROWS: tl.constexpr = weights.shape[2]
+    squares = gl.permute(gl.reshape(weights, [WARPS, 2, 8, ROWS // 8, 8]), [0, 1, 3, 2, 4])
+    # Each lane's two numbers become others, but it is the same to all squares. Not pure: all lanes take part.
+    squares = gl.inline_asm_elementwise(TRANSPOSED, "=r,r", [squares], weights.dtype, is_pure=False, pack=2)
+    operand = gl.reshape(gl.permute(squares, [0, 1, 4, 2, 3]), [WARPS, KEYS, ROWS])
+    return gl.convert_layout(operand, operand_layout(1, WARPS, 2), assert_trivial=True)
+
+
+@gluon.jit
+def _query_operands(queries, WARPS: tl.constexpr, FP8: tl.constexpr):
+    """Queries [ROWS, D] -> operands of all warps: [WARPS, D, ROWS], or FP8 four [WARPS, D / 4, ROWS]."""
+    ROWS: tl.constexpr = queries.shape[0]
+    D: tl.constexpr = queries.shape[1]
+    layout: tl.constexpr = queries_layout(WARPS, 16 if FP8 else 8)
+    right: tl.constexpr = operand_layout(1, WARPS, 4 if FP8 else 8)
+    shared = gl.allocate_shared_memory(queries.dtype, [ROWS, D], gl.SwizzledSharedLayout(8, 1, 8, [1, 0]), queries)
+    queries = gl.expand_dims(shared.load(gl.SliceLayout(0, layout)), 0)
+    queries, _ = gl.broadcast(queries, gl.full([WARPS, ROWS, D], 0.0, queries.dtype, layout))
+    if FP8:
+        pairs = gl.permute(gl.reshape(queries, [WARPS, ROWS, D // 8, 2, 2, 2]), [0, 1, 2, 5, 3, 4])
+        even, odd = gl.split(gl.reshape(pairs, [WARPS, ROWS, D // 4, 2, 2]))
+        a, c = gl.split(even)
+        b, d = gl.split(odd)
+        parts = (a, b, c, d)
+    else:
+        parts = (queries,)  # type: ignore[assignment]
+    operands = ()  # type: tuple
+    for i in gl.static_range(4 if FP8 else 1):
+        operands += (gl.convert_layout(gl.permute(parts[i], [0, 2, 1]), right, assert_trivial=True),)
+    return operands
+
+
+# --- a turn: GROUPS groups of each warp's keys ----------------------------------------------------------------------------------
+
+
+@gluon.jit
+def _first(turn, group: tl.constexpr, base, GROUPS: tl.constexpr, WARPS: tl.constexpr, layout: tl.constexpr):
+    """The first key of each warp's group [WARPS, 1, 1]."""
+    return base + ((turn * GROUPS + group) * WARPS + count(WARPS, 0, 3, layout)) * KEYS
+
+
+@gluon.jit
+def _within(key, lo, last, WINDOW: tl.constexpr):
+    """The nearest key that is there to be read: what else is loaded, weighs nothing."""
+    if WINDOW:
+        key = gl.maximum(key, lo)
+    return gl.minimum(key, last)
+
+
+@gluon.jit
+def _pages(turn, table, base, lo, last, P: tl.constexpr, WINDOW: tl.constexpr, GROUPS: tl.constexpr, WARPS: tl.constexpr):
+    """Of a turn's groups, each of which lies in a page: these, and the first keys there [WARPS, 1, 1]."""
+    pages = ()  # type: tuple
+    for group in gl.static_range(GROUPS):
+        first = _first(turn, group, base, GROUPS, WARPS, operand_layout(0, WARPS, 4))
+        pages += (gl.load(table + _within(first, lo, last, WINDOW) // P),)
+    return pages
+
+
+@gluon.jit
+def _at(cache, page, first, lo, last, head, K: tl.constexpr, P: tl.constexpr, WORDS: tl.constexpr, WINDOW: tl.constexpr):
+    """Where in a cache key 0 would lie, if all keys lay as those of the page that `first` is in."""
+    before = _within(first, lo, last, WINDOW) // P * P
+    return cache + ((page.to(gl.int64) * K + head) * P - before) * WORDS
+
+
+@gluon.jit
+def _fetch(cache, pages, turn, base, lo, last, head, K: tl.constexpr, P: tl.constexpr, WORDS: tl.constexpr,
+           WINDOW: tl.constexpr, GROUPS: tl.constexpr, WARPS: tl.constexpr, VALUES: tl.constexpr):
+    """Words of a turn's keys [WARPS, 16, WORDS], or of its VALUES [WARPS, WORDS, 16]."""
+    layout: tl.constexpr = values_layout(WARPS, WORDS, False) if VALUES else operand_layout(0, WARPS, 4)
+    words = ()  # type: tuple
+    for group in gl.static_range(GROUPS):
+        first = _first(turn, group, base, GROUPS, WARPS, layout)
+        page = gl.convert_layout(pages[group], layout, assert_trivial=True)
+        key = _within(first + count(KEYS, 2 if VALUES else 1, 3, layout), lo, last, WINDOW)
+        word = count(WORDS, 1 if VALUES else 2, 3, layout)
+        words += (gl.load(_at(cache, page, first, lo, last, head, K, P, WORDS, WINDOW) + (key * WORDS + word)),)
+    return words
+
+
+@gluon.jit
+def _ask(k_words, v_words, pages, turn, base, lo, last, head, K: tl.constexpr, P: tl.constexpr, WORDS: tl.constexpr,
+         WINDOW: tl.constexpr, GROUPS: tl.constexpr, WARPS: tl.constexpr):
+    """Ask the L2 for a turn's keys and values."""
+    layout: tl.constexpr = gl.BlockedLayout([1, 1, 1], [1, 2, 16], [WARPS, 1, 1], [2, 1, 0])
+    LINES: tl.constexpr = max(1, WORDS // 32)
+    for group in gl.static_range(GROUPS):
+        first = _first(turn, group, base, GROUPS, WARPS, layout)
+        page = gl.convert_layout(pages[group], layout, assert_trivial=True)
+        cache = gl.where(count(2, 1, 3, layout) == 0, k_words, v_words)
+        line = count(KEYS * LINES, 2, 3, layout)
+        key = _within(first + line // LINES, lo, last, WINDOW)
+        prefetch(_at(cache, page, first, lo, last, head, K, P, WORDS, WINDOW) + (key * WORDS + line % LINES * 32))
+
+
+@gluon.jit
+def _weigh(words, queries, peak, total, turn, base, lo, hi, scale, KIND: tl.constexpr, FP8: tl.constexpr,
+           WINDOW: tl.constexpr, GROUPS: tl.constexpr):
+    """Of a turn's keys: weights [WARPS, 16, ROWS], peaks [WARPS, ROWS], totals [WARPS, 16, ROWS], what shrinks earlier sums."""
+    WARPS: tl.constexpr = words[0].shape[0]
+    ROWS: tl.constexpr = queries[0].shape[2]
+    sums: tl.constexpr = sums_layout(WARPS)
+    scores = ()  # type: tuple
+    for group in gl.static_range(GROUPS):
+        score = gl.full([WARPS, KEYS, ROWS], 0.0, gl.float32, sums)
+        parts = numbers(words[group]) if FP8 else (_key_operand(words[group], KIND),)
+        for i in gl.static_range(4 if FP8 else 1):
+            score = mma_v2(parts[i], queries[i], score)
+        key = _first(turn, group, base, GROUPS, WARPS, sums) + count(KEYS, 1, 3, sums)
+        there = (key >= lo) & (key < hi) if WINDOW else key < hi
+        score = gl.where(there, score, MASKED)
+        scores += (score,)
+    highest = scores[0]
+    for group in gl.static_range(1, GROUPS):
+        highest = gl.maximum(highest, scores[group])
+    higher = gl.maximum(peak, gl.max(highest, 1) * scale)
+    shrink = gl.exp2(peak - higher)
+    total *= gl.expand_dims(shrink, 1)
+    weights = ()  # type: tuple
+    for group in gl.static_range(GROUPS):
+        weight = gl.exp2(scores[group] * scale - gl.expand_dims(higher, 1))
+        total += weight
+        weights += (weight.to(KIND),)
+    return weights, higher, total, shrink
+
+
+@gluon.jit(do_not_specialize=["splits"], do_not_specialize_on_alignment=["rows", "positions", "slots"])
+def _decode_few_kernel(qkv, q_weight, k_weight, cos_sin, positions, slots, k_cache, v_cache, k_words, v_words, kv_scales, k_shift,
+                       block_table, rows, out, partial, scale, eps, window, table_stride, qkv_stride, splits,
+                       H: tl.constexpr, K: tl.constexpr, P: tl.constexpr, D: tl.constexpr, ROTARY: tl.constexpr,
+                       ROWS: tl.constexpr, TILE: tl.constexpr, SPLIT: tl.constexpr, WINDOW: tl.constexpr, Q_NORM: tl.constexpr,
+                       K_NORM: tl.constexpr, PLUS_ONE: tl.constexpr, FP8: tl.constexpr, SHIFT: tl.constexpr,
+                       GROUPS: tl.constexpr, AHEAD: tl.constexpr, NEAR: tl.constexpr, OVERLAP: tl.constexpr, WARPS: tl.constexpr):
+    # Before the wait: what the projection did not make, as decode_step.py has it.
+    STORED: tl.constexpr = k_cache.dtype.element_ty
+    KIND: tl.constexpr = gl.float16 if FP8 else STORED
+    PARTS: tl.constexpr = 4 if FP8 else 2
+    WORDS: tl.constexpr = D // PARTS
+    G: tl.constexpr = H // K
+    merged: tl.constexpr = merged_layout(WARPS, D)
+    whole: tl.constexpr = gl.SliceLayout(0, merged)
+    head, split, i = gl.program_id(0), gl.program_id(1), gl.program_id(2).to(gl.int64)
+    position = gl.load(positions + i)
+    table = block_table + gl.load(rows + i).to(gl.int64) * table_stride
+    lo = gl.maximum(position + 1 - window, 0) if WINDOW else 0
+    hi = position + 1
+    if SPLIT:       # as attention.py splits them
+        share = gl.cdiv(gl.cdiv(hi - lo, TILE), splits) * TILE
+        lo += split * share
+        hi = gl.minimum(lo + share, hi)
+        if lo >= hi:
+            return
+    own = hi > position             # the new token is among this program's keys: the last of them, and not read from the cache
+    hi = gl.minimum(hi, position)
+    last = gl.maximum(hi - 1, lo)
+    base = lo // KEYS * KEYS if WINDOW else lo
+    pages = ()  # type: tuple
+    for ahead in gl.static_range(AHEAD + NEAR + 2):
+        pages += (_pages(ahead, table, base, lo, last, P, WINDOW, GROUPS, WARPS),)
+    keys = ()  # type: tuple
+    values = ()  # type: tuple
+    for ahead in gl.static_range(AHEAD):
+        keys += (_fetch(k_words, pages[ahead], ahead, base, lo, last, head, K, P, WORDS, WINDOW, GROUPS, WARPS, False),)
+        values += (_fetch(v_words, pages[ahead], ahead, base, lo, last, head, K, P, WORDS, WINDOW, GROUPS, WARPS, True),)
+    for ahead in gl.static_range(AHEAD, AHEAD + NEAR):
+        _ask(k_words, v_words, pages[ahead], ahead, base, lo, last, head, K, P, WORDS, WINDOW, GROUPS, WARPS)
+    pages = pages[AHEAD:]
+    slot = gl.load(slots + i)
+    d = gl.arange(0, D, gl.SliceLayout(0, whole))
+    m = gl.arange(0, ROWS, gl.SliceLayout(1, whole))
+    one = gl.arange(0, 1, gl.SliceLayout(1, whole))
+    partner, cos, sin = rotation(cos_sin, position, d, ROTARY)
+    if FP8:
+        k_scale, v_scale = gl.load(kv_scales + head), gl.load(kv_scales + K + head)
+    after(OVERLAP)
+
+    x = qkv + i * qkv_stride
+    kind: tl.constexpr = qkv.dtype.element_ty
+    inside = (d < D)[None, :]
+    real = (m < G)[:, None] & inside
+    queries = rotated(x, head * G + m, real, d, partner, cos, sin, q_weight, eps, D, Q_NORM, PLUS_ONE).to(kind).to(KIND)
+    key = rotated(x + H * D, head + one, inside, d, partner, cos, sin, k_weight, eps, D, K_NORM, PLUS_ONE).to(kind)
+    value = gl.load(x + (H + K + head) * D + d[None, :])
+    if SHIFT:
+        key = shifted(key, k_shift, head + one, inside, d, D)
+    if FP8:
+        key, value = scaled(key, k_scale), scaled(value, v_scale)
+        scale, _ = key_scaled(scale, 0.0, k_scale, False)
+    key, value = key.to(STORED), value.to(STORED)
+    at = ((slot // P).to(gl.int64) * K + head) * P * D + slot % P * D + d[None, :]
+    written = (d < gl.where(own, D, 0))[None, :]
+    gl.store(k_cache + at, key, mask=written)
+    gl.store(v_cache + at, value, mask=written)
+    own_peak = gl.where(own, gl.sum(queries.to(gl.float32) * key.to(gl.float32), 1) * scale, LOWEST)
+
+    operands = _query_operands(queries, WARPS, FP8)
+    sums: tl.constexpr = sums_layout(WARPS)
+    peak = gl.full([WARPS, ROWS], LOWEST, gl.float32, gl.SliceLayout(1, sums))
+    total = gl.full([WARPS, KEYS, ROWS], 0.0, gl.float32, sums)
+    acc = (gl.full([WARPS, WORDS, ROWS], 0.0, gl.float32, sums),) * PARTS
+    for begin in range(0, gl.cdiv(gl.where(hi > lo, hi - base, 0), GROUPS * WARPS * KEYS), AHEAD):
+        next_keys = ()  # type: tuple
+        next_values = ()  # type: tuple
+        for ahead in gl.static_range(AHEAD):
+            turn = begin + ahead + AHEAD
+            weights, peak, total, shrink = _weigh(keys[ahead], operands, peak, total, begin + ahead, base, lo, hi, scale, KIND,
+                                                  FP8, WINDOW, GROUPS)
+            next_keys += (_fetch(k_words, pages[0], turn, base, lo, last, head, K, P, WORDS, WINDOW, GROUPS, WARPS, False),)
+            shrunk = ()  # type: tuple
+            for part in gl.static_range(PARTS):
+                shrunk += (acc[part] * gl.expand_dims(shrink, 1),)
+            acc = shrunk
+            for group in gl.static_range(GROUPS):
+                weight = _weight_operand(weights[group])
+                parts = _value_operands(values[ahead][group], KIND, FP8)
+                folded = ()  # type: tuple
+                for part in gl.static_range(PARTS):
+                    folded += (mma_v2(parts[part], weight, acc[part]),)
+                acc = folded
+            next_values += (_fetch(v_words, pages[0], turn, base, lo, last, head, K, P, WORDS, WINDOW, GROUPS, WARPS, True),)
+            if NEAR:
+                _ask(k_words, v_words, pages[NEAR], turn + NEAR, base, lo, last, head, K, P, WORDS, WINDOW, GROUPS, WARPS)
+            pages = pages[1:]
+            pages += (_pages(turn + NEAR + 2, table, base, lo, last, P, WINDOW, GROUPS, WARPS),)
+        keys = next_keys
+        values = next_values
+
+    # The warps' sums together, and the new token.
+    shared_acc = gl.allocate_shared_memory(gl.float32, [WARPS, ROWS, D], gl.SwizzledSharedLayout(4, 1, 8, [2, 1, 0]),
+                                           _of_dimensions(acc, PARTS))
+    plain: tl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
+    shared_peaks = gl.allocate_shared_memory(gl.float32, [WARPS, ROWS], plain, peak)
+    shared_totals = gl.allocate_shared_memory(gl.float32, [WARPS, ROWS], plain, gl.sum(total, 1))
+    peaks = shared_peaks.load(gl.SliceLayout(2, merged))
+    of_queries: tl.constexpr = gl.SliceLayout(1, whole)
+    peak = gl.maximum(gl.convert_layout(gl.max(peaks, 0), of_queries, assert_trivial=True), own_peak)
+    along: tl.constexpr = gl.SliceLayout(0, gl.SliceLayout(2, merged))
+    shares = gl.exp2(peaks - gl.expand_dims(gl.convert_layout(peak, along, assert_trivial=True), 0))
+    own_share = gl.where(own, gl.exp2(own_peak - peak), 0.0)
+    total = gl.sum(shared_totals.load(gl.SliceLayout(2, merged)) * shares, 0)
+    total = gl.convert_layout(total, of_queries, assert_trivial=True) + own_share
+    result = gl.sum(shared_acc.load(merged) * gl.expand_dims(shares, 2), 0) + own_share[:, None] * value.to(gl.float32)
+    if FP8:
+        result *= v_scale
+    at = i * H + head * G + m
+    if SPLIT:       # as attention.store_sums does
+        first = at * splits + split
+        ends = gl.num_programs(2).to(gl.int64) * H * splits
+        gl.store(partial + first[:, None] * D + d[None, :], result, mask=real)
+        gl.store(partial + ends * D + first, peak, mask=m < G)
+        gl.store(partial + ends * (D + 1) + first, total, mask=m < G)
+    else:
+        gl.store(out + at[:, None] * D + d[None, :], (result / total[:, None]).to(kind), mask=real)
+
+
+# --- launches -------------------------------------------------------------------------------------------------------------------
+
+
+class Way(NamedTuple):
+    """What a program does, and how."""
+
+    warps: int      # they share a row's keys
+    groups: int     # of 16 keys that a warp takes in a turn
+    ahead: int      # turns that a warp has asked for while it takes one
+    near: int = 0               # more turns that it has asked the L2 for
+    programs: int = 1           # while there are fewer, keys are split
+    registers: int = 0          # of a thread, at most; 0: as many as the compiler takes
+
+
+def way_of(cache: Tensor, heads: int) -> Way:
+    """For so many KV heads of all rows together."""
+    if heads <= 32:
+        return Way(4, 1, 1, programs=132)
+    if heads <= 160:
+        return Way(16 if cache.element_size() == 1 else 8, 1, 1)
+    return Way(4, 1, 1)
+
+
+def takes(qkv: Tensor, k_cache: Tensor, num_heads: int, softcap: float) -> bool:
+    """Whether this is for the kernel; its launches are for Ampere and later."""
+    _, kv_heads, page, dim = k_cache.shape
+    stored = k_cache.dtype == torch.float8_e4m3fn or (k_cache.dtype == qkv.dtype and qkv.element_size() == 2)
+    return (ENABLED and stored and dim in (64, 128) and num_heads // kv_heads <= 16 and page % GROUP == 0 and not softcap
+            and overlaps(qkv.device))
+
+
+def rope_and_decode(qkv: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, eps: float, plus_one: bool, cos_sin: Tensor,
+                    positions: Tensor, slots: Tensor, k_cache: Tensor, v_cache: Tensor, num_heads: int, block_table: Tensor,
+                    rows: Tensor, scale: float, window: int, max_context: int, kv_scales: Tensor | None,
+                    k_shift: Tensor | None) -> Tensor:
+    """See decode_step.rope_and_decode; for what `takes` takes."""
+    n = qkv.shape[0]
+    _, kv_heads, page, dim = k_cache.shape
+    way = way_of(k_cache, n * kv_heads)
+    tile = way.warps * way.groups * GROUP
+    out = torch.empty((n, num_heads, dim), dtype=qkv.dtype, device=qkv.device)
+    splits, partial = split_keys(out, kv_heads, max_context, window, tile, way.programs)
+    limit = {"maxnreg": way.registers} if way.registers else {}
+    _decode_few_kernel[kv_heads, splits, n](
+        qkv, qkv if q_weight is None else q_weight, qkv if k_weight is None else k_weight, cos_sin, positions, slots,
+        k_cache, v_cache, k_cache.view(torch.int32), v_cache.view(torch.int32), out if kv_scales is None else kv_scales,
+        out if k_shift is None else k_shift, block_table, rows, out, partial, log2_scales(scale, 0.0)[0], eps, window,
+        block_table.stride(0), qkv.stride(0), splits,
+        H=num_heads, K=kv_heads, P=page, D=dim, ROTARY=cos_sin.shape[1], ROWS=max(8, next_power_of_2(num_heads // kv_heads)),
+        TILE=tile, SPLIT=splits > 1, WINDOW=window > 0, Q_NORM=q_weight is not None, K_NORM=k_weight is not None,
+        PLUS_ONE=plus_one, FP8=k_cache.dtype == torch.float8_e4m3fn, SHIFT=k_shift is not None, GROUPS=way.groups,
+        AHEAD=way.ahead, NEAR=way.near, WARPS=way.warps, num_warps=way.warps, **limit, **launch_options(overlaps(qkv.device)))
+    return combine(partial, positions, None, out, window, splits, tile)

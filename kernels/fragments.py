@@ -1,0 +1,61 @@
+"""Operands of mma.sync in registers, as Gluon has them: what the kernels share that multiply few rows straight from memory.
+
+Tensors have a leading dimension of a program's warps, each of which makes a product of its own: [warps, rows, columns]. Which
+numbers along K a lane has is up to what it loads at once, and is the same for both operands.
+"""
+
+from __future__ import annotations
+
+import triton.language as tl
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+
+@gluon.constexpr_function
+def sums_layout(warps):
+    """Of float32 [warps, outputs, 8], each warp having sums of its own."""
+    return gl.NVMMADistributedLayout(version=[2, 0], warps_per_cta=[warps, 1, 1], instr_shape=[1, 16, 8])
+
+
+@gluon.constexpr_function
+def operand_layout(index, warps, run):
+    """Of the weights (0) [warps, outputs, inputs] and of x (1) [warps, inputs, 8]: a lane has `run` inputs after another."""
+    return gl.DotOperandLayout(index, sums_layout(warps), run)
+
+
+@gluon.constexpr_function
+def _along(layout, rank, dim):
+    """Of what is broadcast along all dimensions but `dim`."""
+    for other in reversed(range(rank)):
+        if other != dim:
+            layout = gl.SliceLayout(other, layout)
+    return layout
+
+
+@gluon.jit
+def count(size: tl.constexpr, dim: tl.constexpr, rank: tl.constexpr, layout: tl.constexpr):
+    """0 to size along one dimension of a tensor."""
+    n = gl.arange(0, size, _along(layout, rank, dim))
+    for other in gl.static_range(rank):
+        if other != dim:
+            n = gl.expand_dims(n, other)
+    return n
+
+
+# Two registers of four e4m3 numbers each as float16, which holds them exactly, and whose products are added in float32. (Hopper's
+# mma.sync of e4m3 does the same; its wgmma adds in fewer bits.)
+TO_FLOAT16 = tl.constexpr("""{
+.reg .b16 a, b, c, d;
+mov.b32 {a, b}, $4;
+mov.b32 {c, d}, $5;
+cvt.rn.f16x2.e4m3x2 $0, a;
+cvt.rn.f16x2.e4m3x2 $1, b;
+cvt.rn.f16x2.e4m3x2 $2, c;
+cvt.rn.f16x2.e4m3x2 $3, d;
+}""")
+
+
+@gluon.jit
+def numbers(words):
+    """int32 of four e4m3 numbers each -> these in float16, in four parts: which goes where is the same for weights and x."""
+    return gl.inline_asm_elementwise(TO_FLOAT16, "=&r,=&r,=&r,=&r,r,r", [words], (gl.float16,) * 4, is_pure=True, pack=2)
