@@ -77,17 +77,6 @@ def _fp8(cache: Tensor) -> bool:
 
 
 @triton.jit
-def fold_tile(queries, k, v, there, peak, total, acc, scale, inner, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr):
-    """Fold the keys of a tile that are `there` into the softmax sums of queries [BLOCK_M, D]."""
-    k, v = _widened(k, queries.dtype), _widened(v, queries.dtype)
-    scores = tl.dot(queries, tl.trans(k), input_precision=PRECISION)
-    if SOFTCAP:
-        scores = softcapped(scores, inner)
-    scores = tl.where(there[None, :], scores, MASKED)
-    return _fold(scores, v, peak, total, acc, scale, PRECISION)
-
-
-@triton.jit
 def attend(queries, k_cache, v_cache, table, head, lo, hi, peak, total, acc, scale, inner, K: tl.constexpr, P: tl.constexpr,
             D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr):
     """Fold keys lo .. hi of the row whose pages `table` points at into the softmax sums of queries [BLOCK_M, D]."""
@@ -104,7 +93,12 @@ def attend(queries, k_cache, v_cache, table, head, lo, hi, peak, total, acc, sca
         page = tl.load(table + (key + BLOCK_N) // P, mask=key + BLOCK_N < hi, other=0)
         k = tl.load(k_cache + at, mask=there, other=0.0)
         v = tl.load(v_cache + at, mask=there, other=0.0)
-        peak, total, acc = fold_tile(queries, k, v, key < hi, peak, total, acc, scale, inner, SOFTCAP, PRECISION)
+        k, v = _widened(k, queries.dtype), _widened(v, queries.dtype)
+        scores = tl.dot(queries, tl.trans(k), input_precision=PRECISION)
+        if SOFTCAP:
+            scores = softcapped(scores, inner)
+        scores = tl.where((key < hi)[None, :], scores, MASKED)
+        peak, total, acc = _fold(scores, v, peak, total, acc, scale, PRECISION)
     return peak, total, acc
 
 

@@ -325,6 +325,9 @@ def _decode_few_kernel(qkv, q_weight, k_weight, cos_sin, positions, slots, k_cac
     written = (d < gl.where(own, D, 0))[None, :]
     gl.store(k_cache + at, key, mask=written)
     gl.store(v_cache + at, value, mask=written)
+    # Not kept in registers: the ptxas of Triton 3.6 takes a byte of an e4m3 value that outlives the loop before it is there.
+    plain: tl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
+    own_value = gl.allocate_shared_memory(KIND, [1, D], plain, value.to(KIND))
     own_peak = gl.where(own, gl.sum(queries.to(gl.float32) * key.to(gl.float32), 1) * scale, LOWEST)
 
     operands = _query_operands(queries, WARPS, FP8)
@@ -362,7 +365,6 @@ def _decode_few_kernel(qkv, q_weight, k_weight, cos_sin, positions, slots, k_cac
     # The warps' sums together, and the new token.
     shared_acc = gl.allocate_shared_memory(gl.float32, [WARPS, ROWS, D], gl.SwizzledSharedLayout(4, 1, 8, [2, 1, 0]),
                                            _of_dimensions(acc, PARTS))
-    plain: tl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
     shared_peaks = gl.allocate_shared_memory(gl.float32, [WARPS, ROWS], plain, peak)
     shared_totals = gl.allocate_shared_memory(gl.float32, [WARPS, ROWS], plain, gl.sum(total, 1))
     peaks = shared_peaks.load(gl.SliceLayout(2, merged))
@@ -373,7 +375,8 @@ def _decode_few_kernel(qkv, q_weight, k_weight, cos_sin, positions, slots, k_cac
     own_share = gl.where(own, gl.exp2(own_peak - peak), 0.0)
     total = gl.sum(shared_totals.load(gl.SliceLayout(2, merged)) * shares, 0)
     total = gl.convert_layout(total, of_queries, assert_trivial=True) + own_share
-    result = gl.sum(shared_acc.load(merged) * gl.expand_dims(shares, 2), 0) + own_share[:, None] * value.to(gl.float32)
+    result = gl.sum(shared_acc.load(merged) * gl.expand_dims(shares, 2), 0)
+    result += own_share[:, None] * own_value.load(whole).to(gl.float32)
     if FP8:
         result *= v_scale
     at = i * H + head * G + m
@@ -402,12 +405,12 @@ class Way(NamedTuple):
 
 
 def way_of(cache: Tensor, heads: int) -> Way:
-    """For so many KV heads of all rows together."""
-    if heads <= 32:
-        return Way(4, 1, 1, programs=132)
+    """For so many KV heads of all rows together, as jobs/bench/decode_step.py measured them on an H100."""
+    if heads < 64:      # long contexts want more programs than that
+        return Way(4 if heads <= 16 else 8, 1, 1, programs=132)
     if heads <= 160:
-        return Way(16 if cache.element_size() == 1 else 8, 1, 1)
-    return Way(4, 1, 1)
+        return Way(8, 2, 1)
+    return Way(4 if cache.element_size() == 1 else 2, 1, 1)
 
 
 def takes(qkv: Tensor, k_cache: Tensor, num_heads: int, softcap: float) -> bool:

@@ -19,7 +19,6 @@ from kernels.attention import (
     combine,
     decode_keys,
     decode_options,
-    fold_tile,
     key_scaled,
     log2_scales,
     softcapped,
@@ -30,8 +29,6 @@ from kernels.kv_cache import rotated, rotation, scaled, shifted
 from kernels.overlap import after, launch_options, overlaps, prefetch
 from kernels.shapes import next_power_of_2
 
-AHEAD = 1           # tiles whose keys and values are asked for ahead, where none is split
-
 
 @triton.jit(do_not_specialize=["splits"], do_not_specialize_on_alignment=["rows", "positions", "slots"])
 def _decode_step_kernel(qkv, q_weight, k_weight, cos_sin, positions, slots, k_cache, v_cache, kv_scales, k_shift, block_table,
@@ -40,10 +37,9 @@ def _decode_step_kernel(qkv, q_weight, k_weight, cos_sin, positions, slots, k_ca
                         BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, SPLIT: tl.constexpr,
                         WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, Q_NORM: tl.constexpr, K_NORM: tl.constexpr,
                         PLUS_ONE: tl.constexpr, FP8: tl.constexpr, SHIFT: tl.constexpr, PRECISION: tl.constexpr,
-                        AHEAD: tl.constexpr, OVERLAP: tl.constexpr):
-    # Before the wait: what the projection did not make, keys and values of the first tile or tiles among it. Positions, rows,
-    # slots and tables are complete when a model's first overlapping kernel starts, since the look-up of the embeddings before it
-    # does not overlap; so are the keys before this one.
+                        OVERLAP: tl.constexpr):
+    # Before the wait: what the projection did not make. Positions, rows, slots and tables are complete when a model's first
+    # overlapping kernel starts, since the look-up of the embeddings before it does not overlap; so are the keys before this one.
     head, split, i = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     position = tl.load(positions + i)
     lo = tl.maximum(position + 1 - window, 0) if WINDOW else 0
@@ -63,19 +59,12 @@ def _decode_step_kernel(qkv, q_weight, k_weight, cos_sin, positions, slots, k_ca
     STORED: tl.constexpr = k_cache.dtype.element_ty
     one = tl.arange(0, 1)
     inside = (d < D)[None, :]
-    n = lo + tl.arange(0, BLOCK_N)
-    if SPLIT:       # often all there is: into registers
-        there = n < hi
-        first = ((tl.load(table + n // P, mask=there, other=0).to(tl.int64) * K + head) * P + n % P)[:, None] * D + d[None, :]
-        first_k = tl.load(k_cache + first, mask=there[:, None] & inside, other=0.0)
-        first_v = tl.load(v_cache + first, mask=there[:, None] & inside, other=0.0)
-    elif OVERLAP:   # into the L2
-        for tile in tl.static_range(AHEAD):
-            n = tl.minimum(lo + tile * BLOCK_N + tl.arange(0, BLOCK_N), tl.maximum(hi - 1, lo))
-            near = ((tl.load(table + n // P).to(tl.int64) * K + head) * P + n % P) * D
-            for line in tl.static_range(0, D * STORED.primitive_bitwidth // 8, 128):
-                prefetch(k_cache + near + line * 8 // STORED.primitive_bitwidth)
-                prefetch(v_cache + near + line * 8 // STORED.primitive_bitwidth)
+    if OVERLAP:
+        n = tl.minimum(lo + tl.arange(0, BLOCK_N), tl.maximum(hi - 1, lo))
+        near = ((tl.load(table + n // P).to(tl.int64) * K + head) * P + n % P) * D
+        for line in tl.static_range(0, D * STORED.primitive_bitwidth // 8, 128):
+            prefetch(k_cache + near + line * 8 // STORED.primitive_bitwidth)
+            prefetch(v_cache + near + line * 8 // STORED.primitive_bitwidth)
     if FP8:
         k_scale, v_scale = tl.load(kv_scales + head), tl.load(kv_scales + K + head)
     after(OVERLAP)
@@ -106,9 +95,6 @@ def _decode_step_kernel(qkv, q_weight, k_weight, cos_sin, positions, slots, k_ca
     peak = tl.where(own, score * scale, LOWEST)
     total = tl.where(own, tl.full([BLOCK_M], 1.0, tl.float32), 0.0)
     acc = tl.where(own, tl.broadcast_to(value.to(tl.float32), [BLOCK_M, BLOCK_D]), 0.0)
-    if SPLIT:
-        peak, total, acc = fold_tile(queries, first_k, first_v, there, peak, total, acc, scale, inner, SOFTCAP, PRECISION)
-        lo += BLOCK_N
     peak, total, acc = attend(queries, k_cache, v_cache, table, head, lo, hi, peak, total, acc, scale, inner, K, P, D,
                               BLOCK_N, BLOCK_D, SOFTCAP, PRECISION)
     if FP8:
@@ -138,6 +124,6 @@ def rope_and_decode(qkv: Tensor, q_weight: Tensor | None, k_weight: Tensor | Non
         BLOCK_M=max(16, next_power_of_2(num_heads // kv_heads)), BLOCK_N=block_n, BLOCK_D=next_power_of_2(dim),
         SPLIT=splits > 1, WINDOW=window > 0, SOFTCAP=softcap > 0, Q_NORM=q_weight is not None, K_NORM=k_weight is not None,
         PLUS_ONE=plus_one, FP8=k_cache.dtype == torch.float8_e4m3fn, SHIFT=k_shift is not None,
-        AHEAD=AHEAD, PRECISION="ieee" if k_cache.dtype == torch.float32 else "tf32", **decode_options(k_cache, splits),
+        PRECISION="ieee" if k_cache.dtype == torch.float32 else "tf32", **decode_options(k_cache, splits),
         **launch_options(overlaps(qkv.device)))
     return combine(partial, positions, None, out, window, splits, block_n)

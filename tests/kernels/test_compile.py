@@ -100,7 +100,7 @@ def compile_all() -> None:
         (attention, "_decode_kernel", {**paged, "BLOCK_M": 16, "SPLIT": True, "SHARED": False, "OVERLAP": True}),
         (decode_step, "_decode_step_kernel",
          {**paged, "ROTARY": 128, "BLOCK_M": 16, "SPLIT": True, "Q_NORM": True, "K_NORM": True, "PLUS_ONE": False,
-          "SHIFT": True, "AHEAD": 1, "OVERLAP": True}),
+          "SHIFT": True, "OVERLAP": True}),
         (attention, "_prefill_kernel", {**paged, "BLOCK_M": 128, "TILE": 128}),
         (kv_cache, "_copy_pages_kernel", {"SIZE": 16384, "BLOCK": 4096}),
         (step, "_apply_writes_kernel", {"BLOCK": 1024}),
