@@ -266,7 +266,9 @@ def tile_of(rows: int, features: int, depth: int, chips: int) -> Tile | None:
     if rows > MOST_ROWS or features % 128 or depth % 128:
         return None
     many = features // 128 >= chips
-    if rows <= (MOST_BESIDE if many else 32):
+    if many and 32 < rows <= MOST_BESIDE:       # faster alone, but not among the kernels of a step
+        return None
+    if rows <= 32:
         outputs, programs = 128, 2
     elif many and features % 256 == 0:
         outputs, programs = 256, 1

@@ -40,6 +40,9 @@ def test_rows_groups_and_tiles(rows, group, zeros, bias, tile, dtype):
                                              (37888, 3584)])
 def test_tiles_fit(rows, features, depth):
     tile = gemm_w4_ring.tile_of(rows, features, depth, 132)
+    if tile is None:
+        assert features // 128 >= 132 and 32 < rows <= 64
+        return
     assert not features % tile.outputs and tile.splits >= 1 and tile.splits * tile.turns <= depth // 128
     assert (tile.outputs, tile.programs) in gemm_w4_ring.REGISTERS
     assert tile.turns < tile.stages <= gemm_w4_ring.most_stages(rows, tile.outputs, tile.programs)
