@@ -287,7 +287,7 @@ def most_stages(rows: int, outputs: int, programs: int) -> int:
 
 def tile_for(x: Tensor, scales: Tensor, zeros: Tensor | None, group: int) -> Tile | None:
     """tile_of x; None too where the device, the group, the zeros or how the scales lie are none for this kernel."""
-    fits = group % 128 == 0 and (zeros is None or zeros.dtype == torch.uint8)
+    fits = group % 128 == 0 and scales.dtype == x.dtype and (zeros is None or zeros.dtype == torch.uint8)
     lies = scales.stride(0) == 1 and (scales.shape[1] == 1 or scales.stride(1) % 16 == 0)
     aligned = all(table.data_ptr() % 16 == 0 for table in (scales, zeros) if table is not None)
     if not (fits and lies and aligned and takes(x)):

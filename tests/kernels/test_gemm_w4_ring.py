@@ -11,7 +11,7 @@ import torch
 from partitions import emulated
 from quantized_products import ROUNDING, error, integer_layer
 
-from kernels import gemm_w4, gemm_w4_ring
+from kernels import gemm_w4, gemm_w4_ring, hopper
 from kernels.gemm_w4_ring import Tile
 
 ring = emulated(gemm_w4_ring, "_product_kernel")
@@ -54,3 +54,15 @@ def test_what_would_wait_for_ever_is_refused(tile):
     codes, scales, zero, _ = integer_layer(torch.empty(0, dtype=torch.bfloat16), 4, 128, 256, 128, "whole")
     with pytest.raises(AssertionError):
         ring.product(torch.zeros(16, 256).bfloat16(), gemm_w4.w4_pack(codes), scales, zero, 128, None, tile)
+
+
+def test_what_the_ring_cannot_copy_goes_elsewhere(monkeypatch):
+    for module in (hopper, gemm_w4_ring):
+        monkeypatch.setattr(module, "processors", lambda device: 132)
+    x, scales = torch.zeros(16, 256).bfloat16(), torch.ones(2, 256).bfloat16().t()
+    zeros = torch.zeros(2, 256, dtype=torch.uint8).t()
+    assert gemm_w4_ring.tile_for(x, scales, zeros, 128) == gemm_w4_ring.tile_for(x, scales, None, 128)
+    assert gemm_w4_ring.tile_for(x, scales, None, 128) is not None
+    for others in ((x, scales.half(), None, 128), (x, scales.contiguous(), None, 128), (x, scales, zeros.bfloat16(), 128),
+                   (x, scales, None, 64), (x[:8], scales, None, 128), (x.float(), scales.float(), None, 128)):
+        assert gemm_w4_ring.tile_for(*others) is None
