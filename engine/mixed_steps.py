@@ -26,6 +26,7 @@ WORTH = 3               # the step of a shape that is captured: two launches hav
 MOST_SHAPES = 256       # that are captured, since every graph keeps some memory
 FEWEST = 64             # tokens that shapes begin at
 LEVELS = 4              # of decode rows, in the shapes that are captured beforehand
+SHORT = 32              # tokens of a prompt there: more tiles of shorter ones would cost the longer ones time
 
 
 class Shape(NamedTuple):
@@ -49,13 +50,21 @@ class Shapes:
         self._rows = [*(n for n in (0, 8, 16, 32, 64, 128, *range(256, max_rows, 256)) if n < max_rows), max_rows]
 
     def full(self, sharing: bool) -> list[Shape]:
-        """Shapes that between them serve every step of the most tokens, to be captured before a job begins: it would launch
-        most of its prompts' steps else before any shape of theirs had come up often enough."""
-        if self.most_tokens <= self._max_rows:
-            return []
+        """Shapes that between them serve steps of the most tokens, if prompts have SHORT tokens on average.
+
+        To be captured before a job begins, which would launch most of its prompts' steps else before any of their shapes had
+        come up often enough.
+        """
         decode = [self._max_rows * level // LEVELS for level in range(LEVELS + 1)]
-        tiles = 2 * cdiv(self.most_tokens, ops.QUERY_TILE)
-        return [self._padded(Shape(most, 1, self.most_tokens - least, tiles, sharing)) for least, most in pairwise(decode)]
+        shapes = dict.fromkeys(self._full(least, padded(self._rows, most), sharing) for least, most in pairwise(decode)
+                               if least < self.most_tokens)
+        return [s for s in shapes if s.decode + s.tokens <= SPARE * self.most_tokens]       # the others would serve none
+
+    def _full(self, least: int, most: int, sharing: bool) -> Shape:
+        """Of steps with `least` to `most` decode rows."""
+        tokens = min(cdiv(self.most_tokens - least, FEWEST) * FEWEST, self._max_step_tokens)
+        rest, _ = most_rest(tokens, self._max_rows, self._max_len)
+        return Shape(most, rest, tokens, min(cdiv(tokens, SHORT), self._most_tiles), sharing)
 
     def of(self, exact: Shape, captured: Collection[Shape]) -> Shape | None:
         """What to run the next step, of this size, in: a captured shape that is not much larger, or one to capture, once it has

@@ -23,8 +23,9 @@ from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 
 from kernels.attention import LOWEST, MASKED, combine, key_scaled, log2_scales, split_keys
 from kernels.fragments import count, numbers, operand_layout, sums_layout
+from kernels.hopper import processors
 from kernels.kv_cache import rotated, rotation, scaled, shifted
-from kernels.overlap import after, launch_options, overlaps, prefetch
+from kernels.overlap import after, launch_options, overlaps
 from kernels.shapes import next_power_of_2
 
 ENABLED = True      # decode_step.py asks; for measuring it without
@@ -213,21 +214,6 @@ def _fetch(cache, pages, turn, base, lo, last, head, K: tl.constexpr, P: tl.cons
 
 
 @gluon.jit
-def _ask(k_words, v_words, pages, turn, base, lo, last, head, K: tl.constexpr, P: tl.constexpr, WORDS: tl.constexpr,
-         WINDOW: tl.constexpr, GROUPS: tl.constexpr, WARPS: tl.constexpr):
-    """Ask the L2 for a turn's keys and values."""
-    layout: tl.constexpr = gl.BlockedLayout([1, 1, 1], [1, 2, 16], [WARPS, 1, 1], [2, 1, 0])
-    LINES: tl.constexpr = max(1, WORDS // 32)
-    for group in gl.static_range(GROUPS):
-        first = _first(turn, group, base, GROUPS, WARPS, layout)
-        page = gl.convert_layout(pages[group], layout, assert_trivial=True)
-        cache = gl.where(count(2, 1, 3, layout) == 0, k_words, v_words)
-        line = count(KEYS * LINES, 2, 3, layout)
-        key = _within(first + line // LINES, lo, last, WINDOW)
-        prefetch(_at(cache, page, first, lo, last, head, K, P, WORDS, WINDOW) + (key * WORDS + line % LINES * 32))
-
-
-@gluon.jit
 def _weigh(words, queries, peak, total, turn, base, lo, hi, scale, KIND: tl.constexpr, FP8: tl.constexpr,
            WINDOW: tl.constexpr, GROUPS: tl.constexpr):
     """Of a turn's keys: weights [WARPS, 16, ROWS], peaks [WARPS, ROWS], totals [WARPS, 16, ROWS], what shrinks earlier sums."""
@@ -264,7 +250,7 @@ def _decode_few_kernel(qkv, q_weight, k_weight, cos_sin, positions, slots, k_cac
                        H: tl.constexpr, K: tl.constexpr, P: tl.constexpr, D: tl.constexpr, ROTARY: tl.constexpr,
                        ROWS: tl.constexpr, TILE: tl.constexpr, SPLIT: tl.constexpr, WINDOW: tl.constexpr, Q_NORM: tl.constexpr,
                        K_NORM: tl.constexpr, PLUS_ONE: tl.constexpr, FP8: tl.constexpr, SHIFT: tl.constexpr,
-                       GROUPS: tl.constexpr, AHEAD: tl.constexpr, NEAR: tl.constexpr, OVERLAP: tl.constexpr, WARPS: tl.constexpr):
+                       GROUPS: tl.constexpr, AHEAD: tl.constexpr, OVERLAP: tl.constexpr, WARPS: tl.constexpr):
     # Before the wait: what the projection did not make, as decode_step.py has it.
     STORED: tl.constexpr = k_cache.dtype.element_ty
     KIND: tl.constexpr = gl.float16 if FP8 else STORED
@@ -289,15 +275,13 @@ def _decode_few_kernel(qkv, q_weight, k_weight, cos_sin, positions, slots, k_cac
     last = gl.maximum(hi - 1, lo)
     base = lo // KEYS * KEYS if WINDOW else lo
     pages = ()  # type: tuple
-    for ahead in gl.static_range(AHEAD + NEAR + 2):
+    for ahead in gl.static_range(AHEAD + 2):
         pages += (_pages(ahead, table, base, lo, last, P, WINDOW, GROUPS, WARPS),)
     keys = ()  # type: tuple
     values = ()  # type: tuple
     for ahead in gl.static_range(AHEAD):
         keys += (_fetch(k_words, pages[ahead], ahead, base, lo, last, head, K, P, WORDS, WINDOW, GROUPS, WARPS, False),)
         values += (_fetch(v_words, pages[ahead], ahead, base, lo, last, head, K, P, WORDS, WINDOW, GROUPS, WARPS, True),)
-    for ahead in gl.static_range(AHEAD, AHEAD + NEAR):
-        _ask(k_words, v_words, pages[ahead], ahead, base, lo, last, head, K, P, WORDS, WINDOW, GROUPS, WARPS)
     pages = pages[AHEAD:]
     slot = gl.load(slots + i)
     d = gl.arange(0, D, gl.SliceLayout(0, whole))
@@ -355,10 +339,8 @@ def _decode_few_kernel(qkv, q_weight, k_weight, cos_sin, positions, slots, k_cac
                     folded += (mma_v2(parts[part], weight, acc[part]),)
                 acc = folded
             next_values += (_fetch(v_words, pages[0], turn, base, lo, last, head, K, P, WORDS, WINDOW, GROUPS, WARPS, True),)
-            if NEAR:
-                _ask(k_words, v_words, pages[NEAR], turn + NEAR, base, lo, last, head, K, P, WORDS, WINDOW, GROUPS, WARPS)
             pages = pages[1:]
-            pages += (_pages(turn + NEAR + 2, table, base, lo, last, P, WINDOW, GROUPS, WARPS),)
+            pages += (_pages(turn + 2, table, base, lo, last, P, WINDOW, GROUPS, WARPS),)
         keys = next_keys
         values = next_values
 
@@ -399,9 +381,7 @@ class Way(NamedTuple):
     warps: int      # they share a row's keys
     groups: int     # of 16 keys that a warp takes in a turn
     ahead: int      # turns that a warp has asked for while it takes one
-    near: int = 0               # more turns that it has asked the L2 for
     programs: int = 1           # while there are fewer, keys are split
-    registers: int = 0          # of a thread, at most; 0: as many as the compiler takes
 
 
 def way_of(cache: Tensor, heads: int) -> Way:
@@ -414,11 +394,11 @@ def way_of(cache: Tensor, heads: int) -> Way:
 
 
 def takes(qkv: Tensor, k_cache: Tensor, num_heads: int, softcap: float) -> bool:
-    """Whether this is for the kernel; its launches are for Ampere and later."""
+    """Whether this is for the kernel: on Hopper, where its ways were measured."""
     _, kv_heads, page, dim = k_cache.shape
-    stored = k_cache.dtype == torch.float8_e4m3fn or (k_cache.dtype == qkv.dtype and qkv.element_size() == 2)
+    stored = qkv.element_size() == 2 and k_cache.dtype in (torch.float8_e4m3fn, qkv.dtype)
     return (ENABLED and stored and dim in (64, 128) and num_heads // kv_heads <= 16 and page % GROUP == 0 and not softcap
-            and overlaps(qkv.device))
+            and processors(qkv.device) > 0)
 
 
 def rope_and_decode(qkv: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, eps: float, plus_one: bool, cos_sin: Tensor,
@@ -432,7 +412,6 @@ def rope_and_decode(qkv: Tensor, q_weight: Tensor | None, k_weight: Tensor | Non
     tile = way.warps * way.groups * GROUP
     out = torch.empty((n, num_heads, dim), dtype=qkv.dtype, device=qkv.device)
     splits, partial = split_keys(out, kv_heads, max_context, window, tile, way.programs)
-    limit = {"maxnreg": way.registers} if way.registers else {}
     _decode_few_kernel[kv_heads, splits, n](
         qkv, qkv if q_weight is None else q_weight, qkv if k_weight is None else k_weight, cos_sin, positions, slots,
         k_cache, v_cache, k_cache.view(torch.int32), v_cache.view(torch.int32), out if kv_scales is None else kv_scales,
@@ -441,5 +420,5 @@ def rope_and_decode(qkv: Tensor, q_weight: Tensor | None, k_weight: Tensor | Non
         H=num_heads, K=kv_heads, P=page, D=dim, ROTARY=cos_sin.shape[1], ROWS=max(8, next_power_of_2(num_heads // kv_heads)),
         TILE=tile, SPLIT=splits > 1, WINDOW=window > 0, Q_NORM=q_weight is not None, K_NORM=k_weight is not None,
         PLUS_ONE=plus_one, FP8=k_cache.dtype == torch.float8_e4m3fn, SHIFT=k_shift is not None, GROUPS=way.groups,
-        AHEAD=way.ahead, NEAR=way.near, WARPS=way.warps, num_warps=way.warps, **limit, **launch_options(overlaps(qkv.device)))
+        AHEAD=way.ahead, WARPS=way.warps, num_warps=way.warps, **launch_options(overlaps(qkv.device)))
     return combine(partial, positions, None, out, window, splits, tile)

@@ -2,9 +2,9 @@
 
 Few rows: y^T = W x^T from shared memory, K split as split_k.py says. The tensor cores add e4m3 products in fewer bits than
 float32 has (arXiv 2412.19437, section 3.3.2), so their sums are taken over 128 of K only, and those are added up in float32.
-Up to 8 rows on Hopper: gemm_few.py; up to 128: gemm_fp8_ring.py.
+On Hopper up to 8 rows: gemm_few.py; up to 128, of many outputs 64: gemm_fp8_ring.py.
 Many rows: cuBLAS, which knows scales of rows and columns, with the tensor cores' own sums, as vLLM has them: 6 to 12 % faster,
-and 2.2e-3 to 3.5e-3 off in the 2-norm instead of the 1.7e-3 of bfloat16's rounding. For blocks the kernel here at every size,
+and 2.2e-3 to 3.5e-3 off in the 2-norm instead of the 1.7e-3 of bfloat16's rounding. For blocks the kernel here,
 as for sizes that are no multiples of 16, which cuBLAS does not take.
 """
 

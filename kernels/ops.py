@@ -1,4 +1,4 @@
-"""The only door to the kernels: one function per op, Triton on CUDA, the torch twin elsewhere. The contracts stand in ref.py."""
+"""The only door to the kernels: a function an op, Triton or Gluon on CUDA, else the torch twin. The contracts stand in ref.py."""
 
 from __future__ import annotations
 

@@ -63,7 +63,7 @@ def finish(acc, bias, out, partial, counters, n, m, M, N, splits, BIAS: tl.const
 
 @cache
 def counters(device: torch.device) -> Tensor:
-    """int32 [TILES] of zeros, which every product leaves as zeros: products of one device must run one after the other."""
+    """int32 [TILES] of zeros, which products, and prefill_hopper.py, leave as zeros: these must run one after the other."""
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        raise RuntimeError("a product must run once before it is captured in a CUDA graph")
+        raise RuntimeError("a kernel that counts must run once before it is captured in a CUDA graph")
     return torch.zeros(TILES, dtype=torch.int32, device=device)

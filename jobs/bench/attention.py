@@ -216,7 +216,7 @@ def prefill(tile: Tile, model: Model, shape: PrefillShape, pool: Pool, timed: bo
 
 def hopper_prefill(model: Model, shape: PrefillShape, pool: Pool, timed: bool) -> float:
     """As `prefill`, of prefill_hopper.py; NaN where it leaves the heads to attention.py."""
-    if model.dim not in (64, 128):
+    if model.dim != 128 and (model.dim != 64 or pool.scales is None):
         return float("nan")
     with mock.patch.object(attention, "prefill_attention", prefill_hopper.prefill_attention):
         return prefill(PREFILL_TILES[model][0], model, shape, pool, timed)

@@ -30,9 +30,8 @@ DEVICE, DTYPE, PAGE, MAX_MODEL_LEN = "cuda", torch.float16, 32, 4096
 HEADS, KV_HEADS = 32, 8
 SHAPES = [(50, 256), (50, 384), (128, 300), (16, 400), (1, 300), (4, 300)]
 STORED = torch.float8_e4m3fn, DTYPE
-WAYS = [Way(warps, groups, ahead, near, programs, registers)
-        for warps in (2, 4, 8, 16) for groups, ahead in ((1, 1), (2, 1), (1, 2)) for near in (0, 2) for programs in (1, 132)
-        for registers in (0, 128)]
+WAYS = [Way(warps, groups, ahead, programs)
+        for warps in (2, 4, 8, 16) for groups, ahead in ((1, 1), (2, 1), (1, 2)) for programs in (1, 132)]
 
 
 def calls_of(stored: torch.dtype, rows: int, context: int, dim: int, layers: int) -> list[Callable[[], Tensor]]:

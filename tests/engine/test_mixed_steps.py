@@ -78,12 +78,13 @@ def test_a_captured_shape_serves_steps_that_are_not_much_smaller() -> None:
     assert often(Shapes(10**12, 2048, 4096, 16384), step, {shape}) is None
 
 
-@pytest.mark.parametrize("max_rows, most", [(2048, 16384), (1000, 16384), (48, 8192)])
+@pytest.mark.parametrize("max_rows, most", [(2048, 16384), (1000, 16384), (48, 8192), (2048, 2600)])
 def test_full_shapes_serve_every_step_of_the_most_tokens(max_rows: int, most: int) -> None:
     shapes = Shapes(1, max_rows, 4096, most)
     captured = shapes.full(False)
-    for decode in range(0, max_rows, 7):
-        rows = min(max_rows - decode, 100)
+    assert all(s.decode + s.tokens <= mixed_steps.SPARE * most for s in captured), "those would serve no step"
+    for decode in range(0, min(max_rows, most - mixed_steps.SHORT), 7):
+        rows = min(max_rows - decode, (most - decode) // mixed_steps.SHORT)
         counts = np.full(rows, (most - decode) // rows)
         counts[0] += most - decode - counts.sum()
         step = Shape(decode, rows, most - decode, tiles_of(counts).shape[0], False)
