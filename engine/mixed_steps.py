@@ -91,7 +91,7 @@ class Shapes:
 def shape_of(plan: StepPlan) -> Shape:
     """As the step is, without padding."""
     counts = plan.counts[plan.num_decode :]
-    return Shape(plan.num_decode, counts.size, int(counts.sum()), tiles_of(counts).shape[0], plan.shared is not None)
+    return Shape(plan.num_decode, counts.size, int(counts.sum()), int(_tiles(counts).sum()), plan.shared is not None)
 
 
 def _rounded(tokens: int) -> int:
@@ -100,10 +100,15 @@ def _rounded(tokens: int) -> int:
     return cdiv(tokens, step) * step
 
 
+def _tiles(counts: np.ndarray) -> np.ndarray:
+    """Tiles of QUERY_TILE queries of rows with so many."""
+    return -(-counts // ops.QUERY_TILE)
+
+
 def tiles_of(counts: np.ndarray) -> np.ndarray:
     """The work list of prefill attention for rows with so many queries: (row, first query) for each tile of QUERY_TILE queries,
     int32 [M, 2]."""
-    tiles = -(-counts // ops.QUERY_TILE)
+    tiles = _tiles(counts)
     row = np.repeat(np.arange(counts.size), tiles)
     first = (np.arange(row.size) - np.repeat(np.cumsum(tiles) - tiles, tiles)) * ops.QUERY_TILE
     return np.stack([row, first], axis=1).astype(np.int32)

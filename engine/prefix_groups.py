@@ -53,7 +53,7 @@ class PrefixGroups:
         order = np.argsort(groups, kind="stable")
         arranged, groups = rows[order], groups[order]
         first = np.flatnonzero(np.diff(groups, prepend=-1))
-        counts = np.diff(first, append=arranged.size)
+        counts = np.diff(first, append=rows.size)
         kept = (groups[first] > 0) & (counts >= MIN_ROWS)
         first, counts = first[kept], counts[kept]
         lengths = self._length[arranged[first]]

@@ -84,8 +84,9 @@ class Runner:
         table.sampled_rows.fill_(table.dummy)
         if self._pinned:
             for sharing in (False, True) if self._sharing else (False,):
+                small = rehearsal(table.dummy, 1, TWO, sharing)
                 for shape in self._graphs.shapes.full(sharing) if self._graphs is not None else ():
-                    self._launch_mixed(rehearsal(table.dummy, 1, TWO, sharing), shape)
+                    self._launch_mixed(small, shape_of(small), shape)
             for plan in self._rehearsals():
                 for _ in range(WORTH if self._graphs is not None else 1):        # until it has a graph
                     self._mixed(plan)
@@ -176,12 +177,12 @@ class Runner:
     # --- forward, of steps in which some rows have several queries ---
 
     def _mixed(self, plan: StepPlan) -> Step:
-        graphs = self._graphs
-        return self._launch_mixed(plan, graphs.shapes.of(shape_of(plan), graphs.mixed.captured) if graphs is not None else None)
+        graphs, exact = self._graphs, shape_of(plan)
+        return self._launch_mixed(plan, exact, graphs.shapes.of(exact, graphs.mixed.captured) if graphs is not None else None)
 
-    def _launch_mixed(self, plan: StepPlan, shape: Shape | None) -> Step:
-        """shape: None to launch it as it is."""
-        graphs, sampled, exact = self._graphs, plan.sampled.size, shape_of(plan)
+    def _launch_mixed(self, plan: StepPlan, exact: Shape, shape: Shape | None) -> Step:
+        """exact: the plan's own shape; shape: what to run it in, None for as it is."""
+        graphs, sampled = self._graphs, plan.sampled.size
         self._stage_decode(plan, (shape or exact).decode, exact.sharing)
         self._stage_rest(plan, shape or exact)
         self._flush(plan, padded(graphs.sizes, sampled) if graphs is not None else sampled)

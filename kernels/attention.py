@@ -14,7 +14,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.assembly import WIDEN
 from kernels.overlap import after, launch_options, overlaps
 from kernels.ref import PREFIX_TILE, QUERY_TILE
 from kernels.shapes import cdiv, next_power_of_2
@@ -25,6 +24,13 @@ LOWEST = tl.constexpr(-1.0e20)      # peaks start here: above a masked score by 
 DECODE_PROGRAMS = 264               # fill an H100 at a head size of 128, more at a smaller one; with fewer, keys are split
 MAX_SPLITS = 64
 COMPILED = tl.constexpr(not triton.knobs.runtime.interpret)
+# Four e4m3 to four float16: Triton's own conversion is 4 % slower.
+WIDEN = tl.constexpr("""{
+.reg .b16 low, high;
+mov.b32 {low, high}, $2;
+cvt.rn.f16x2.e4m3x2 $0, low;
+cvt.rn.f16x2.e4m3x2 $1, high;
+}""")
 
 
 @triton.jit

@@ -1,10 +1,9 @@
 """Products of 9 to 128 rows of e4m3 numbers on Hopper, in Gluon: y^T = W x^T through a ring of blocks of K in shared memory.
 
 A program has 64 of the weight's rows. Two of its warps copy them, 128 of K at a time, into what is free of the ring, and two
-copy x; a warp group multiplies by wgmma. So the memory is asked for more while the tensor cores work,
-which Triton's own loops, waiting for every product, do not do; and the ring is filled with weights before the kernel that makes
-x has finished. Where there are few tiles their K is split, and the last program of a tile adds the sums up in their order, as
-split_k.py says.
+copy x; a warp group multiplies by wgmma. So the memory is asked for more while the tensor cores work, which Triton's own loops,
+waiting for every product, do not do; and the ring is filled with weights before the kernel that makes x has finished. K may be
+split, and the last program of a tile adds the sums up in their order, as split_k.py says.
 
 The tensor cores add e4m3 products in fewer bits than float32 has (arXiv 2412.19437, section 3.3.2), so their sums are taken
 over 128 of K only, and those are added up in float32.

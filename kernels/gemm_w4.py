@@ -20,7 +20,6 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels import gemm_few, gemm_w4_ring
-from kernels.assembly import OPERANDS, UNPACK_BF16, UNPACK_FP16
 from kernels.overlap import after, launch_options, overlaps, prefetch
 from kernels.pointwise import gated_act
 from kernels.ref import in_input_order
@@ -30,6 +29,37 @@ from kernels.split_k import Tile, counters, finish
 ROWS = 128              # of W in one unit of the packed layout
 WORDS = 32              # 16-bit words of one row in one unit: 128 codes of 4 bits, 64 of 8
 INTERPRET = triton.knobs.runtime.interpret      # by Triton's interpreter, which knows no assembly
+
+# Two words of a row, $4: their four codes less the zeros; $5 to $8 hold a zero and the number whose mantissa bears the code.
+UNPACK_BF16 = tl.constexpr("""{
+.reg .b32 t;
+lop3.b32 $0, $4, 0x000f000f, 0x43004300, 0xea;
+shr.u32 t, $4, 4;
+lop3.b32 $1, t, 0x000f000f, 0x43004300, 0xea;
+shr.u32 t, $4, 8;
+lop3.b32 $2, t, 0x000f000f, 0x43004300, 0xea;
+shr.u32 t, $4, 12;
+lop3.b32 $3, t, 0x000f000f, 0x43004300, 0xea;
+sub.bf16x2 $0, $0, $5;
+sub.bf16x2 $1, $1, $6;
+sub.bf16x2 $2, $2, $7;
+sub.bf16x2 $3, $3, $8;
+}""")
+# The mantissa of float16 has room for every second code four bits up: 1024 + 16 code, whose sixteenth is 64 + code.
+UNPACK_FP16 = tl.constexpr("""{
+.reg .b32 t, sixteenth;
+mov.b32 sixteenth, 0x2c002c00;
+shr.u32 t, $4, 8;
+lop3.b32 $0, $4, 0x000f000f, 0x64006400, 0xea;
+lop3.b32 $1, $4, 0x00f000f0, 0x64006400, 0xea;
+lop3.b32 $2, t, 0x000f000f, 0x64006400, 0xea;
+lop3.b32 $3, t, 0x00f000f0, 0x64006400, 0xea;
+sub.f16x2 $0, $0, $5;
+fma.rn.f16x2 $1, $1, sixteenth, $6;
+sub.f16x2 $2, $2, $7;
+fma.rn.f16x2 $3, $3, sixteenth, $8;
+}""")
+OPERANDS = tl.constexpr("=&r,=&r,=&r,=&r,r,r,r,r,r")
 
 # --- the packed layout ----------------------------------------------------------------------------------------------------------
 

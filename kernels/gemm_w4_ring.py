@@ -17,7 +17,6 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
 
-from kernels.assembly import HALF_OPERANDS, SCALE_BF16, SCALE_FP16
 from kernels.hopper import (
     FLAT,
     MOST_BESIDE,
@@ -37,6 +36,32 @@ from kernels.hopper import (
 )
 from kernels.overlap import after, launch_options, overlaps
 from kernels.split_k import counters
+
+# Two words of a row, $2: the first or the last two of their four codes, less the zeros ($3 and $4, as gemm_w4.py has them), by
+# the scale, $5.
+SCALE_BF16 = gl.constexpr(tuple(f"""{{
+.reg .b32 t, u;
+shr.u32 t, $2, {shift};
+shr.u32 u, $2, {shift + 4};
+lop3.b32 $0, t, 0x000f000f, 0x43004300, 0xea;
+lop3.b32 $1, u, 0x000f000f, 0x43004300, 0xea;
+sub.bf16x2 $0, $0, $3;
+sub.bf16x2 $1, $1, $4;
+mul.bf16x2 $0, $0, $5;
+mul.bf16x2 $1, $1, $5;
+}}""" for shift in (0, 8)))
+SCALE_FP16 = gl.constexpr(tuple(f"""{{
+.reg .b32 t, sixteenth;
+mov.b32 sixteenth, 0x2c002c00;
+shr.u32 t, $2, {shift};
+lop3.b32 $0, t, 0x000f000f, 0x64006400, 0xea;
+lop3.b32 $1, t, 0x00f000f0, 0x64006400, 0xea;
+sub.f16x2 $0, $0, $3;
+fma.rn.f16x2 $1, $1, sixteenth, $4;
+mul.f16x2 $0, $0, $5;
+mul.f16x2 $1, $1, $5;
+}}""" for shift in (0, 8)))
+HALF_OPERANDS = gl.constexpr("=&r,=&r,r,r,r,r")
 
 
 @gluon.jit

@@ -21,13 +21,12 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 from triton.runtime.jit import constexpr_function
 
 from kernels import attention
-from kernels.assembly import WIDEN
 from kernels.hopper import GROUP, arrive_when_copied, async_load, await_operands, barrier, lines, processors, reinterpret
 from kernels.ref import QUERY_TILE
 from kernels.shapes import cdiv
 from kernels.split_k import counters
 
-MASKED, LOWEST = attention.MASKED, attention.LOWEST
+MASKED, LOWEST, WIDEN = attention.MASKED, attention.LOWEST, attention.WIDEN
 BLOCK_M = 128               # rows of a program
 BLOCK_N = 128               # keys of a tile
 STAGES = gl.constexpr(2)    # tiles of each ring, and blocks whose queries are there

@@ -46,7 +46,7 @@ class IntegerMethod(LinearMethod):
 
     def apply_gated(self, layer: Linear, x: Tensor, activation: str) -> Tensor:
         if self.bits == 8:
-            return ops.gated_act(self.apply(layer, x), activation)
+            return LinearMethod.apply_gated(self, layer, x, activation)
         return ops.w4_gated_matmul(x, layer.codes, layer.scales, layer.zeros, group_of(layer), activation, layer.bias, layer.perm,
                                    layer.unpacked)
 

@@ -16,7 +16,6 @@ import argparse
 import functools
 import itertools
 import multiprocessing
-import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -41,7 +40,6 @@ from kernels.split_k import Tile
 DEVICE, DTYPE = "cuda", torch.bfloat16
 L2_BYTES = 64 << 20
 NAN = float("nan")
-RING = os.environ.get("RING", "w4 fp8").split()
 LIMIT = {torch.bfloat16: 5e-3, torch.float16: 1e-3}
 
 # Outputs and inputs of each layer's merged projections.
@@ -444,7 +442,7 @@ def sweep_ring(rate: float) -> None:
                 ("w4", w4, (w4.fused, x, gemm_w4._tile(rows, shape[0])), gemm_w4_ring.tile_of(rows, *shape, chips)),
                 ("fp8", fp8, of_fp8, gemm_fp8_ring.tile_of(rows, *shape, chips)),
             ):
-                if chosen is None or what not in RING:
+                if chosen is None:
                     continue
                 before, found = attempt(*old), rings(what, rows)
                 ways = [(attempt(layer.ring, x, tile), tile) for tile in found]
@@ -547,7 +545,7 @@ def main() -> None:
                                            if kind != "w4 gated" or tile.outputs >= 32], chunksize=4))
         if args.sweep and "ring" in args.only:
             split = {(kind, rows, tile._replace(splits=min(tile.splits, 2)))
-                     for rows in RING_ROWS for kind in RING for tile in rings(kind, rows)}
+                     for rows in RING_ROWS for kind in ("w4", "fp8") for tile in rings(kind, rows)}
             list(workers.map(compile_ring, split, chunksize=2))
     torch.manual_seed(0)
     torch.use_deterministic_algorithms(args.check, warn_only=True)      # torch.empty gives NaN: what no program wrote shows

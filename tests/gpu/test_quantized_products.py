@@ -50,7 +50,7 @@ def test_rows(like, rows):
 
 TILES = [gemm_few.Tile(warps, outputs, ahead, registers) for warps in (1, 4, 8, 16) for outputs in (16, 32, 64)
          for ahead in (1, 2, 4) for registers in (0, 64) if outputs * ahead <= 64]
-HOPPER = pytest.mark.skipif(torch.cuda.get_device_capability()[0] != 9, reason="kernels/gemm_few.py is for Hopper")
+HOPPER = pytest.mark.skipif(torch.cuda.get_device_capability()[0] != 9, reason="these kernels are for Hopper")
 
 
 @HOPPER
