@@ -109,6 +109,14 @@ def attend(queries, k_cache, v_cache, table, head, lo, hi, peak, total, acc, sca
 
 
 @triton.jit
+def part_of(lo, hi, split, splits, TILE: tl.constexpr):
+    """The keys lo .. hi that are a split's, in whole tiles; none for the last ones where there are too few tiles."""
+    share = tl.cdiv(tl.cdiv(hi - lo, TILE), splits) * TILE
+    lo += split * share
+    return lo, tl.minimum(lo + share, hi)
+
+
+@triton.jit
 def store_sums(peak, total, acc, out, partial, i, head, split, splits, H: tl.constexpr, K: tl.constexpr,
                D: tl.constexpr, SPLIT: tl.constexpr):
     """The softmax sums of row i's queries of a KV head: divided to `out`, or a split's as they are to `partial`, for combine.
@@ -143,9 +151,7 @@ def _decode_kernel(q, k_cache, v_cache, kv_scales, block_table, rows, positions,
     if SHARED:
         resuming = tl.where(split == 0, tl.minimum(lo, 1), 0)   # 1 where what the prefix kernel has summed goes on here
     if SPLIT:
-        share = tl.cdiv(tl.cdiv(hi - lo, BLOCK_N), splits) * BLOCK_N
-        lo += split * share
-        hi = tl.minimum(lo + share, hi)
+        lo, hi = part_of(lo, hi, split, splits, BLOCK_N)
         if lo >= hi:
             return
     G: tl.constexpr = H // K

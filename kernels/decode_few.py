@@ -21,7 +21,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 
-from kernels.attention import LOWEST, MASKED, combine, key_scaled, log2_scales, split_keys
+from kernels.attention import LOWEST, MASKED, combine, key_scaled, log2_scales, part_of, split_keys
 from kernels.fragments import count, numbers, operand_layout, sums_layout
 from kernels.hopper import processors
 from kernels.kv_cache import rotated, rotation, scaled, shifted
@@ -264,10 +264,8 @@ def _decode_few_kernel(qkv, q_weight, k_weight, cos_sin, positions, slots, k_cac
     table = block_table + gl.load(rows + i).to(gl.int64) * table_stride
     lo = gl.maximum(position + 1 - window, 0) if WINDOW else 0
     hi = position + 1
-    if SPLIT:       # as attention.py splits them
-        share = gl.cdiv(gl.cdiv(hi - lo, TILE), splits) * TILE
-        lo += split * share
-        hi = gl.minimum(lo + share, hi)
+    if SPLIT:
+        lo, hi = part_of(lo, hi, split, splits, TILE)
         if lo >= hi:
             return
     own = hi > position             # the new token is among this program's keys: the last of them, and not read from the cache

@@ -21,6 +21,7 @@ from kernels.attention import (
     decode_options,
     key_scaled,
     log2_scales,
+    part_of,
     softcapped,
     split_keys,
     store_sums,
@@ -44,10 +45,8 @@ def _decode_step_kernel(qkv, q_weight, k_weight, cos_sin, positions, slots, k_ca
     position = tl.load(positions + i)
     lo = tl.maximum(position + 1 - window, 0) if WINDOW else 0
     hi = position + 1
-    if SPLIT:       # as attention.py splits them
-        share = tl.cdiv(tl.cdiv(hi - lo, BLOCK_N), splits) * BLOCK_N
-        lo += split * share
-        hi = tl.minimum(lo + share, hi)
+    if SPLIT:
+        lo, hi = part_of(lo, hi, split, splits, BLOCK_N)
         if lo >= hi:
             return
     own = hi > position             # the new token is among this program's keys: the last of them, and not read from the cache

@@ -49,13 +49,13 @@ def await_operands(ready, phase):
 
 
 @gluon.jit
-def add_splits(acc, partial, at, size, inside, counter, split, splits, MOST: gl.constexpr = 4096):
+def add_splits(acc, partial, at, size, counter, split, splits, MOST: gl.constexpr = 4096):
     """This group's sums, or, if its program is the last of its splits, those of all in their order: (sums, whether it is).
 
     `at`: where in partial split 0 leaves its sums, `size` elements before the next one's; of few tiles, so that int32 counts
     them. The counter is 0 before and after. MOST: elements whose loads are in flight together, at least a split's.
     """
-    gl.store(partial + (at + split * size), acc, mask=inside)
+    gl.store(partial + (at + split * size), acc)
     barrier()      # all of the group's stores come before its ticket
     last = gl.atomic_add(counter, 1, sem="acq_rel") == splits - 1
     if last:
@@ -63,7 +63,7 @@ def add_splits(acc, partial, at, size, inside, counter, split, splits, MOST: gl.
         AT_ONCE: gl.constexpr = max(1, MOST // (acc.shape[0] * acc.shape[1]))
         for first in range(0, splits, AT_ONCE):
             for other in gl.static_range(AT_ONCE):
-                there = inside & (first + other < splits)
+                there = first + other < splits
                 acc += gl.load(partial + (at + (first + other) * size), mask=there, other=0.0, cache_modifier=".cg")
         gl.store(counter, 0)
     return acc, last
@@ -97,7 +97,7 @@ def finish(acc, part, sizes, ends, SPLIT: gl.constexpr, BIAS: gl.constexpr, SUMS
     if SPLIT:
         line, place = gl.arange(0, LINES, gl.SliceLayout(1, FLAT)), gl.arange(0, 512, gl.SliceLayout(0, FLAT))
         at = (part * LINES + line)[:, None] * 512 + place[None, :]
-        acc, last = add_splits(acc, partial, at, N * BLOCK_M, True, arrived + part, split, splits, MOST)
+        acc, last = add_splits(acc, partial, at, N * BLOCK_M, arrived + part, split, splits, MOST)
     if last:
         ROWS: gl.constexpr = lines(64, 8)       # of y
         m, n = gl.arange(0, BLOCK_M, gl.SliceLayout(1, ROWS)), part * 64 + gl.arange(0, 64, gl.SliceLayout(0, ROWS))
