@@ -11,7 +11,7 @@ from kernel_cases import check_linear, randn
 if not torch.cuda.is_available():
     pytest.skip("needs CUDA", allow_module_level=True)
 
-from kernels import ops, ref
+from kernels import gemm_gated, ops, ref
 from kernels.gemm_skinny import Tile, product
 from kernels.split_k import counters
 
@@ -52,6 +52,33 @@ def test_ops_as_the_rule_has_them(m, features, depth):
     assert float((got.double() - want.double()).norm() / want.double().norm()) < 6e-3
     got, want = ops.linear(x, weight), x.double() @ weight.double().T
     assert float((got.double() - want).norm() / want.norm()) < 3e-3
+
+
+def run_way(way, x, weight, bias, activation, out):
+    return gemm_gated.product(x, weight, activation, way, out)
+
+
+WAYS = [gemm_gated.BEST]
+HOPPER = pytest.mark.skipif(torch.cuda.get_device_capability()[0] != 9, reason="this kernel is for Hopper")
+
+
+@HOPPER
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("m, features, depth", [(1, 256, 256), (129, 512, 256), (1000, 2048, 768), (4100, 5120, 1280)])
+@pytest.mark.parametrize("activation", ["", "silu", "gelu_tanh"])
+@pytest.mark.parametrize("way", WAYS, ids=lambda way: "-".join(map(str, way)))
+def test_many_gated_rows(dtype, m, features, depth, activation, way):
+    """Fewer tiles than multiprocessors, and more; an odd number of turns of the ring for each."""
+    check_linear(partial(run_way, way), torch.empty(0, dtype=dtype, device="cuda"), m, features, depth, activation)
+
+
+@HOPPER
+@pytest.mark.parametrize("m, features, depth", [(4500, 2048, 512), (4500, 2048, 192), (4500, 1000, 512), (300, 2048, 512)])
+def test_gated_rows_as_the_rule_has_them(m, features, depth):
+    like = torch.empty(0, dtype=torch.bfloat16, device="cuda")
+    x, weight = randn(m, depth, like=like), randn(features, depth, like=like) / depth**0.5
+    got, want = ops.gated_linear(x, weight, None, "silu"), ref.gated_linear(x, weight, None, "silu")
+    assert float((got.double() - want.double()).norm() / want.double().norm()) < 6e-3
 
 
 @pytest.mark.parametrize("m", [1, 16, 64])
