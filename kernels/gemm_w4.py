@@ -395,11 +395,15 @@ def w4_gated_matmul(x: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor | N
                     bias: Tensor | None, perm: Tensor | None, unpacked: Tensor | None) -> Tensor:
     """See ref.w4_gated_matmul, and w4_matmul for the strides."""
     few = _tile_of_few(x, scales, group, 4, gated=True)
-    if few is None:
+    ring = gemm_w4_ring.tile_for(x, scales, zeros, group, gated=True) if bias is None else None
+    if few is None and ring is None:
         return gated_act(_matmul(x, packed, scales, zeros, group, bias, perm, unpacked, 4), activation)
     if perm is not None:
         x = x.index_select(1, perm)
-    return gemm_few.w4_product(x, packed, scales, zeros, group, bias, few, activation)
+    if few is not None:
+        return gemm_few.w4_product(x, packed, scales, zeros, group, bias, few, activation)
+    assert ring is not None
+    return gemm_w4_ring.product(x, packed, scales, zeros, group, None, ring, activation)
 
 
 def w8_matmul(x: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor | None, group: int, bias: Tensor | None,
