@@ -34,8 +34,9 @@ HEADS, KV_HEADS = 32, 8
 LAYERS = 16         # of a chain: their weights are more than fits in L2
 SHAPES = [(1, 150), (1, 300), (1, 640), (1, 2000), (4, 300), (16, 400), (50, 256), (50, 384), (128, 300)]
 STORED = torch.float8_e4m3fn, DTYPE
-WAYS = [Way(warps, groups, ahead, programs)
-        for warps in (2, 4, 8, 16) for groups, ahead in ((1, 1), (2, 1), (1, 2)) for programs in (1, 132)]
+WAYS = [*(Way(warps, groups, ahead) for warps in (2, 4, 8, 16) for groups, ahead in ((1, 1), (2, 1), (1, 2))),
+        *(Way(warps, 1, 1, programs) for warps in (2, 4, 8) for programs in (2, 4, 8, 16)), Way(4, 2, 1, 8), Way(4, 1, 2, 8)]
+MOST_PROGRAMS = 512     # where more share keys than fill the chip
 
 
 def layers_of(stored: torch.dtype, rows: int, context: int, dim: int, layers: int) -> list[Callable[[Tensor], Tensor]]:
@@ -130,10 +131,10 @@ def main() -> None:
                 chain = chain_of(stored, rows, context, args.dim)
             with in_way(None):
                 want, now = calls[0]().double(), seconds_of(calls, chain) * 1e6
-            chosen = decode_few.way_of(torch.empty(0, dtype=stored), rows * KV_HEADS)
+            chosen = decode_few.way_of(torch.empty(0, dtype=stored), rows * KV_HEADS, HEADS // KV_HEADS)
             times = []
             for way in WAYS:
-                if 1 < way.programs <= rows * KV_HEADS:       # splits no keys, as that with 1
+                if way.programs > 1 and way.programs * rows * KV_HEADS > MOST_PROGRAMS:
                     continue
                 try:
                     with in_way(way):
