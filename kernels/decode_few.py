@@ -8,6 +8,8 @@ A lane loads 16 bytes at a time of the keys that are its rows of K; which number
 values it loads 16 bytes of each of the four keys that are its columns of V^T, and pairs two neighbouring keys' numbers of one
 dimension; which dimensions are its rows shows in the sums alone. The scores' fragment transposed is the weights' as an operand.
 Words of 32 bits are carried; of smaller ones each would take a register.
+
+Of few rows the programs of a cluster share a row's keys, and add up what they have in shared memory; see cluster.py.
 """
 
 from __future__ import annotations
@@ -21,8 +23,9 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 
-from kernels.attention import LOWEST, MASKED, combine, key_scaled, log2_scales, part_of, split_keys
-from kernels.fragments import count, numbers, operand_layout, sums_layout
+from kernels import cluster
+from kernels.attention import LOWEST, MASKED, key_scaled, log2_scales
+from kernels.fragments import alike, count, numbers, operand_layout, sums_layout
 from kernels.hopper import processors
 from kernels.kv_cache import rotated, rotation, scaled, shifted
 from kernels.overlap import after, launch_options, overlaps
@@ -42,26 +45,59 @@ def run_of(words):
 
 
 @gluon.constexpr_function
-def values_layout(warps, words, paired):
+def shared_layout(vector, phases, rank, programs):
+    return gl.SwizzledSharedLayout(vector, 1, phases, list(reversed(range(rank))), cga_layout=alike(programs, rank))
+
+
+@gluon.constexpr_function
+def values_layout(warps, words, paired, programs):
     """Of values [warps, words, 16]: a lane has runs of keys 2 t, 2 t + 1, 2 t + 8, 2 t + 9; paired: two keys' words first."""
     run = run_of(words)
     pair, along = [[0, 0, 1]], [[0, 1 << i, 0] for i in range(run.bit_length() - 1)]
     apart = [[0, 0, 8]] + [[0, 1 << i, 0] for i in range((8 * run).bit_length() - 1, words.bit_length() - 1)]
     lanes = [[0, 0, 2], [0, 0, 4]] + [[0, run << i, 0] for i in range(3)]
     return gl.DistributedLinearLayout((pair + along if paired else along + pair) + apart, lanes,
-                                      [[1 << i, 0, 0] for i in range(warps.bit_length() - 1)], [], [warps, words, 16])
+                                      [[1 << i, 0, 0] for i in range(warps.bit_length() - 1)], alike(programs, 3),
+                                      [warps, words, 16])
 
 
 @gluon.constexpr_function
-def merged_layout(warps, dim):
-    """Of a head's queries [warps, queries, D], with one warp to a query and all warps' sums of an element in one lane."""
-    return gl.BlockedLayout([warps, 1, dim // 32], [1, 1, 32], [1, warps, 1], [2, 1, 0])
+def least_power_of_2(n):
+    return 1 << (n - 1).bit_length()
 
 
 @gluon.constexpr_function
-def queries_layout(warps, each):
+def neighbours(warps, queries, dim):
+    """Numbers along D that a lane has together of a head's queries."""
+    return max(1, dim // 32 * min(warps, queries) // warps)
+
+
+@gluon.constexpr_function
+def held(warps, queries, dim):
+    """Numbers of a head's queries that lanes have, those counted twice that two have."""
+    return max(queries * dim, 32 * warps * neighbours(warps, queries, dim))
+
+
+@gluon.constexpr_function
+def heads_layout(warps, dim, programs):
+    """Of heads [heads, D], with one warp to a head, or several that have the same."""
+    # A slice, since Triton 3.6 cannot join tensors of a cluster in a plain layout.
+    return gl.SliceLayout(0, gl.BlockedLayout([1, 1, dim // 32], [1, 1, 32], [1, warps, 1], [2, 1, 0],
+                                              cga_layout=alike(programs, 3)))
+
+
+@gluon.constexpr_function
+def merged_layout(warps, queries, dim, programs):
+    """Of a head's queries [warps, queries, D], with all warps' sums of an element in one lane."""
+    rows = min(warps, queries)
+    return gl.BlockedLayout([warps, 1, neighbours(warps, queries, dim)], [1, 1, 32], [1, rows, warps // rows], [2, 1, 0],
+                            cga_layout=alike(programs, 3))
+
+
+@gluon.constexpr_function
+def queries_layout(warps, each, programs):
     """Of queries [warps, queries, D], all of them in each warp: a lane has `each` numbers together, as of its keys."""
-    return gl.BlockedLayout([1, 1, each], [1, 8, 4], [warps, 1, 1], [2, 1, 0])
+    return gl.BlockedLayout([1, 1, each], [1, 8, 4], [warps, 1, 1], [2, 1, 0], cga_layout=alike(programs, 3))
 
 
 # Two halves of each word; the words of two keys, their numbers paired; and what a warp holds of 8 x 8 numbers transposed.
@@ -91,7 +127,7 @@ def _key_operand(words, KIND: tl.constexpr):
     WARPS: tl.constexpr = words.shape[0]
     low, high = gl.inline_asm_elementwise(HALVES, "=h,=h,r", [words], (gl.int16, gl.int16), is_pure=True, pack=1)
     whole = gl.reshape(gl.join(low, high).to(KIND, bitcast=True), [WARPS, KEYS, words.shape[2] * 2])
-    return gl.convert_layout(whole, operand_layout(0, WARPS, 8), assert_trivial=True)
+    return gl.convert_layout(whole, operand_layout(0, WARPS, 8, gl.num_ctas()), assert_trivial=True)
 
 
 @gluon.jit
@@ -103,7 +139,7 @@ def _value_operands(words, KIND: tl.constexpr, FP8: tl.constexpr):
     WARPS: tl.constexpr = words.shape[0]
     WORDS: tl.constexpr = words.shape[1]
     RUN: tl.constexpr = run_of(WORDS)
-    words = gl.convert_layout(words, values_layout(WARPS, WORDS, True), assert_trivial=True)
+    words = gl.convert_layout(words, values_layout(WARPS, WORDS, True, gl.num_ctas()), assert_trivial=True)
     if FP8:
         parts = gl.inline_asm_elementwise(PAIRED_NUMBERS, "=&r,=&r,=&r,=&r,r,r", [words], (gl.int16,) * 4, is_pure=True, pack=2)
     else:
@@ -112,7 +148,7 @@ def _value_operands(words, KIND: tl.constexpr, FP8: tl.constexpr):
     for i in gl.static_range(4 if FP8 else 2):
         runs = gl.permute(gl.reshape(parts[i].to(KIND, bitcast=True), [WARPS, WORDS // (8 * RUN), 8, RUN, KEYS]), [0, 1, 3, 2, 4])
         rows = gl.reshape(runs, [WARPS, WORDS, KEYS])
-        operands += (gl.convert_layout(rows, operand_layout(0, WARPS, 2), assert_trivial=True),)
+        operands += (gl.convert_layout(rows, operand_layout(0, WARPS, 2, gl.num_ctas()), assert_trivial=True),)
     return operands
 
 
@@ -137,17 +173,16 @@ def _weight_operand(weights):
     # Each lane's two numbers become others, but it is the same to all squares. Not pure: all lanes take part.
     squares = gl.inline_asm_elementwise(TRANSPOSED, "=r,r", [squares], weights.dtype, is_pure=False, pack=2)
     operand = gl.reshape(gl.permute(squares, [0, 1, 4, 2, 3]), [WARPS, KEYS, ROWS])
-    return gl.convert_layout(operand, operand_layout(1, WARPS, 2), assert_trivial=True)
+    return gl.convert_layout(operand, operand_layout(1, WARPS, 2, gl.num_ctas()), assert_trivial=True)
 
 
 @gluon.jit
-def _query_operands(queries, WARPS: tl.constexpr, FP8: tl.constexpr):
-    """Queries [ROWS, D] -> operands of all warps: [WARPS, D, ROWS], or FP8 four [WARPS, D / 4, ROWS]."""
-    ROWS: tl.constexpr = queries.shape[0]
-    D: tl.constexpr = queries.shape[1]
-    layout: tl.constexpr = queries_layout(WARPS, 16 if FP8 else 8)
-    right: tl.constexpr = operand_layout(1, WARPS, 4 if FP8 else 8)
-    shared = gl.allocate_shared_memory(queries.dtype, [ROWS, D], gl.SwizzledSharedLayout(8, 1, 8, [1, 0]), queries)
+def _query_operands(shared, WARPS: tl.constexpr, FP8: tl.constexpr):
+    """Queries [ROWS, D] -> operands of all warps: two [WARPS, D / 2, ROWS], half of D each, or FP8 four [WARPS, D / 4, ROWS]."""
+    ROWS: tl.constexpr = shared.shape[0]
+    D: tl.constexpr = shared.shape[1]
+    layout: tl.constexpr = queries_layout(WARPS, 16 if FP8 else 8, gl.num_ctas())
+    right: tl.constexpr = operand_layout(1, WARPS, 4 if FP8 else 8, gl.num_ctas())
     queries = gl.expand_dims(shared.load(gl.SliceLayout(0, layout)), 0)
     queries, _ = gl.broadcast(queries, gl.full([WARPS, ROWS, D], 0.0, queries.dtype, layout))
     if FP8:
@@ -157,11 +192,56 @@ def _query_operands(queries, WARPS: tl.constexpr, FP8: tl.constexpr):
         b, d = gl.split(odd)
         parts = (a, b, c, d)
     else:
-        parts = (queries,)  # type: ignore[assignment]
+        parts = gl.split(gl.permute(gl.reshape(queries, [WARPS, ROWS, 2, D // 2]), [0, 1, 3, 2]))
     operands = ()  # type: tuple
-    for i in gl.static_range(4 if FP8 else 1):
+    for i in gl.static_range(4 if FP8 else 2):
         operands += (gl.convert_layout(gl.permute(parts[i], [0, 2, 1]), right, assert_trivial=True),)
     return operands
+
+
+@gluon.jit
+def _key_operands(words, KIND: tl.constexpr, FP8: tl.constexpr):
+    """Words of keys [WARPS, 16, WORDS] -> as many operands as of queries."""
+    WARPS: tl.constexpr = words.shape[0]
+    if FP8:
+        operands = numbers(words)
+    else:
+        left: tl.constexpr = operand_layout(0, WARPS, 4, gl.num_ctas())
+        low, high = gl.split(gl.permute(gl.reshape(words, [WARPS, KEYS, 2, words.shape[2] // 2]), [0, 1, 3, 2]))
+        operands = (_key_operand(gl.convert_layout(low, left, assert_trivial=True), KIND),
+                    _key_operand(gl.convert_layout(high, left, assert_trivial=True), KIND))
+    return operands
+
+
+# --- a product has eight columns or more, a head may have fewer queries ---------------------------------------------------------
+
+
+@gluon.jit
+def _repeated(queries, ROWS: tl.constexpr, layout: tl.constexpr):
+    """[QUERIES, D] -> [ROWS, D], over and over."""
+    QUERIES: tl.constexpr = queries.shape[0]
+    if QUERIES < ROWS:
+        twice = gl.reshape(gl.permute(gl.join(queries, queries), [2, 0, 1]), [2 * QUERIES, queries.shape[1]])
+        queries = _repeated(gl.convert_layout(twice, layout, assert_trivial=True), ROWS, layout)
+    return queries
+
+
+@gluon.jit
+def _first_queries(x, QUERIES: tl.constexpr, layout: tl.constexpr):
+    """[WARPS, ROWS, D] -> [WARPS, QUERIES, D]. The others are in the same lanes, which need not load them then."""
+    WARPS: tl.constexpr = x.shape[0]
+    HALF: tl.constexpr = x.shape[1] // 2
+    if QUERIES <= HALF:
+        first, _ = gl.split(gl.permute(gl.reshape(x, [WARPS, 2, HALF, x.shape[2]]), [0, 2, 3, 1]))
+        x = _first_queries(gl.convert_layout(first, layout, assert_trivial=True), QUERIES, layout)
+    return x
+
+
+@gluon.jit
+def _spread(x, like):
+    """[WARPS, ROWS] -> [WARPS, ROWS, D]."""
+    x, _ = gl.broadcast(gl.expand_dims(x, 2), like)
+    return x
 
 
 # --- a turn: GROUPS groups of each warp's keys ----------------------------------------------------------------------------------
@@ -186,7 +266,7 @@ def _pages(turn, table, base, lo, last, P: tl.constexpr, WINDOW: tl.constexpr, G
     """Of a turn's groups, each of which lies in a page: these, and the first keys there [WARPS, 1, 1]."""
     pages = ()  # type: tuple
     for group in gl.static_range(GROUPS):
-        first = _first(turn, group, base, GROUPS, WARPS, operand_layout(0, WARPS, 4))
+        first = _first(turn, group, base, GROUPS, WARPS, operand_layout(0, WARPS, 4, gl.num_ctas()))
         pages += (gl.load(table + _within(first, lo, last, WINDOW) // P),)
     return pages
 
@@ -202,7 +282,8 @@ def _at(cache, page, first, lo, last, head, K: tl.constexpr, P: tl.constexpr, WO
 def _fetch(cache, pages, turn, base, lo, last, head, K: tl.constexpr, P: tl.constexpr, WORDS: tl.constexpr,
            WINDOW: tl.constexpr, GROUPS: tl.constexpr, WARPS: tl.constexpr, VALUES: tl.constexpr):
     """Words of a turn's keys [WARPS, 16, WORDS], or of its VALUES [WARPS, WORDS, 16]."""
-    layout: tl.constexpr = values_layout(WARPS, WORDS, False) if VALUES else operand_layout(0, WARPS, 4)
+    PROGRAMS: tl.constexpr = gl.num_ctas()
+    layout: tl.constexpr = values_layout(WARPS, WORDS, False, PROGRAMS) if VALUES else operand_layout(0, WARPS, 4, PROGRAMS)
     words = ()  # type: tuple
     for group in gl.static_range(GROUPS):
         first = _first(turn, group, base, GROUPS, WARPS, layout)
@@ -219,13 +300,17 @@ def _weigh(words, queries, peak, total, turn, base, lo, hi, scale, KIND: tl.cons
     """Of a turn's keys: weights [WARPS, 16, ROWS], peaks [WARPS, ROWS], totals [WARPS, 16, ROWS], what shrinks earlier sums."""
     WARPS: tl.constexpr = words[0].shape[0]
     ROWS: tl.constexpr = queries[0].shape[2]
-    sums: tl.constexpr = sums_layout(WARPS)
+    HALF: tl.constexpr = 2 if FP8 else 1
+    sums: tl.constexpr = sums_layout(WARPS, gl.num_ctas())
+    zeros = gl.full([WARPS, KEYS, ROWS], 0.0, gl.float32, sums)
     scores = ()  # type: tuple
     for group in gl.static_range(GROUPS):
-        score = gl.full([WARPS, KEYS, ROWS], 0.0, gl.float32, sums)
-        parts = numbers(words[group]) if FP8 else (_key_operand(words[group], KIND),)
-        for i in gl.static_range(4 if FP8 else 1):
-            score = mma_v2(parts[i], queries[i], score)
+        # Two sums, since each product waits for the one before it.
+        parts = _key_operands(words[group], KIND, FP8)
+        low, high = zeros, zeros
+        for i in gl.static_range(HALF):
+            low, high = mma_v2(parts[i], queries[i], low), mma_v2(parts[HALF + i], queries[HALF + i], high)
+        score = low + high
         key = _first(turn, group, base, GROUPS, WARPS, sums) + count(KEYS, 1, 3, sums)
         there = (key >= lo) & (key < hi) if WINDOW else key < hi
         score = gl.where(there, score, MASKED)
@@ -244,33 +329,44 @@ def _weigh(words, queries, peak, total, turn, base, lo, hi, scale, KIND: tl.cons
     return weights, higher, total, shrink
 
 
-@gluon.jit(do_not_specialize=["splits"], do_not_specialize_on_alignment=["rows", "positions", "slots"])
+@gluon.jit(do_not_specialize_on_alignment=["rows", "positions", "slots"])
 def _decode_few_kernel(qkv, q_weight, k_weight, cos_sin, positions, slots, k_cache, v_cache, k_words, v_words, kv_scales, k_shift,
-                       block_table, rows, out, partial, scale, eps, window, table_stride, qkv_stride, splits,
+                       block_table, rows, out, scale, eps, window, table_stride, qkv_stride,
                        H: tl.constexpr, K: tl.constexpr, P: tl.constexpr, D: tl.constexpr, ROTARY: tl.constexpr,
-                       ROWS: tl.constexpr, TILE: tl.constexpr, SPLIT: tl.constexpr, WINDOW: tl.constexpr, Q_NORM: tl.constexpr,
-                       K_NORM: tl.constexpr, PLUS_ONE: tl.constexpr, FP8: tl.constexpr, SHIFT: tl.constexpr,
-                       GROUPS: tl.constexpr, AHEAD: tl.constexpr, OVERLAP: tl.constexpr, WARPS: tl.constexpr):
+                       ROWS: tl.constexpr, WINDOW: tl.constexpr, Q_NORM: tl.constexpr, K_NORM: tl.constexpr,
+                       PLUS_ONE: tl.constexpr, FP8: tl.constexpr, SHIFT: tl.constexpr, GROUPS: tl.constexpr,
+                       AHEAD: tl.constexpr, OVERLAP: tl.constexpr, WARPS: tl.constexpr):
     # Before the wait: what the projection did not make, as decode_step.py has it.
     STORED: tl.constexpr = k_cache.dtype.element_ty
     KIND: tl.constexpr = gl.float16 if FP8 else STORED
     PARTS: tl.constexpr = 4 if FP8 else 2
     WORDS: tl.constexpr = D // PARTS
     G: tl.constexpr = H // K
-    merged: tl.constexpr = merged_layout(WARPS, D)
-    whole: tl.constexpr = gl.SliceLayout(0, merged)
-    head, split, i = gl.program_id(0), gl.program_id(1), gl.program_id(2).to(gl.int64)
+    QUERIES: tl.constexpr = least_power_of_2(G)
+    PROGRAMS: tl.constexpr = gl.num_ctas()
+    heads: tl.constexpr = heads_layout(WARPS, D, PROGRAMS)
+    head, i = gl.program_id(0), gl.program_id(1).to(gl.int64)
+    if PROGRAMS > 1:
+        gathered = cluster.begin(QUERIES * D)
     position = gl.load(positions + i)
     table = block_table + gl.load(rows + i).to(gl.int64) * table_stride
+    slot = gl.load(slots + i)
     lo = gl.maximum(position + 1 - window, 0) if WINDOW else 0
-    hi = position + 1
-    if SPLIT:
-        lo, hi = part_of(lo, hi, split, splits, TILE)
-        if lo >= hi:
-            return
-    own = hi > position             # the new token is among this program's keys: the last of them, and not read from the cache
-    hi = gl.minimum(hi, position)
-    last = gl.maximum(hi - 1, lo)
+    hi = position
+    own = True
+    if PROGRAMS > 1:
+        # The new token is the last one's, which has the fewest keys of the cache, if any; rank 0, since that can write it there.
+        TILE: tl.constexpr = WARPS * GROUPS * KEYS
+        place = PROGRAMS - 1 - cluster.rank()
+        own = place == PROGRAMS - 1
+        tiles = gl.cdiv(hi - lo, TILE)
+        share = gl.maximum(gl.cdiv(tiles, PROGRAMS), 1)
+        used = gl.cdiv(tiles, share)
+        senders = gl.minimum(used, PROGRAMS - 1) + 1
+        cluster.expect(gathered, senders * (12 * held(WARPS, QUERIES, D) // PROGRAMS))
+        lo += place * share * TILE
+        hi = gl.minimum(lo + share * TILE, hi)
+    last = gl.maximum(hi - 1, gl.minimum(lo, position))
     base = lo // KEYS * KEYS if WINDOW else lo
     pages = ()  # type: tuple
     for ahead in gl.static_range(AHEAD + 2):
@@ -281,13 +377,15 @@ def _decode_few_kernel(qkv, q_weight, k_weight, cos_sin, positions, slots, k_cac
         keys += (_fetch(k_words, pages[ahead], ahead, base, lo, last, head, K, P, WORDS, WINDOW, GROUPS, WARPS, False),)
         values += (_fetch(v_words, pages[ahead], ahead, base, lo, last, head, K, P, WORDS, WINDOW, GROUPS, WARPS, True),)
     pages = pages[AHEAD:]
-    slot = gl.load(slots + i)
-    d = gl.arange(0, D, gl.SliceLayout(0, whole))
-    m = gl.arange(0, ROWS, gl.SliceLayout(1, whole))
-    one = gl.arange(0, 1, gl.SliceLayout(1, whole))
+    d = gl.arange(0, D, gl.SliceLayout(0, heads))
+    # As many queries as warps, some of them twice: a warp would have nothing else to do.
+    TURNED: tl.constexpr = min(ROWS, max(QUERIES, WARPS))
+    m = gl.arange(0, TURNED, gl.SliceLayout(1, heads)) % QUERIES
+    one = gl.arange(0, 1, gl.SliceLayout(1, heads))
     partner, cos, sin = rotation(cos_sin, position, d, ROTARY)
     if FP8:
         k_scale, v_scale = gl.load(kv_scales + head), gl.load(kv_scales + K + head)
+        scale, _ = key_scaled(scale, 0.0, k_scale, False)
     after(OVERLAP)
 
     x = qkv + i * qkv_stride
@@ -295,25 +393,27 @@ def _decode_few_kernel(qkv, q_weight, k_weight, cos_sin, positions, slots, k_cac
     inside = (d < D)[None, :]
     real = (m < G)[:, None] & inside
     queries = rotated(x, head * G + m, real, d, partner, cos, sin, q_weight, eps, D, Q_NORM, PLUS_ONE).to(kind).to(KIND)
-    key = rotated(x + H * D, head + one, inside, d, partner, cos, sin, k_weight, eps, D, K_NORM, PLUS_ONE).to(kind)
-    value = gl.load(x + (H + K + head) * D + d[None, :])
-    if SHIFT:
-        key = shifted(key, k_shift, head + one, inside, d, D)
-    if FP8:
-        key, value = scaled(key, k_scale), scaled(value, v_scale)
-        scale, _ = key_scaled(scale, 0.0, k_scale, False)
-    key, value = key.to(STORED), value.to(STORED)
-    at = ((slot // P).to(gl.int64) * K + head) * P * D + slot % P * D + d[None, :]
-    written = (d < gl.where(own, D, 0))[None, :]
-    gl.store(k_cache + at, key, mask=written)
-    gl.store(v_cache + at, value, mask=written)
+    shared_queries = gl.allocate_shared_memory(KIND, [ROWS, D], shared_layout(8, 8, 2, PROGRAMS), _repeated(queries, ROWS, heads))
     # Not kept in registers: the ptxas of Triton 3.6 takes a byte of an e4m3 value that outlives the loop before it is there.
-    plain: tl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
-    own_value = gl.allocate_shared_memory(KIND, [1, D], plain, value.to(KIND))
-    own_peak = gl.where(own, gl.sum(queries.to(gl.float32) * key.to(gl.float32), 1) * scale, LOWEST)
+    plain: tl.constexpr = shared_layout(1, 1, 2, PROGRAMS)
+    own_value = gl.allocate_shared_memory(KIND, [1, D], plain)
+    own_peaks = gl.allocate_shared_memory(gl.float32, [TURNED], shared_layout(1, 1, 1, PROGRAMS))
+    if own:
+        key = rotated(x + H * D, head + one, inside, d, partner, cos, sin, k_weight, eps, D, K_NORM, PLUS_ONE).to(kind)
+        value = gl.load(x + (H + K + head) * D + d[None, :])
+        if SHIFT:
+            key = shifted(key, k_shift, head + one, inside, d, D)
+        if FP8:
+            key, value = scaled(key, k_scale), scaled(value, v_scale)
+        key, value = key.to(STORED), value.to(STORED)
+        at = ((slot // P).to(gl.int64) * K + head) * P * D + slot % P * D + d[None, :]
+        gl.store(k_cache + at, key)
+        gl.store(v_cache + at, value)
+        own_value.store(value.to(KIND))
+        own_peaks.store(gl.sum(queries.to(gl.float32) * key.to(gl.float32), 1) * scale)
 
-    operands = _query_operands(queries, WARPS, FP8)
-    sums: tl.constexpr = sums_layout(WARPS)
+    operands = _query_operands(shared_queries, WARPS, FP8)
+    sums: tl.constexpr = sums_layout(WARPS, PROGRAMS)
     peak = gl.full([WARPS, ROWS], LOWEST, gl.float32, gl.SliceLayout(1, sums))
     total = gl.full([WARPS, KEYS, ROWS], 0.0, gl.float32, sums)
     acc = (gl.full([WARPS, WORDS, ROWS], 0.0, gl.float32, sums),) * PARTS
@@ -343,31 +443,36 @@ def _decode_few_kernel(qkv, q_weight, k_weight, cos_sin, positions, slots, k_cac
         values = next_values
 
     # The warps' sums together, and the new token.
-    shared_acc = gl.allocate_shared_memory(gl.float32, [WARPS, ROWS, D], gl.SwizzledSharedLayout(4, 1, 8, [2, 1, 0]),
+    shared_acc = gl.allocate_shared_memory(gl.float32, [WARPS, ROWS, D], shared_layout(4, 8, 3, PROGRAMS),
                                            _of_dimensions(acc, PARTS))
     shared_peaks = gl.allocate_shared_memory(gl.float32, [WARPS, ROWS], plain, peak)
     shared_totals = gl.allocate_shared_memory(gl.float32, [WARPS, ROWS], plain, gl.sum(total, 1))
-    peaks = shared_peaks.load(gl.SliceLayout(2, merged))
-    of_queries: tl.constexpr = gl.SliceLayout(1, whole)
-    peak = gl.maximum(gl.convert_layout(gl.max(peaks, 0), of_queries, assert_trivial=True), own_peak)
-    along: tl.constexpr = gl.SliceLayout(0, gl.SliceLayout(2, merged))
-    shares = gl.exp2(peaks - gl.expand_dims(gl.convert_layout(peak, along, assert_trivial=True), 0))
+    merged: tl.constexpr = merged_layout(WARPS, QUERIES, D, PROGRAMS)
+    whole: tl.constexpr = gl.SliceLayout(0, merged)
+    results = shared_acc.load(merged)
+    ends: tl.constexpr = gl.SliceLayout(2, merged)
+    peaks = _first_queries(_spread(shared_peaks.load(ends), results), QUERIES, merged)
+    totals = _first_queries(_spread(shared_totals.load(ends), results), QUERIES, merged)
+    own_peak = gl.where(own, gl.expand_dims(own_peaks.load(gl.SliceLayout(0, ends)), 0), LOWEST)
+    own_peak = _first_queries(_spread(own_peak, gl.full([WARPS, TURNED, D], 0.0, gl.float32, merged)), QUERIES, merged)
+    own_peak = gl.max(own_peak, 0)
+    peak = gl.maximum(gl.max(peaks, 0), own_peak)
+    shares = gl.exp2(peaks - gl.expand_dims(peak, 0))
     own_share = gl.where(own, gl.exp2(own_peak - peak), 0.0)
-    total = gl.sum(shared_totals.load(gl.SliceLayout(2, merged)) * shares, 0)
-    total = gl.convert_layout(total, of_queries, assert_trivial=True) + own_share
-    result = gl.sum(shared_acc.load(merged) * gl.expand_dims(shares, 2), 0)
-    result += own_share[:, None] * own_value.load(whole).to(gl.float32)
+    total = gl.sum(totals * shares, 0) + own_share
+    result = gl.sum(_first_queries(results, QUERIES, merged) * shares, 0)
+    result += gl.where(own, own_share * own_value.load(whole).to(gl.float32), 0.0)
     if FP8:
         result *= v_scale
-    at = i * H + head * G + m
-    if SPLIT:       # as attention.store_sums does
-        first = at * splits + split
-        ends = gl.num_programs(2).to(gl.int64) * H * splits
-        gl.store(partial + first[:, None] * D + d[None, :], result, mask=real)
-        gl.store(partial + ends * D + first, peak, mask=m < G)
-        gl.store(partial + ends * (D + 1) + first, total, mask=m < G)
+    d = gl.arange(0, D, gl.SliceLayout(0, whole))
+    m = gl.arange(0, QUERIES, gl.SliceLayout(1, whole))
+    if PROGRAMS > 1:
+        y = cluster.added(result, peak, total, gathered, m, d, place, used, LOWEST, neighbours(WARPS, QUERIES, D), WARPS)
+        number = gl.arange(0, QUERIES * D, gl.SliceLayout(0, cluster.gathered_layout(WARPS, PROGRAMS)))
+        gl.store(out + (i * H + head * G) * D + number, y.to(kind), mask=number < G * D)
     else:
-        gl.store(out + at[:, None] * D + d[None, :], (result / total[:, None]).to(kind), mask=real)
+        gl.store(out + (i * H + head * G + m)[:, None] * D + d[None, :], (result / total).to(kind),
+                 mask=(m < G)[:, None])
 
 
 # --- launches -------------------------------------------------------------------------------------------------------------------
@@ -379,13 +484,18 @@ class Way(NamedTuple):
     warps: int      # they share a row's keys
     groups: int     # of 16 keys that a warp takes in a turn
     ahead: int      # turns that a warp has asked for while it takes one
-    programs: int = 1           # while there are fewer, keys are split
+    programs: int = 1           # of a cluster, that share a row's keys: a power of two up to 16
 
 
-def way_of(cache: Tensor, heads: int) -> Way:
-    """For so many KV heads of all rows together, as jobs/bench/decode_step.py measured them on an H100."""
-    if heads < 64:      # long contexts want more programs than that
-        return Way(4 if heads <= 16 else 8, 1, 1, programs=132)
+def way_of(cache: Tensor, heads: int, queries: int) -> Way:
+    """For so many KV heads of all rows together, and queries of each. Without clusters as jobs/bench/decode_step.py measured them
+    on an H100; with clusters not measured yet.
+
+    Of more than 8 queries, 4 warps of a cluster would want a little more than the 48 KB that a launch gets without asking, and
+    Triton asks only if its own share, without cluster.py's, is more.
+    """
+    if heads < 64:
+        return Way(4 if heads <= 16 and queries <= 8 else 8, 1, 1, 16 if heads <= 8 else 8 if heads <= 16 else 4)
     if heads <= 160:
         return Way(8, 2, 1)
     return Way(4 if cache.element_size() == 1 else 2, 1, 1)
@@ -401,22 +511,19 @@ def takes(qkv: Tensor, k_cache: Tensor, num_heads: int, softcap: float) -> bool:
 
 def rope_and_decode(qkv: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, eps: float, plus_one: bool, cos_sin: Tensor,
                     positions: Tensor, slots: Tensor, k_cache: Tensor, v_cache: Tensor, num_heads: int, block_table: Tensor,
-                    rows: Tensor, scale: float, window: int, max_context: int, kv_scales: Tensor | None,
-                    k_shift: Tensor | None) -> Tensor:
+                    rows: Tensor, scale: float, window: int, kv_scales: Tensor | None, k_shift: Tensor | None) -> Tensor:
     """See decode_step.rope_and_decode; for what `takes` takes."""
     n = qkv.shape[0]
     _, kv_heads, page, dim = k_cache.shape
-    way = way_of(k_cache, n * kv_heads)
-    tile = way.warps * way.groups * GROUP
+    way = way_of(k_cache, n * kv_heads, num_heads // kv_heads)
     out = torch.empty((n, num_heads, dim), dtype=qkv.dtype, device=qkv.device)
-    splits, partial = split_keys(out, kv_heads, max_context, window, tile, way.programs)
-    _decode_few_kernel[kv_heads, splits, n](
+    _decode_few_kernel[kv_heads, n](
         qkv, qkv if q_weight is None else q_weight, qkv if k_weight is None else k_weight, cos_sin, positions, slots,
         k_cache, v_cache, k_cache.view(torch.int32), v_cache.view(torch.int32), out if kv_scales is None else kv_scales,
-        out if k_shift is None else k_shift, block_table, rows, out, partial, log2_scales(scale, 0.0)[0], eps, window,
-        block_table.stride(0), qkv.stride(0), splits,
-        H=num_heads, K=kv_heads, P=page, D=dim, ROTARY=cos_sin.shape[1], ROWS=max(8, next_power_of_2(num_heads // kv_heads)),
-        TILE=tile, SPLIT=splits > 1, WINDOW=window > 0, Q_NORM=q_weight is not None, K_NORM=k_weight is not None,
-        PLUS_ONE=plus_one, FP8=k_cache.dtype == torch.float8_e4m3fn, SHIFT=k_shift is not None, GROUPS=way.groups,
-        AHEAD=way.ahead, WARPS=way.warps, num_warps=way.warps, **launch_options(overlaps(qkv.device)))
-    return combine(partial, positions, None, out, window, splits, tile)
+        out if k_shift is None else k_shift, block_table, rows, out, log2_scales(scale, 0.0)[0], eps, window,
+        block_table.stride(0), qkv.stride(0), H=num_heads, K=kv_heads, P=page, D=dim, ROTARY=cos_sin.shape[1],
+        ROWS=max(8, next_power_of_2(num_heads // kv_heads)), WINDOW=window > 0, Q_NORM=q_weight is not None,
+        K_NORM=k_weight is not None, PLUS_ONE=plus_one, FP8=k_cache.dtype == torch.float8_e4m3fn, SHIFT=k_shift is not None,
+        GROUPS=way.groups, AHEAD=way.ahead, WARPS=way.warps, num_warps=way.warps, num_ctas=way.programs,
+        **launch_options(overlaps(qkv.device)))
+    return out

@@ -1,7 +1,8 @@
 """Operands of mma.sync in registers, as Gluon has them: what the kernels share that multiply few rows straight from memory.
 
 Tensors have a leading dimension of a program's warps, each of which makes a product of its own: [warps, rows, columns]. Which
-numbers along K a lane has is up to what it loads at once, and is the same for both operands.
+numbers along K a lane has is up to what it loads at once, and is the same for both operands. For Triton the programs of a cluster
+have the same elements.
 """
 
 from __future__ import annotations
@@ -12,15 +13,22 @@ from triton.experimental.gluon import language as gl
 
 
 @gluon.constexpr_function
-def sums_layout(warps):
-    """Of float32 [warps, outputs, 8], each warp having sums of its own."""
-    return gl.NVMMADistributedLayout(version=[2, 0], warps_per_cta=[warps, 1, 1], instr_shape=[1, 16, 8])
+def alike(programs, rank):
+    """The part of a cluster's programs in a layout of so many dimensions."""
+    return [[0] * rank for _ in range(programs.bit_length() - 1)]
 
 
 @gluon.constexpr_function
-def operand_layout(index, warps, run):
+def sums_layout(warps, programs=1):
+    """Of float32 [warps, outputs, 8], each warp having sums of its own."""
+    return gl.NVMMADistributedLayout(version=[2, 0], warps_per_cta=[warps, 1, 1], instr_shape=[1, 16, 8],
+                                     cga_layout=alike(programs, 3))
+
+
+@gluon.constexpr_function
+def operand_layout(index, warps, run, programs=1):
     """Of the weights (0) [warps, outputs, inputs] and of x (1) [warps, inputs, 8]: a lane has `run` inputs after another."""
-    return gl.DotOperandLayout(index, sums_layout(warps), run)
+    return gl.DotOperandLayout(index, sums_layout(warps, programs), run)
 
 
 @gluon.constexpr_function

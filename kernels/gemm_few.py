@@ -287,7 +287,7 @@ def tile_of(rows: int, features: int, depth: int, bits: int, gated: bool = False
         tile = Tile(warps, 16, 1)
     elif gated:
         # For one row the former is slower alone, but faster in a step.
-        tile = Tile(4, 32, 2) if rows <= 2 and depth // DEPTH % 8 == 0 else Tile(4, 64, 1)
+        tile = Tile(2, 32, 2) if rows <= 2 and depth // DEPTH % 4 == 0 else Tile(4, 64, 1)
     elif features >= 1 << 14:
         tile = Tile(4, 32, 1, 72)
     elif rows <= 2:

@@ -410,6 +410,9 @@ def w4_gated_matmul(x: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor | N
     few = _tile_of_few(x, scales, group, 4, gated=True)
     if few is not None:
         return gemm_few.w4_product(_in_order(x, perm), packed, scales, zeros, group, bias, few, activation)
+    ring = gemm_w4_ring.tile_for(x, scales, zeros, group, gated=True) if bias is None else None
+    if ring is not None:
+        return gemm_w4_ring.product(_in_order(x, perm), packed, scales, zeros, group, None, ring, activation)
     dense = _as_dense(x, packed, scales, zeros, group, perm, unpacked, 4)
     if dense is not None:
         return gated_linear(*dense, bias, activation)

@@ -35,6 +35,7 @@ from kernels.hopper import (
     takes,
 )
 from kernels.overlap import after, launch_options, overlaps
+from kernels.pointwise import gate
 from kernels.split_k import counters
 
 # Two words of a row, $2: the first or the last two of their four codes, less the zeros ($3 and $4, as gemm_w4.py has them), by
@@ -74,7 +75,13 @@ def _run(run):
 
 
 @gluon.jit
-def _bring_weights(tables, span, rings, bars):
+def _of_tile(tile, n, SIZE: gl.constexpr, half, GATED: gl.constexpr):
+    """The n-th of a tile's SIZE rows, or runs; GATED: one half of them are gate's, the other up's, which begin at `half`."""
+    return tile * (SIZE // 2) + n % (SIZE // 2) + n // (SIZE // 2) * half if GATED else tile * SIZE + n
+
+
+@gluon.jit
+def _bring_weights(tables, span, rings, bars, GATED: gl.constexpr):
     """Blocks begin to end of K. Nothing here waits for the kernel before: no kernel writes weights."""
     packed, scales, zeros, stride_g, units, every = tables
     tile, begin, end = span
@@ -83,10 +90,13 @@ def _bring_weights(tables, span, rings, bars):
     STAGES: gl.constexpr = ring.shape[0]
     RUNS: gl.constexpr = ring.shape[1]
     by: gl.constexpr = lines(256, 8, WARPS)
-    run, word = tile * RUNS + gl.arange(0, RUNS, gl.SliceLayout(1, by)), gl.arange(0, 256, gl.SliceLayout(0, by))
+    word = gl.arange(0, 256, gl.SliceLayout(0, by))
+    run = _of_tile(tile, gl.arange(0, RUNS, gl.SliceLayout(1, by)), RUNS, units * 8, GATED)
     at = packed + (_run(run)[:, None] + word[None, :])
-    n = tile * RUNS * 8 + gl.arange(0, RUNS * 8, gl.BlockedLayout([2], [32], [WARPS], [0]))     # 4 bytes a thread: the least
-    zero_n = tile * RUNS * 8 + gl.arange(0, RUNS * 8, gl.BlockedLayout([4], [32], [WARPS], [0]))
+    each: gl.constexpr = gl.BlockedLayout([2], [32], [WARPS], [0])      # 4 bytes a thread: the least
+    n = _of_tile(tile, gl.arange(0, RUNS * 8, each), RUNS * 8, units * 64, GATED)
+    zero_each: gl.constexpr = gl.BlockedLayout([4], [32], [WARPS], [0])
+    zero_n = _of_tile(tile, gl.arange(0, RUNS * 8, zero_each), RUNS * 8, units * 64, GATED)
     for turn in range(end - begin):
         stage = turn % STAGES
         if turn >= STAGES:
@@ -159,8 +169,11 @@ def _left(rows: gl.constexpr, half: gl.constexpr, stage, rings, LEFT: gl.constex
 
 
 @gluon.jit
-def _multiply(group: gl.constexpr, ends, sizes, span, rings, columns, bars, SPLIT: gl.constexpr, BIAS: gl.constexpr):
+def _multiply(group: gl.constexpr, ends, sizes, span, rings, columns, bars, SPLIT: gl.constexpr, BIAS: gl.constexpr,
+              GATED: gl.constexpr, GELU: gl.constexpr):
     """Half of the program's rows, 64 of them or two times 64; of 64 rows both groups have all, and take the blocks in turn.
+
+    GATED: there is one group, and it has all, 64 rows of gate and the same ones of up.
 
     While the tensor cores have one left operand, the next one is unpacked. At the end of a turn none is with them: the compiler
     would wait for each instruction if it had to follow them around the loop.
@@ -171,7 +184,7 @@ def _multiply(group: gl.constexpr, ends, sizes, span, rings, columns, bars, SPLI
     STAGES: gl.constexpr = rings[0].shape[0]
     PARTS: gl.constexpr = rings[0].shape[1] // 8
     BLOCK_M: gl.constexpr = columns.shape[1]
-    EACH: gl.constexpr = max(1, PARTS // 2)
+    EACH: gl.constexpr = PARTS if GATED else max(1, PARTS // 2)
     TURNS: gl.constexpr = 2 if PARTS == 1 else 1
     SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
     LEFT: gl.constexpr = gl.DotOperandLayout(0, SUMS, 2)
@@ -215,18 +228,23 @@ def _multiply(group: gl.constexpr, ends, sizes, span, rings, columns, bars, SPLI
             mbarrier.wait(free.index(final % STAGES), final // STAGES & 1)
             others = gl.permute(gl.reshape(spare.load(FLAT), [BLOCK_M // 8, 4, 8, 4, 2, 2]), [1, 4, 2, 0, 3, 5])
             first += gl.convert_layout(gl.reshape(others, [64, BLOCK_M]), SUMS, assert_trivial=True)
-    N = gl.num_programs(0) * PARTS * 64
-    if TURN == 0:
-        finish(first, tile * PARTS + ROWS, (sizes[0], N), ends, SPLIT, BIAS, SUMS)
-    if EACH == 2:
-        finish(second, tile * PARTS + ROWS + 1, (sizes[0], N), ends, SPLIT, BIAS, SUMS)
+    if GATED:
+        low, up = first.to(DTYPE).to(gl.float32), second.to(DTYPE).to(gl.float32)
+        y = gate(low, up, GELU, DTYPE).to(gl.float32)
+        finish(y, tile, (sizes[0], gl.num_programs(0) * 64), ends, False, False, SUMS)
+    else:
+        N = gl.num_programs(0) * PARTS * 64
+        if TURN == 0:
+            finish(first, tile * PARTS + ROWS, (sizes[0], N), ends, SPLIT, BIAS, SUMS)
+        if EACH == 2:
+            finish(second, tile * PARTS + ROWS + 1, (sizes[0], N), ends, SPLIT, BIAS, SUMS)
 
 
 @gluon.jit(do_not_specialize=["M", "splits"])
 def _product_kernel(x, packed, scales, zeros, bias, out, partial, arrived, M, K, x_stride, stride_g, units, every, splits,
                     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, SPLIT: gl.constexpr,
-                    BIAS: gl.constexpr, ZERO: gl.constexpr, OVERLAP: gl.constexpr, MULTIPLYING: gl.constexpr,
-                    BRINGING: gl.constexpr):
+                    BIAS: gl.constexpr, ZERO: gl.constexpr, GATED: gl.constexpr, GELU: gl.constexpr,
+                    OVERLAP: gl.constexpr, MULTIPLYING: gl.constexpr, BRINGING: gl.constexpr):
     """Programs are (tile of the weight's rows, split of K). every: blocks of 128 that share a scale."""
     DTYPE: gl.constexpr = x.dtype.element_ty
     RUNS: gl.constexpr = BLOCK_N // 8
@@ -245,18 +263,26 @@ def _product_kernel(x, packed, scales, zeros, bias, out, partial, arrived, M, K,
     free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for stage in gl.static_range(STAGES):
         mbarrier.init(ready.index(stage), count=2 * 32 * WARPS)
-        mbarrier.init(free.index(stage), count=min(2, BLOCK_N // 64))       # all that read it have
+        mbarrier.init(free.index(stage), count=1 if GATED or BLOCK_N == 64 else 2)      # all that read it have
     tables = packed, scales, zeros, stride_g, units, every
     sizes = M, x_stride
     span = tile, split * blocks // splits, (split + 1) * blocks // splits
     rings = weights, of_scales, of_zeros
     bars = ready, free
     ends = bias, out, partial, arrived, splits, split
-    gl.warp_specialize([(_multiply, (0, ends, sizes, span, rings, columns, bars, SPLIT, BIAS)),
-                        (_multiply, (1, ends, sizes, span, rings, columns, bars, SPLIT, BIAS)),
-                        (_bring_weights, (tables, span, rings, bars)),
-                        (_bring_x, (x, sizes, span, columns, bars, OVERLAP))],
-                       [4, WARPS, WARPS], [MULTIPLYING, BRINGING, BRINGING])
+    bringing_weights = tables, span, rings, bars, GATED
+    bringing_x = x, sizes, span, columns, bars, OVERLAP
+    if GATED:
+        gl.warp_specialize([(_multiply, (0, ends, sizes, span, rings, columns, bars, SPLIT, BIAS, GATED, GELU)),
+                            (_bring_weights, bringing_weights),
+                            (_bring_x, bringing_x)],
+                           [WARPS, WARPS], [BRINGING, BRINGING])
+    else:
+        gl.warp_specialize([(_multiply, (0, ends, sizes, span, rings, columns, bars, SPLIT, BIAS, GATED, GELU)),
+                            (_multiply, (1, ends, sizes, span, rings, columns, bars, SPLIT, BIAS, GATED, GELU)),
+                            (_bring_weights, bringing_weights),
+                            (_bring_x, bringing_x)],
+                           [4, WARPS, WARPS], [MULTIPLYING, BRINGING, BRINGING])
 
 
 class Tile(NamedTuple):
@@ -278,19 +304,23 @@ class Tile(NamedTuple):
 
 MOST_ROWS = 128                 # of x
 # Registers of a thread, by the rows of a program and the programs on a multiprocessor: on average, of those that multiply, of
-# those that bring.
+# those that bring. Gated products have one group that multiplies, which has what the others leave.
 REGISTERS = {(64, 1): (168, 216, 72), (128, 1): (168, 216, 72), (128, 2): (80, 96, 48), (256, 1): (168, 216, 72)}
+GATED_REGISTERS = 96, 0, 64
 
 
 @cache
-def tile_of(rows: int, features: int, depth: int, chips: int) -> Tile | None:
+def tile_of(rows: int, features: int, depth: int, chips: int, gated: bool = False) -> Tile | None:
     """The tile for rows of x and a weight [features, depth] on so many multiprocessors; None: not for this kernel.
 
-    As jobs/bench/quantized.py --only ring --sweep measured them on an H100 for the shapes of Mistral-7B.
+    gated: the weight is [gate | up]. As jobs/bench/quantized.py --only ring --sweep measured them on an H100 for the shapes of
+    Mistral-7B, and gated ones in a step.
     """
     if rows > MOST_ROWS or features % 128 or depth % 128:
         return None
     many = features // 128 >= chips
+    if gated:
+        return Tile(128, 1, most_stages(rows, 128, 2), 2) if many and rows <= MOST_BESIDE else None
     if many and 32 < rows <= MOST_BESIDE:       # faster alone, but not among the kernels of a step
         return None
     if rows <= 32:
@@ -310,20 +340,21 @@ def most_stages(rows: int, outputs: int, programs: int) -> int:
     return min((SHARED_BYTES // programs - 32 * outputs - 1024) // (outputs * 67 + m * 256 + 16), 12)
 
 
-def tile_for(x: Tensor, scales: Tensor, zeros: Tensor | None, group: int) -> Tile | None:
+def tile_for(x: Tensor, scales: Tensor, zeros: Tensor | None, group: int, gated: bool = False) -> Tile | None:
     """tile_of x; None too where the device, the group, the zeros or how the scales lie are none for this kernel."""
     fits = group % 128 == 0 and scales.dtype == x.dtype and (zeros is None or zeros.dtype == torch.uint8)
     lies = scales.stride(0) == 1 and (scales.shape[1] == 1 or scales.stride(1) % 16 == 0)
     aligned = all(table.data_ptr() % 16 == 0 for table in (scales, zeros) if table is not None)
     if not (fits and lies and aligned and takes(x)):
         return None
-    return tile_of(x.shape[0], scales.shape[0], x.shape[1], processors(x.device))
+    return tile_of(x.shape[0], scales.shape[0], x.shape[1], processors(x.device), gated)
 
 
 def product(x: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor | None, group: int, bias: Tensor | None,
-            tile: Tile) -> Tensor:
+            tile: Tile, activation: str = "") -> Tensor:
     """x [M, K] of 16 bits times weights as gemm_w4.w4_matmul has them -> [M, N]; rows of x may be strided.
 
+    With an activation its gated_act, [M, N / 2], of a tile that is for that, without splits or a bias.
     M up to MOST_ROWS, with two programs MOST_BESIDE; K a multiple of 128, N of 128 and of tile.outputs; the group is K or a
     multiple of 128, zeros are uint8; N is contiguous in scales and zeros, their groups a multiple of 16 apart. All that multiply
     have a block of K, and the ring has room for another one, or they would wait for ever.
@@ -331,12 +362,13 @@ def product(x: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor | None, gro
     (rows, depth), features = x.shape, scales.shape[0]
     assert tile.splits * tile.turns <= depth // 128 and tile.stages > tile.turns
     m = block_m(rows)
-    out = torch.empty((rows, features), dtype=x.dtype, device=x.device)
+    out = torch.empty((rows, features // 2 if activation else features), dtype=x.dtype, device=x.device)
     partial = torch.empty((tile.splits, features, m), dtype=torch.float32, device=x.device) if tile.splits > 1 else out
-    registers, multiplying, bringing = REGISTERS[tile.outputs, tile.programs]
+    registers, multiplying, bringing = GATED_REGISTERS if activation else REGISTERS[tile.outputs, tile.programs]
     _product_kernel[features // tile.outputs, tile.splits](
         x, packed, scales, scales if zeros is None else zeros, out if bias is None else bias, out, partial, counters(x.device),
         rows, depth, x.stride(0), scales.stride(1) if scales.shape[1] > 1 else 0, packed.shape[1], group // 128, tile.splits,
-        BLOCK_M=m, BLOCK_N=tile.outputs, STAGES=tile.stages, SPLIT=tile.splits > 1, BIAS=bias is not None, ZERO=zeros is not None,
+        BLOCK_M=m, BLOCK_N=tile.outputs, STAGES=tile.stages, SPLIT=tile.splits > 1, BIAS=bias is not None,
+        ZERO=zeros is not None, GATED=bool(activation), GELU=activation == "gelu_tanh",
         MULTIPLYING=multiplying, BRINGING=bringing, num_warps=4, maxnreg=registers, **launch_options(overlaps(x.device)))
     return out

@@ -42,8 +42,12 @@ class _Language(ModuleType):
         return tl.full(like.shape, value, like.dtype)
 
     @staticmethod
-    def allocate_shared_memory(dtype: tl.dtype, shape: list[int], layout: None, value: Any) -> Any:
-        return _Shared(value)
+    def allocate_shared_memory(dtype: tl.dtype, shape: list[int], layout: None, value: Any = None) -> Any:
+        return _Shared(shape, value)
+
+    @staticmethod
+    def num_ctas() -> int:
+        return 1        # programs run one after the other here, so no cluster of them can work together
 
     @staticmethod
     def convert_layout(value: Any, layout: None, assert_trivial: bool = False) -> Any:
@@ -51,11 +55,14 @@ class _Language(ModuleType):
 
 
 class _Shared:
-    def __init__(self, value: Any) -> None:
-        self.value = value
+    def __init__(self, shape: list[int], value: Any) -> None:
+        self.shape, self.value = shape, value
 
     def load(self, layout: None) -> Any:
         return self.value
+
+    def store(self, value: Any) -> None:
+        self.value = value
 
 
 def _mma(a: Any, b: Any, acc: Any) -> Any:

@@ -35,6 +35,41 @@ def test_rows_and_pages(rows, page):
     assert rope_and_decode_error(ops, ragged(rows, 1, 1500, rows), 8, 4, 128, page, torch.bfloat16, "cuda") < 8e-3
 
 
+@pytest.mark.parametrize("contexts", [[1], [2], [17], [300], [4001], [1, 2700], [65, 1, 129, 4000], [1, 2, 3, 1500, 64, 700, 16]])
+@pytest.mark.parametrize("heads, kv_heads, dim", [(32, 8, 128), (8, 1, 64), (8, 8, 128), (7, 1, 64), (32, 2, 128), (12, 2, 128)])
+def test_programs_that_share_keys(contexts, heads, kv_heads, dim):
+    """Clusters of all sizes, some of whose programs have no keys."""
+    for dtype, fp8 in ((torch.bfloat16, False), (torch.float16, False), (torch.float16, True)):
+        for window in (0, 40):
+            found = rope_and_decode_error(ops, contexts, heads, kv_heads, dim, 32, dtype, "cuda", window, fp8=fp8)
+            assert found < LIMIT[dtype], (dtype, fp8, window)
+
+
+@pytest.mark.parametrize("rows", [1, 4])
+def test_same_bits_each_time(rows):
+    """In a graph too, with launches that overlap."""
+    page, heads, kv_heads, dim = 32, 32, 8, 128
+    caches = [torch.randn(100 * rows, kv_heads, page, dim, device="cuda", dtype=torch.float16) for _ in range(2)]
+    table = torch.arange(100 * rows, device="cuda", dtype=torch.int32).view(rows, 100)
+    index = torch.arange(rows, device="cuda", dtype=torch.int32)
+    positions = 2900 // (index + 1)
+    slots = (table[index.long(), positions.long() // page] * page + positions % page).int()
+    qkv = torch.randn(rows, (heads + 2 * kv_heads) * dim, device="cuda", dtype=torch.float16)
+    cos_sin = torch.rand(4096, dim, device="cuda")
+
+    def step() -> torch.Tensor:
+        return ops.rope_and_decode(qkv, None, None, 1e-6, False, cos_sin, positions, slots, *caches, heads, table, index,
+                                   dim**-0.5, 0, 0.0, 4096)
+
+    want = step().clone()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = [step() for _ in range(50)]
+    for _ in range(20):
+        graph.replay()
+        assert all(torch.equal(x, want) for x in found)
+
+
 @pytest.mark.parametrize("window, softcap", [(1, 0.0), (100, 0.0), (512, 30.0), (0, 30.0)])
 def test_window_and_softcap(window, softcap):
     assert rope_and_decode_error(ops, ragged(40, 1, 2000, 7), 8, 2, 64, 32, torch.bfloat16, "cuda", window, softcap) < 8e-3

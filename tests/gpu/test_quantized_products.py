@@ -85,6 +85,24 @@ def test_tiles_of_the_w4_ring(like, tile):
         assert torch.equal(got, again)
 
 
+@HOPPER
+@pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
+@pytest.mark.parametrize("stages", [2, 4, 8])
+@pytest.mark.parametrize("like", HALVES, ids=str)
+def test_gated_products_of_the_w4_ring(like, stages, activation):
+    """Halves that begin in the middle of a unit of packed weights, and at one's start."""
+    for rows, group, zeros in ((9, 128, "whole"), (16, 1664, "none"), (33, 128, "none"), (64, 128, "whole")):
+        tile = gemm_w4_ring.Tile(128, 1, min(stages, gemm_w4_ring.most_stages(rows, 128, 2)), 2)
+        for features in (384, 1024):
+            codes, scales, zero, exact = integer_layer(like, 4, features, 1664, group, zeros)
+            x = randn(rows, 1680, like=like)[:, :1664]
+            got, again = (gemm_w4_ring.product(x, gemm_w4.w4_pack(codes), scales, zero, group, None, tile, activation)
+                          for _ in range(2))
+            want = ref.gated_act((x.double() @ exact.t()).to(like.dtype), activation).double()
+            assert error(got, want) < 2 * ROUNDING[like.dtype]
+            assert torch.equal(got, again)
+
+
 spread = functools.partial(torch.repeat_interleave, repeats=128)
 FP8_RINGS = [gemm_fp8_ring.Tile(splits, min(stages, gemm_fp8_ring.most_stages(128, programs, True)), programs)
              for programs in gemm_fp8_ring.REGISTERS for splits in (1, 3) for stages in (3, 8)]
@@ -162,10 +180,11 @@ def test_rings_of_many_rows(like):
 
 
 @pytest.mark.parametrize("like", HALVES, ids=str)
-@pytest.mark.parametrize("rows", [1, 8, 9, 200, 700])
+@pytest.mark.parametrize("rows", [1, 8, 9, 50, 200, 700])
 def test_gated(like, rows):
     check_gated(like, rows, 2 * 896, 896, 128)
     check_gated(like, rows, 2 * 4864, 896, 64)
+    check_gated(like, rows, 2 * 8960, 1536, 128)
 
 
 @pytest.mark.parametrize("rows", [1, 8, 16])

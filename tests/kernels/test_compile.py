@@ -191,14 +191,16 @@ def compile_gluon() -> None:
         # A product of a block is waited for as a whole, the second one of two while the first one is added.
         assert sass.count("QGMMA") == 4 * 3
         assert sass.count("WARPGROUP.DEPBAR") == 3
-    for dtype, rows, outputs, programs, ones in (       # numbers that are 1 are known when compiled: groups of 128
-        ("bf16", 64, 64, 1, ()), ("fp16", 128, 64, 1, ("every",)), ("bf16", 16, 128, 2, ("every", "units")),
-        ("bf16", 64, 128, 2, ("every",)), ("bf16", 128, 128, 1, ("every",)), ("fp16", 128, 256, 1, ("every",)),
+    for dtype, rows, outputs, programs, gated, ones in (        # numbers that are 1 are known when compiled: groups of 128
+        ("bf16", 64, 64, 1, False, ()), ("fp16", 128, 64, 1, False, ("every",)), ("bf16", 16, 128, 2, False, ("every", "units")),
+        ("bf16", 64, 128, 2, False, ("every",)), ("bf16", 128, 128, 1, False, ("every",)),
+        ("fp16", 128, 256, 1, False, ("every",)), ("fp16", 64, 128, 2, True, ("every",)), ("bf16", 64, 128, 2, True, ()),
     ):
-        registers, multiplying, bringing = gemm_w4_ring.REGISTERS[outputs, programs]
-        constants = {"BLOCK_M": rows, "BLOCK_N": outputs, "SPLIT": True, "BIAS": True, "ZERO": outputs < 256,
+        registers, multiplying, bringing = (gemm_w4_ring.GATED_REGISTERS if gated else
+                                            gemm_w4_ring.REGISTERS[outputs, programs])
+        constants = {"BLOCK_M": rows, "BLOCK_N": outputs, "SPLIT": not gated, "BIAS": not gated, "ZERO": outputs < 256,
                      "STAGES": gemm_w4_ring.most_stages(rows, outputs, programs), "OVERLAP": True, "MULTIPLYING": multiplying,
-                     "BRINGING": bringing, **dict.fromkeys(ones, 1)}
+                     "BRINGING": bringing, "GATED": gated, "GELU": False, **dict.fromkeys(ones, 1)}
         kinds = {**dict.fromkeys(("x", "scales", "bias", "out"), "*" + dtype), "packed": "*i16", "zeros": "*u8",
                  "partial": "*fp32", "arrived": "*i32"}
         built = compiled(gemm_w4_ring._product_kernel, constants, kinds, ("M", "units", "every", "splits"), registers)

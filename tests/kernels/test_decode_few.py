@@ -29,7 +29,7 @@ def kernels():
 @pytest.fixture
 def ways(kernels, monkeypatch):
     def take(*way: int) -> None:
-        monkeypatch.setattr(kernels, "way_of", lambda cache, heads: kernels.Way(*way))
+        monkeypatch.setattr(kernels, "way_of", lambda *args: kernels.Way(*way))
     take(2, 1, 1)
     return take
 
@@ -42,19 +42,17 @@ def test_heads(ways, heads, kv_heads, dim, rotary, norm):
     assert found < 2e-3
 
 
-@pytest.mark.parametrize("way", [(1, 1, 1), (4, 1, 2), (2, 2, 1), (4, 2, 2), (2, 1, 1, 24), (4, 2, 1, 200)])
+@pytest.mark.parametrize("way", [(1, 1, 1), (4, 1, 2), (2, 2, 1), (4, 2, 2), (8, 1, 1)])
 @pytest.mark.parametrize("page", [16, 48])
 def test_ways_and_pages(ways, way, page):
-    """Warps, groups, turns ahead, programs: keys are split or not, turns are left over, whole ones and parts."""
+    """Warps, groups, turns ahead: turns are left over, whole ones and parts. Clusters: tests/gpu/test_decode_step.py."""
     ways(*way)
     found = rope_and_decode_error(decode_step, [1, 300, 64, 65, 129, 31], 2, 1, 64, page, torch.float16, "cpu")
     assert found < 2e-3
 
 
 @pytest.mark.parametrize("window", [1, 50, 128, 1000])
-@pytest.mark.parametrize("programs", [1, 24])
-def test_window(ways, window, programs):
-    ways(2, 1, 1, programs)
+def test_window(ways, window):
     found = rope_and_decode_error(decode_step, [1, 49, 50, 51, 400, 129], 3, 1, 64, 32, torch.float16, "cpu", window)
     assert found < 2e-3
 

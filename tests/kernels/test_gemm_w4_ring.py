@@ -8,13 +8,20 @@ os.environ["TRITON_INTERPRET"] = "1"
 
 import pytest
 import torch
+import torch.nn.functional as functional
 from partitions import emulated
 from quantized_products import ROUNDING, error, integer_layer
 
-from kernels import gemm_w4, gemm_w4_ring, hopper
+from kernels import gemm_w4, gemm_w4_ring, hopper, ref
 from kernels.gemm_w4_ring import Tile
 
-ring = emulated(gemm_w4_ring, "_product_kernel")
+
+def gate(low, up, gelu, dtype):
+    act = functional.gelu(low, approximate="tanh") if gelu else functional.silu(low)
+    return (act.to(dtype).float() * up).to(dtype)
+
+
+ring = emulated(gemm_w4_ring, "_product_kernel", gate=gate)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -35,10 +42,29 @@ def test_rows_groups_and_tiles(rows, group, zeros, bias, tile, dtype):
     assert not bool(gemm_w4.counters(x.device).any())
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("rows, group, zeros, activation, stages", [
+    (9, 128, "whole", "silu", 2), (50, 896, "none", "gelu_tanh", 3), (64, 128, "whole", "silu", 5),
+])
+def test_gated_products(rows, group, zeros, activation, stages, dtype):
+    """Halves that begin in the middle of a unit of packed weights, and at one's start."""
+    like = torch.empty(0, dtype=dtype)
+    for features in (384, 512):
+        codes, scales, zero, exact = integer_layer(like, 4, features, 896, group, zeros)
+        x = torch.randn(rows, 896).to(dtype)
+        got = ring.product(x, gemm_w4.w4_pack(codes), scales, zero, group, None, Tile(128, 1, stages, 2), activation)
+        want = ref.gated_act((x.double() @ exact.t()).to(dtype), activation)
+        assert got.shape == want.shape and got.dtype == dtype
+        assert error(got, want.double()) < 2 * ROUNDING[dtype]
+
+
 @pytest.mark.parametrize("rows", [9, 16, 33, 64, 100, 128])
 @pytest.mark.parametrize("features, depth", [(4096, 4096), (6144, 4096), (28672, 4096), (4096, 14336), (256, 256), (128, 128),
                                              (37888, 3584)])
 def test_tiles_fit(rows, features, depth):
+    gated = gemm_w4_ring.tile_of(rows, features, depth, 132, gated=True)
+    assert (gated is not None) == (features // 128 >= 132 and rows <= 64)
+    assert gated is None or 1 < gated.stages <= depth // 128
     tile = gemm_w4_ring.tile_of(rows, features, depth, 132)
     if tile is None:
         assert features // 128 >= 132 and 32 < rows <= 64
