@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
@@ -156,8 +157,10 @@ def compile_gluon() -> None:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import compile as build
     from triton.experimental.gluon._runtime import GluonASTSource
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+    from triton.runtime.jit import mangle_type
 
-    from kernels import gemm_fp8_ring, gemm_w4_ring, prefill_hopper
+    from kernels import gemm_fp8_ring, gemm_gated, gemm_w4_ring, prefill_hopper
 
     spills = re.compile(r"\b(?:STL|LDL)\b")
 
@@ -229,6 +232,22 @@ def compile_gluon() -> None:
         assert ptx.count("setmaxnreg") >= 4
         # In each group that computes: no product is waited for right after it was asked for, but the first and the last.
         assert ptx.count("wgmma.wait_group.sync.aligned 1;") == 2 * (3 if window else 2)
+
+    for dtype, gelu in ((torch.bfloat16, False), (torch.float16, True)):
+        constants = {"GELU": gelu, "MULTIPLYING": gemm_gated.MULTIPLYING, "BRINGING": gemm_gated.BRINGING}
+        like = torch.empty(256, 256, dtype=dtype)
+        described = [mangle_type(TensorDescriptor.from_tensor(like, block, layout))
+                     for block, layout in zip(gemm_gated.BLOCKS, gemm_gated.LAYOUTS[dtype], strict=True)]
+        signature = {**dict(zip(("x", "weight", "out"), described, strict=True)), **dict.fromkeys("MNK", "i32"),
+                     **dict.fromkeys(constants, "constexpr")}
+        built = build(GluonASTSource(fn=gemm_gated._product_kernel, signature=signature, constexprs=constants),
+                      target=GPUTarget("cuda", 90, 32), options={"num_warps": 4, "maxnreg": gemm_gated.REGISTERS})
+        assert built.metadata.shared <= 227 << 10
+        sass = built.asm["sass"]
+        assert not spills.search(sass)
+        # In each group: four blocks, all but the last of which are waited for when the next one has been asked for.
+        assert re.findall("HGMMA|WARPGROUP.DEPBAR", sass) == 2 * (4 * ["HGMMA"] + 3 * [*4 * ["HGMMA"], "WARPGROUP.DEPBAR"]
+                                                                 + ["WARPGROUP.DEPBAR"])
 
     for dim in (64, 128):
         constants = {"raw_layout": prefill_hopper.swizzled(dim), "widened": prefill_hopper.WIDENED.value, "D": dim,
