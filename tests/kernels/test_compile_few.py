@@ -197,7 +197,7 @@ def compile_all() -> None:
         ({**fp8, "OUTPUTS": 32, "WARPS": 4, "GATED": True}, 95, 104),
     ):
         check_code("_fp8_kernel", constants, 4, 0, most, registers)
-    for constants, most, registers in ((dense, 80, 96), ({**dense, "AHEAD": 2}, 80, 128)):
+    for constants, most, registers in ((dense, 105, 96), ({**dense, "AHEAD": 2}, 100, 128)):
         check_code("_product_kernel", constants, 8, 0, most, registers)
     decode = {"GROUPS": 1, "AHEAD": 1, "WARPS": 4}
     for constants, fp8, programs, most, registers in (
