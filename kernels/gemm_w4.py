@@ -5,8 +5,8 @@ layout has every 128 rows as the lanes of a warp group hold them (as Marlin does
 at a time, and reads back what it has copied itself. Two codes become two numbers by two instructions and a shift: their bits
 are put into the mantissas of 128 (bfloat16) or 1024 (float16), and that plus the zero is taken off, exactly. Scales multiply
 the sums of a group, in float32, so that no weight is rounded. Where the tiles of the output do not fill the GPU, K is split.
-Many rows: the weights are written to a scratch buffer, and cuBLAS does the rest. 4-bit weights on Hopper: gemm_few.py up to 8
-rows, gemm_w4_ring.py up to 128, but for what their tile_for leaves to this.
+Many rows: the weights are written to a scratch buffer, and cuBLAS does the rest, or gemm_gated.py. 4-bit weights on Hopper:
+gemm_few.py up to 8 rows, gemm_w4_ring.py up to 128, but for what their tile_for leaves to this.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels import gemm_few, gemm_w4_ring
+from kernels.gemm_gated import gated_linear
 from kernels.overlap import after, launch_options, overlaps, prefetch
 from kernels.pointwise import gated_act
 from kernels.ref import in_input_order
@@ -363,21 +364,33 @@ def _tile_of_few(x: Tensor, scales: Tensor, group: int, bits: int, gated: bool =
     return gemm_few.tile_for(x, scales.shape[0], bits, x.dtype, gated)
 
 
+def _as_dense(x: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor | None, group: int, perm: Tensor | None,
+              unpacked: Tensor | None, bits: int) -> tuple[Tensor, Tensor] | None:
+    """x and the weights as a dense layer takes them; None: of so few rows the fused product is faster."""
+    if unpacked is not None and x.shape[0] > MOST_BESIDE_COPY:
+        return x, unpacked
+    if x.shape[0] <= MOST_ROWS:
+        return None
+    return _in_order(x, perm), _dequantise(packed, scales, zeros, group, bits, x.shape[1])
+
+
+def _in_order(x: Tensor, perm: Tensor | None) -> Tensor:
+    return x if perm is None else x.index_select(1, perm)
+
+
 def _matmul(x: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor | None, group: int, bias: Tensor | None,
             perm: Tensor | None, unpacked: Tensor | None, bits: int) -> Tensor:
-    if unpacked is not None and x.shape[0] > MOST_BESIDE_COPY:
-        return F.linear(x, unpacked, bias)
-    if perm is not None:
-        x = x.index_select(1, perm)
+    dense = _as_dense(x, packed, scales, zeros, group, perm, unpacked, bits)
+    if dense is not None:
+        return F.linear(*dense, bias)
+    x = _in_order(x, perm)
     few = _tile_of_few(x, scales, group, bits)
     if few is not None:
         return gemm_few.w4_product(x, packed, scales, zeros, group, bias, few)
     ring = gemm_w4_ring.tile_for(x, scales, zeros, group) if bits == 4 else None
     if ring is not None:
         return gemm_w4_ring.product(x, packed, scales, zeros, group, bias, ring)
-    if x.shape[0] <= MOST_ROWS:
-        return _skinny(x, packed, scales, zeros, group, bias, bits, _tile(x.shape[0], scales.shape[0]))
-    return F.linear(x, _dequantise(packed, scales, zeros, group, bits, x.shape[1]), bias)
+    return _skinny(x, packed, scales, zeros, group, bias, bits, _tile(x.shape[0], scales.shape[0]))
 
 
 def _unpack_weight(packed: Tensor, scales: Tensor, zeros: Tensor | None, group: int, perm: Tensor | None, width: int,
@@ -395,15 +408,15 @@ def w4_gated_matmul(x: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor | N
                     bias: Tensor | None, perm: Tensor | None, unpacked: Tensor | None) -> Tensor:
     """See ref.w4_gated_matmul, and w4_matmul for the strides."""
     few = _tile_of_few(x, scales, group, 4, gated=True)
-    ring = gemm_w4_ring.tile_for(x, scales, zeros, group, gated=True) if bias is None else None
-    if few is None and ring is None:
-        return gated_act(_matmul(x, packed, scales, zeros, group, bias, perm, unpacked, 4), activation)
-    if perm is not None:
-        x = x.index_select(1, perm)
     if few is not None:
-        return gemm_few.w4_product(x, packed, scales, zeros, group, bias, few, activation)
-    assert ring is not None
-    return gemm_w4_ring.product(x, packed, scales, zeros, group, None, ring, activation)
+        return gemm_few.w4_product(_in_order(x, perm), packed, scales, zeros, group, bias, few, activation)
+    ring = gemm_w4_ring.tile_for(x, scales, zeros, group, gated=True) if bias is None else None
+    if ring is not None:
+        return gemm_w4_ring.product(_in_order(x, perm), packed, scales, zeros, group, None, ring, activation)
+    dense = _as_dense(x, packed, scales, zeros, group, perm, unpacked, 4)
+    if dense is not None:
+        return gated_linear(*dense, bias, activation)
+    return gated_act(_matmul(x, packed, scales, zeros, group, bias, perm, unpacked, 4), activation)
 
 
 def w8_matmul(x: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor | None, group: int, bias: Tensor | None,

@@ -1,4 +1,6 @@
-"""Dense linear layers on CUDA: one row goes to dense_few.py, few rows to gemm_skinny.py, more to cuBLAS."""
+"""Dense linear layers on CUDA: one row goes to dense_few.py, few rows to gemm_skinny.py, many gated ones to gemm_gated.py, the rest
+to cuBLAS.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +9,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from kernels import dense_few, pointwise, ref
+from kernels import dense_few, gemm_gated, ref
 from kernels.gemm_skinny import SHARED_BYTES, Tile, product, tile_of
 from kernels.shapes import cdiv
 
@@ -74,4 +76,4 @@ def gated_linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str
     tile = _tile(x, weight, gated=True)
     if tile is not None:
         return product(x, weight, bias, tile, activation)
-    return pointwise.gated_act(ref.linear(x, weight, bias, None), activation)
+    return gemm_gated.gated_linear(x, weight, bias, activation)

@@ -15,12 +15,17 @@ GATE_BLOCK = 1024
 
 
 @triton.jit
-def gate(low, up, GELU: tl.constexpr, DTYPE: tl.constexpr):
-    """act(low) * up, float32 in, rounded where the torch twin rounds."""
+def activate(low, GELU: tl.constexpr):
+    """SiLU, or GELU by tanh, of float32."""
     # silu(x) = x / (1 + exp(-x)); GELU too, since (1 + tanh(u)) / 2 = 1 / (1 + exp(-2 u))
     slope = SQRT_8_OVER_PI * (low + 0.044715 * low * low * low) if GELU else low
-    act = low / (1.0 + tl.exp(-slope))
-    return (act.to(DTYPE).to(tl.float32) * up).to(DTYPE)
+    return low / (1.0 + tl.exp(-slope))
+
+
+@triton.jit
+def gate(low, up, GELU: tl.constexpr, DTYPE: tl.constexpr):
+    """act(low) * up, float32 in, rounded where the torch twin rounds."""
+    return (activate(low, GELU).to(DTYPE).to(tl.float32) * up).to(DTYPE)
 
 
 @triton.jit

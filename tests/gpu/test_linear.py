@@ -11,7 +11,7 @@ from kernel_cases import check_linear, randn
 if not torch.cuda.is_available():
     pytest.skip("needs CUDA", allow_module_level=True)
 
-from kernels import dense_few, ops, ref
+from kernels import dense_few, gemm_gated, ops, ref
 from kernels.gemm_skinny import Tile, product
 from kernels.split_k import counters
 
@@ -66,6 +66,48 @@ def test_ops_as_the_rule_has_them(m, features, depth):
     assert float((got.double() - want.double()).norm() / want.double().norm()) < 6e-3
     got, want = ops.linear(x, weight), x.double() @ weight.double().T
     assert float((got.double() - want).norm() / want.norm()) < 3e-3
+
+
+HOPPER = pytest.mark.skipif(torch.cuda.get_device_capability()[0] != 9, reason="this kernel is for Hopper")
+
+
+def run_gated(x, weight, bias, activation, out):
+    """Into the first rows of a longer output, whose others hold NaN and keep it."""
+    longer = out.new_full((out.shape[0] + 128, out.shape[1]), float("nan"))
+    gemm_gated.product(x, weight, activation, longer[: out.shape[0]])
+    assert longer[out.shape[0] :].isnan().all()
+    return out.copy_(longer[: out.shape[0]])
+
+
+@HOPPER
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("m, features, depth", [(1, 256, 256), (129, 512, 256), (1000, 2048, 768), (4100, 5120, 1280)])
+@pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
+def test_many_gated_rows(dtype, m, features, depth, activation):
+    """Fewer tiles than multiprocessors, and more; an odd number of turns of the ring for each."""
+    check_linear(run_gated, torch.empty(0, dtype=dtype, device="cuda"), m, features, depth, activation)
+
+
+@HOPPER
+def test_which_gated_rows_are_many():
+    def takes(m=gemm_gated.LEAST_ROWS, features=512, depth=512, dtype=torch.bfloat16, of_weight=torch.bfloat16, stride=512, at=0):
+        x = torch.empty(m * stride + at, dtype=dtype, device="cuda")[at:].as_strided((m, depth), (stride, 1))
+        return gemm_gated.takes(x, torch.empty(features, depth, dtype=of_weight, device="cuda"))
+
+    assert takes() and takes(dtype=torch.float16, of_weight=torch.float16) and takes(stride=520) and takes(at=8)
+    assert not takes(m=gemm_gated.LEAST_ROWS - 1)
+    assert not takes(features=384) and not takes(depth=384)
+    assert not takes(dtype=torch.float32, of_weight=torch.float32) and not takes(of_weight=torch.float16)
+    assert not takes(stride=516) and not takes(at=4)
+
+
+@HOPPER
+@pytest.mark.parametrize("m, features, depth", [(4500, 2048, 512), (4500, 2048, 192), (4500, 1000, 512), (300, 2048, 512)])
+def test_gated_rows_as_the_rule_has_them(m, features, depth):
+    like = torch.empty(0, dtype=torch.bfloat16, device="cuda")
+    x, weight = randn(m, depth, like=like), randn(features, depth, like=like) / depth**0.5
+    got, want = ops.gated_linear(x, weight, None, "silu"), ref.gated_linear(x, weight, None, "silu")
+    assert float((got.double() - want.double()).norm() / want.double().norm()) < 6e-3
 
 
 @pytest.mark.parametrize("m", [1, 16, 64])
