@@ -1,6 +1,4 @@
-"""Dense linear layers on CUDA: one row goes to dense_few.py, few rows to gemm_skinny.py, many gated ones to gemm_gated.py, the rest
-to cuBLAS.
-"""
+"""Dense linear layers on CUDA: one row by dense_few.py, few by gemm_skinny.py, many gated ones by gemm_gated.py, or by cuBLAS."""
 
 from __future__ import annotations
 
