@@ -25,7 +25,7 @@ from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 
 from kernels import cluster
 from kernels.attention import LOWEST, MASKED, key_scaled, log2_scales
-from kernels.fragments import alike, count, numbers, operand_layout, sums_layout
+from kernels.fragments import alike, count, halves, numbers, operand_layout, sums_layout
 from kernels.hopper import processors
 from kernels.kv_cache import rotated, rotation, scaled, shifted
 from kernels.overlap import after, launch_options, overlaps
@@ -100,8 +100,7 @@ def queries_layout(warps, each, programs):
     return gl.BlockedLayout([1, 1, each], [1, 8, 4], [warps, 1, 1], [2, 1, 0], cga_layout=alike(programs, 3))
 
 
-# Two halves of each word; the words of two keys, their numbers paired; and what a warp holds of 8 x 8 numbers transposed.
-HALVES = tl.constexpr("mov.b32 {$0, $1}, $2;")
+# The words of two keys, their numbers paired; and what a warp holds of 8 x 8 numbers transposed.
 PAIRED_HALVES = tl.constexpr("""{
 prmt.b32 $0, $2, $3, 0x5410;
 prmt.b32 $1, $2, $3, 0x7632;
@@ -119,15 +118,6 @@ cvt.rn.f16x2.e4m3x2 $2, c;
 cvt.rn.f16x2.e4m3x2 $3, d;
 }""")
 TRANSPOSED = tl.constexpr("movmatrix.sync.aligned.m8n8.trans.b16 $0, $1;")
-
-
-@gluon.jit
-def _key_operand(words, KIND: tl.constexpr):
-    """Words of 16-bit numbers [WARPS, 16, D / 2] -> [WARPS, 16, D]."""
-    WARPS: tl.constexpr = words.shape[0]
-    low, high = gl.inline_asm_elementwise(HALVES, "=h,=h,r", [words], (gl.int16, gl.int16), is_pure=True, pack=1)
-    whole = gl.reshape(gl.join(low, high).to(KIND, bitcast=True), [WARPS, KEYS, words.shape[2] * 2])
-    return gl.convert_layout(whole, operand_layout(0, WARPS, 8, gl.num_ctas()), assert_trivial=True)
 
 
 @gluon.jit
@@ -208,8 +198,8 @@ def _key_operands(words, KIND: tl.constexpr, FP8: tl.constexpr):
     else:
         left: tl.constexpr = operand_layout(0, WARPS, 4, gl.num_ctas())
         low, high = gl.split(gl.permute(gl.reshape(words, [WARPS, KEYS, 2, words.shape[2] // 2]), [0, 1, 3, 2]))
-        operands = (_key_operand(gl.convert_layout(low, left, assert_trivial=True), KIND),
-                    _key_operand(gl.convert_layout(high, left, assert_trivial=True), KIND))
+        operands = (halves(gl.convert_layout(low, left, assert_trivial=True), KIND),
+                    halves(gl.convert_layout(high, left, assert_trivial=True), KIND))
     return operands
 
 
@@ -487,18 +477,25 @@ class Way(NamedTuple):
     programs: int = 1           # of a cluster, that share a row's keys: a power of two up to 16
 
 
-def way_of(cache: Tensor, heads: int, queries: int) -> Way:
-    """For so many KV heads of all rows together, and queries of each. Without clusters as jobs/bench/decode_step.py measured them
-    on an H100; with clusters not measured yet.
+def way_of(cache: Tensor, heads: int, queries: int, max_context: int) -> Way:
+    """For so many KV heads of all rows together, queries of each, and keys at most.
 
-    Of more than 8 queries, 4 warps of a cluster would want a little more than the 48 KB that a launch gets without asking, and
-    Triton asks only if its own share, without cluster.py's, is more.
+    As jobs/bench/decode_step.py measured them on an H100, those with clusters between the products around them. Of more than 8
+    queries, 4 warps of a cluster would want a little more than the 48 KB that a launch gets without asking, and Triton asks only
+    if its own share, without cluster.py's, is more.
     """
+    fp8 = cache.element_size() == 1
     if heads < 64:
-        return Way(4 if heads <= 16 and queries <= 8 else 8, 1, 1, 16 if heads <= 8 else 8 if heads <= 16 else 4)
+        if queries > 8:
+            return Way(8, 1, 1, 8)
+        if heads > 16:
+            return Way(4, 1, 1, 8 if heads <= 32 else 4)
+        if max_context > 1 << 13:
+            return Way(4, 1, 1, 16)
+        return Way(4, 2, 1, 8) if fp8 else Way(8, 1, 1, 8)
     if heads <= 160:
         return Way(8, 2, 1)
-    return Way(4 if cache.element_size() == 1 else 2, 1, 1)
+    return Way(4 if fp8 else 2, 1, 1)
 
 
 def takes(qkv: Tensor, k_cache: Tensor, num_heads: int, softcap: float) -> bool:
@@ -511,11 +508,12 @@ def takes(qkv: Tensor, k_cache: Tensor, num_heads: int, softcap: float) -> bool:
 
 def rope_and_decode(qkv: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, eps: float, plus_one: bool, cos_sin: Tensor,
                     positions: Tensor, slots: Tensor, k_cache: Tensor, v_cache: Tensor, num_heads: int, block_table: Tensor,
-                    rows: Tensor, scale: float, window: int, kv_scales: Tensor | None, k_shift: Tensor | None) -> Tensor:
+                    rows: Tensor, scale: float, window: int, max_context: int, kv_scales: Tensor | None,
+                    k_shift: Tensor | None) -> Tensor:
     """See decode_step.rope_and_decode; for what `takes` takes."""
     n = qkv.shape[0]
     _, kv_heads, page, dim = k_cache.shape
-    way = way_of(k_cache, n * kv_heads, num_heads // kv_heads)
+    way = way_of(k_cache, n * kv_heads, num_heads // kv_heads, max_context)
     out = torch.empty((n, num_heads, dim), dtype=qkv.dtype, device=qkv.device)
     _decode_few_kernel[kv_heads, n](
         qkv, qkv if q_weight is None else q_weight, qkv if k_weight is None else k_weight, cos_sin, positions, slots,

@@ -67,3 +67,15 @@ cvt.rn.f16x2.e4m3x2 $3, d;
 def numbers(words):
     """int32 of four e4m3 numbers each -> these in float16, in four parts: which goes where is the same for weights and x."""
     return gl.inline_asm_elementwise(TO_FLOAT16, "=&r,=&r,=&r,=&r,r,r", [words], (gl.float16,) * 4, is_pure=True, pack=2)
+
+
+HALVES = tl.constexpr("mov.b32 {$0, $1}, $2;")
+
+
+@gluon.jit
+def halves(words, KIND: tl.constexpr):
+    """int32 [warps, rows, C / 2] of two 16-bit numbers each, four of them a lane -> these, [warps, rows, C], as an operand."""
+    WARPS: tl.constexpr = words.shape[0]
+    low, high = gl.inline_asm_elementwise(HALVES, "=h,=h,r", [words], (gl.int16, gl.int16), is_pure=True, pack=1)
+    whole = gl.reshape(gl.join(low, high).to(KIND, bitcast=True), [WARPS, words.shape[1], words.shape[2] * 2])
+    return gl.convert_layout(whole, operand_layout(0, WARPS, 8, gl.num_ctas()), assert_trivial=True)

@@ -31,11 +31,11 @@ DEPTH = 128                     # inputs in a block
 MOST_ROWS = 8                   # of x, which one product of the tensor cores has room for
 BLOCK, ROWS = tl.constexpr(DEPTH), tl.constexpr(MOST_ROWS)
 
-# --- what both kernels share ----------------------------------------------------------------------------------------------------
+# --- what these kernels share, and dense_few.py's -------------------------------------------------------------------------------
 
 
 @gluon.jit
-def _outputs(n, N, GATED: tl.constexpr, OUTPUTS: tl.constexpr):
+def outputs_of(n, N, GATED: tl.constexpr, OUTPUTS: tl.constexpr):
     """The weight's rows of this program's outputs n, of OUTPUTS; GATED: one half of gate's N rows, the other of up's."""
     if GATED:
         row = gl.program_id(0) * (OUTPUTS // 2) + n % (OUTPUTS // 2) + n // (OUTPUTS // 2) * N
@@ -45,7 +45,7 @@ def _outputs(n, N, GATED: tl.constexpr, OUTPUTS: tl.constexpr):
 
 
 @gluon.jit
-def _finish(acc, bias, out, M, N, BIAS: tl.constexpr, GATED: tl.constexpr, GELU: tl.constexpr, OUTPUTS: tl.constexpr,
+def finish(acc, bias, out, M, N, BIAS: tl.constexpr, GATED: tl.constexpr, GELU: tl.constexpr, OUTPUTS: tl.constexpr,
             WARPS: tl.constexpr):
     """Add up the warps' sums [WARPS, OUTPUTS, 8], and write them to out [M, N], rounded where the separate kernels do."""
     DTYPE: tl.constexpr = out.dtype.element_ty
@@ -53,7 +53,7 @@ def _finish(acc, bias, out, M, N, BIAS: tl.constexpr, GATED: tl.constexpr, GELU:
     whole: tl.constexpr = gl.SliceLayout(0, apart)
     y = gl.sum(gl.convert_layout(acc, apart), 0)
     if BIAS:
-        y += gl.load(bias + _outputs(count(OUTPUTS, 0, 2, whole), N, GATED, OUTPUTS)).to(gl.float32)
+        y += gl.load(bias + outputs_of(count(OUTPUTS, 0, 2, whole), N, GATED, OUTPUTS)).to(gl.float32)
     y = y.to(DTYPE)
     WIDTH: tl.constexpr = OUTPUTS // 2 if GATED else OUTPUTS
     if GATED:
@@ -157,15 +157,15 @@ def _w4_kernel(x, packed, scales, zeros, bias, out, M, N, K, x_stride, stride_n,
     stored: tl.constexpr = _as_stored(WARPS, TILES)
     blocks = K // BLOCK
     if GATED:
-        tile = _outputs(count(TILES, 2, 5, stored), N // 16, GATED, TILES)
+        tile = outputs_of(count(TILES, 2, 5, stored), N // 16, GATED, TILES)
         start = tile // 8 * 2048 + tile % 8 * 128
     else:       # of one unit, one after another
         first = gl.program_id(0) * TILES
         start = first // 8 * 2048 + first % 8 * 128 + count(TILES, 2, 5, stored) * 128
     words_at = (packed + count(WARPS, 0, 5, stored) * units * 2048 + start + count(2, 1, 5, stored) * 1024
                 + count(32, 3, 5, stored) * 4 + count(4, 4, 5, stored))
-    scales_at = scales + _outputs(count(OUTPUTS, 1, 3, sums), N, GATED, OUTPUTS) * stride_n
-    zeros_at = zeros + _outputs(count(OUTPUTS, 1, 3, left), N, GATED, OUTPUTS) * stride_n
+    scales_at = scales + outputs_of(count(OUTPUTS, 1, 3, sums), N, GATED, OUTPUTS) * stride_n
+    zeros_at = zeros + outputs_of(count(OUTPUTS, 1, 3, left), N, GATED, OUTPUTS) * stride_n
     ahead = ()  # type: tuple
     for i in gl.static_range(AHEAD):
         ahead += (_fetch(i, words_at, scales_at, zeros_at, blocks, stride_g, GROUP, PIECES, ZERO, TILES, WARPS),)
@@ -193,7 +193,7 @@ def _w4_kernel(x, packed, scales, zeros, bias, out, M, N, K, x_stride, stride_n,
             fetched += (_fetch(turn, words_at, scales_at, zeros_at, blocks, stride_g, GROUP, PIECES, ZERO, TILES, WARPS),)
             words_at += WARPS * 2048 * units
         ahead = fetched
-    _finish(acc, bias, out, M, N, BIAS, GATED, GELU, OUTPUTS, WARPS)
+    finish(acc, bias, out, M, N, BIAS, GATED, GELU, OUTPUTS, WARPS)
 
 
 # --- e4m3 weights ---------------------------------------------------------------------------------------------------------------
@@ -213,14 +213,15 @@ def _fetch_fp8(turn, weight_at, scales_at, blocks, BLOCKS: tl.constexpr, WARPS: 
 
 @gluon.jit(do_not_specialize=["M"])
 def _fp8_kernel(x, x_scales, weight, weight_scales, bias, out, M, N, WORDS, BLOCKS: tl.constexpr, BIAS: tl.constexpr,
-                OUTPUTS: tl.constexpr, AHEAD: tl.constexpr, OVERLAP: tl.constexpr, WARPS: tl.constexpr):
-    """x [M, WORDS] and weight [N, WORDS]: int32 of four e4m3 numbers each."""
+                GATED: tl.constexpr, GELU: tl.constexpr, OUTPUTS: tl.constexpr, AHEAD: tl.constexpr, OVERLAP: tl.constexpr,
+                WARPS: tl.constexpr):
+    """x and weight: int32 of four e4m3 numbers each, WORDS a row; N: of out."""
     sums: tl.constexpr = sums_layout(WARPS)
     left: tl.constexpr = operand_layout(0, WARPS, 4)
     right: tl.constexpr = operand_layout(1, WARPS, 4)
     along: tl.constexpr = gl.BlockedLayout([1, 1, 4], [1, 8, 4], [WARPS, 1, 1], [2, 1, 0])      # of x as it lies in memory
     blocks = WORDS // 32
-    n = gl.program_id(0) * OUTPUTS + count(OUTPUTS, 1, 3, left)
+    n = outputs_of(count(OUTPUTS, 1, 3, left), N, GATED, OUTPUTS)
     weight_at = weight + n.to(gl.int64) * WORDS + count(WARPS, 0, 3, left) * 32 + count(32, 2, 3, left)
     of_blocks = weight_scales + gl.program_id(0) * OUTPUTS // BLOCK * blocks
     ahead = ()  # type: tuple
@@ -228,7 +229,9 @@ def _fp8_kernel(x, x_scales, weight, weight_scales, bias, out, M, N, WORDS, BLOC
         ahead += (_fetch_fp8(i, weight_at, of_blocks, blocks, BLOCKS, WARPS),)
         weight_at += WARPS * 32
     if not BLOCKS:      # read at the end, when there are registers for them
-        prefetch(weight_scales + gl.program_id(0) * OUTPUTS)
+        prefetch(weight_scales + outputs_of(0, N, GATED, OUTPUTS))
+        if GATED:
+            prefetch(weight_scales + outputs_of(OUTPUTS // 2, N, GATED, OUTPUTS))
     after(OVERLAP)
 
     s, s_sums = count(WARPS, 0, 3, along), count(WARPS, 0, 3, sums)
@@ -254,9 +257,9 @@ def _fp8_kernel(x, x_scales, weight, weight_scales, bias, out, M, N, WORDS, BLOC
             weight_at += WARPS * 32
         ahead = fetched
     if not BLOCKS:
-        n = gl.program_id(0) * OUTPUTS + count(OUTPUTS, 1, 3, sums)
+        n = outputs_of(count(OUTPUTS, 1, 3, sums), N, GATED, OUTPUTS)
         acc *= gl.load(weight_scales + n) * gl.load(x_scales + row)
-    _finish(acc, bias, out, M, N, BIAS, False, False, OUTPUTS, WARPS)
+    finish(acc, bias, out, M, N, BIAS, GATED, GELU, OUTPUTS, WARPS)
 
 
 # --- launches -------------------------------------------------------------------------------------------------------------------
@@ -284,7 +287,7 @@ def tile_of(rows: int, features: int, depth: int, bits: int, gated: bool = False
     most = 16 if features <= MANY_OUTPUTS else 8
     warps = next((n for n in (most, 8) if depth // DEPTH % n == 0), 4)
     if bits == 8:
-        tile = Tile(warps, 16, 1)
+        tile = Tile(4, 32, 1) if gated else Tile(warps, 16, 1)
     elif gated:
         # For one row the former is slower alone, but faster in a step.
         tile = Tile(2, 32, 2) if rows <= 2 and depth // DEPTH % 4 == 0 else Tile(4, 64, 1)
@@ -327,16 +330,18 @@ def w4_product(x: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor | None, 
 
 
 def fp8_product(x: Tensor, x_scales: Tensor, weight: Tensor, weight_scales: Tensor, bias: Tensor | None, dtype: torch.dtype,
-                blocks: bool, tile: Tile) -> Tensor:
+                blocks: bool, tile: Tile, activation: str = "") -> Tensor:
     """e4m3 x [M, K], M up to 8, times e4m3 weight [N, K], both contiguous -> [M, N] in a 16-bit dtype.
 
+    With an activation its gated_act, [M, N / 2], where scales are not of blocks.
     x_scales, weight_scales: float32 [M], [N]; of blocks of 128 [M, K / 128], [N / 128, K / 128]. K is a multiple of 128, N of
     tile.outputs.
     """
     rows, features = x.shape[0], weight.shape[0]
-    out = torch.empty((rows, features), dtype=dtype, device=x.device)
+    out = torch.empty((rows, features // 2 if activation else features), dtype=dtype, device=x.device)
     words = x.view(torch.int32)
     _fp8_kernel[features // tile.outputs,](
-        words, x_scales, weight.view(torch.int32), weight_scales, out if bias is None else bias, out, rows, features,
-        words.shape[1], BLOCKS=blocks, BIAS=bias is not None, **_options(tile, x.device))
+        words, x_scales, weight.view(torch.int32), weight_scales, out if bias is None else bias, out, rows, out.shape[1],
+        words.shape[1], BLOCKS=blocks, BIAS=bias is not None, GATED=bool(activation), GELU=activation == "gelu_tanh",
+        **_options(tile, x.device))
     return out

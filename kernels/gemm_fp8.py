@@ -18,7 +18,7 @@ from torch import Tensor
 from kernels import gemm_few, gemm_fp8_ring
 from kernels.formats import FP8_BLOCK
 from kernels.overlap import after, launch_options, overlaps, prefetch
-from kernels.quantize import fp8_quantize, quantize_blocks
+from kernels.quantize import fp8_quantize, gated_act_fp8, quantize_blocks
 from kernels.shapes import cdiv
 from kernels.split_k import Tile, counters, finish
 
@@ -108,6 +108,20 @@ def fp8_product(x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor
     if few or uneven or dtype == torch.float32:         # cuBLAS has no float32 outputs for scales of rows
         return _product(x, x_scale, weight, weight_scale, bias, dtype, False, _tile(x.shape[0]))
     return torch._scaled_mm(x, weight.t(), x_scale, weight_scale[None], bias, out_dtype=dtype, use_fast_accum=True)
+
+
+MOST_GATED = 4      # rows; of more, the activation that quantises at once is as fast
+
+
+def fp8_gated_product(x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, dtype: torch.dtype,
+                      activation: str, scale: Tensor | None) -> tuple[Tensor, Tensor]:
+    """See ref.fp8_gated_product."""
+    tile = gemm_few.tile_for(x, weight.shape[0], 8, dtype, gated=True) if x.shape[0] <= MOST_GATED else None
+    if tile is None:
+        return gated_act_fp8(fp8_product(x, x_scale, weight, weight_scale, bias, dtype), activation, scale)
+    # A row's activation is one program's work if that quantises it; here it is spread over all.
+    gated = gemm_few.fp8_product(x, x_scale, weight, weight_scale, bias, dtype, False, tile, activation)
+    return fp8_quantize(gated, scale)
 
 
 def fp8_matmul(x: Tensor, weight: Tensor, weight_scale: Tensor, input_scale: Tensor | None, bias: Tensor | None) -> Tensor:

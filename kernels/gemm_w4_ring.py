@@ -303,10 +303,18 @@ class Tile(NamedTuple):
 
 
 MOST_ROWS = 128                 # of x
-# Registers of a thread, by the rows of a program and the programs on a multiprocessor: on average, of those that multiply, of
-# those that bring. Gated products have one group that multiplies, which has what the others leave.
-REGISTERS = {(64, 1): (168, 216, 72), (128, 1): (168, 216, 72), (128, 2): (80, 96, 48), (256, 1): (168, 216, 72)}
-GATED_REGISTERS = 96, 0, 64
+# Registers of a thread, by the weight's rows of a program and the programs on a multiprocessor: on average, of those that
+# multiply, of those that bring. Of up to MOST_BESIDE rows of x so few that other kernels of a step find room beside one program;
+# gated products have one group that multiplies, which has what the others leave.
+REGISTERS = {(64, 1): (128, 152, 64), (128, 1): (128, 152, 64), (128, 2): (80, 96, 48), (256, 1): (168, 216, 72)}
+MANY_REGISTERS, GATED_REGISTERS = (168, 216, 72), (96, 0, 64)
+
+
+def registers_of(rows: int, tile: Tile, gated: bool) -> tuple[int, int, int]:
+    """Of rows of x."""
+    if gated:
+        return GATED_REGISTERS
+    return REGISTERS[tile.outputs, tile.programs] if rows <= MOST_BESIDE else MANY_REGISTERS
 
 
 @cache
@@ -364,7 +372,7 @@ def product(x: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor | None, gro
     m = block_m(rows)
     out = torch.empty((rows, features // 2 if activation else features), dtype=x.dtype, device=x.device)
     partial = torch.empty((tile.splits, features, m), dtype=torch.float32, device=x.device) if tile.splits > 1 else out
-    registers, multiplying, bringing = GATED_REGISTERS if activation else REGISTERS[tile.outputs, tile.programs]
+    registers, multiplying, bringing = registers_of(rows, tile, bool(activation))
     _product_kernel[features // tile.outputs, tile.splits](
         x, packed, scales, scales if zeros is None else zeros, out if bias is None else bias, out, partial, counters(x.device),
         rows, depth, x.stride(0), scales.stride(1) if scales.shape[1] > 1 else 0, packed.shape[1], group // 128, tile.splits,

@@ -1,4 +1,4 @@
-"""Dense linear layers on CUDA: few rows go to gemm_skinny.py, more to cuBLAS, and many of gated ones to gemm_gated.py."""
+"""Dense linear layers on CUDA: one row by dense_few.py, few by gemm_skinny.py, many gated ones by gemm_gated.py, or by cuBLAS."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from kernels import gemm_gated, ref
+from kernels import dense_few, gemm_gated, ref
 from kernels.gemm_skinny import SHARED_BYTES, Tile, product, tile_of
 from kernels.shapes import cdiv
 
@@ -62,6 +62,9 @@ def _processors(device: torch.device) -> int:
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None) -> Tensor:
     """See ref.linear; rows of x may be strided."""
+    few = dense_few.tile_for(x, weight)
+    if few is not None and weight.nbytes > SMALL_BYTES:
+        return dense_few.product(x, weight, bias, few, out)
     tile = _tile(x, weight, gated=False)
     return ref.linear(x, weight, bias, out) if tile is None else product(x, weight, bias, tile, out=out)
 

@@ -127,6 +127,12 @@ def fp8_product(x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor
     return (gemm_fp8 if x.is_cuda else ref).fp8_product(x, x_scale, weight, weight_scale, bias, dtype)
 
 
+def fp8_gated_product(x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, dtype: torch.dtype,
+                      activation: str, scale: Tensor | None) -> tuple[Tensor, Tensor]:
+    return (gemm_fp8 if x.is_cuda else ref).fp8_gated_product(
+        x, x_scale, weight, weight_scale, bias, dtype, activation, scale)
+
+
 def fp8_matmul(x: Tensor, weight: Tensor, weight_scale: Tensor, input_scale: Tensor | None = None,
                bias: Tensor | None = None) -> Tensor:
     return (gemm_fp8 if x.is_cuda else ref).fp8_matmul(x, weight, weight_scale, input_scale, bias)

@@ -247,6 +247,12 @@ def fp8_product(x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor
     return (out if bias is None else out + bias.float()).to(dtype)
 
 
+def fp8_gated_product(x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, dtype: torch.dtype,
+                      activation: str, scale: Tensor | None) -> tuple[Tensor, Tensor]:
+    """gated_act_fp8 of fp8_product by a weight [gate | up]."""
+    return gated_act_fp8(fp8_product(x, x_scale, weight, weight_scale, bias, dtype), activation, scale)
+
+
 def fp8_matmul(x: Tensor, weight: Tensor, weight_scale: Tensor, input_scale: Tensor | None = None,
                bias: Tensor | None = None) -> Tensor:
     """x [M, K] times float8_e4m3fn weights [N, K], both quantised, sums in float32 -> [M, N] in x's dtype.

@@ -138,7 +138,7 @@ def check_few_w4(kernels: ModuleType, like: Tensor, rows: int, outputs: int, inp
 
 
 def check_few_fp8(kernels: ModuleType, like: Tensor, rows: int, outputs: int, inputs: int, tile: gemm_few.Tile, *,
-                  bias: bool = False, blocks: bool = False) -> None:
+                  bias: bool = False, blocks: bool = False, activation: str = "") -> None:
     """Likewise of e4m3 numbers, with scales of rows and outputs or of blocks."""
     def codes(*shape: int) -> Tensor:
         return randn(*shape, like=like.float()).mul(100).clamp(-ref.E4M3_MAX, ref.E4M3_MAX).to(torch.float8_e4m3fn)
@@ -146,15 +146,31 @@ def check_few_fp8(kernels: ModuleType, like: Tensor, rows: int, outputs: int, in
     x, weight, b = codes(rows, inputs), codes(outputs, inputs), randn(outputs, like=like) if bias else None
     sizes = ((rows, inputs // FP8_BLOCK), (outputs // FP8_BLOCK, inputs // FP8_BLOCK)) if blocks else ((rows,), (outputs,))
     x_scale, weight_scale = (torch.rand(size, device=like.device) * 1e-2 + 1e-3 for size in sizes)
-    got = kernels.fp8_product(x, x_scale, weight, weight_scale, b, like.dtype, blocks, tile)
+    got = kernels.fp8_product(x, x_scale, weight, weight_scale, b, like.dtype, blocks, tile, activation)
     if blocks:
         x_scale = x_scale.repeat_interleave(FP8_BLOCK, 1)
         weight_scale = weight_scale.repeat_interleave(FP8_BLOCK, 0).repeat_interleave(FP8_BLOCK, 1)
     else:
         x_scale, weight_scale = x_scale[:, None], weight_scale[:, None]
     exact = (x.double() * x_scale.double()) @ (weight.double() * weight_scale.double()).t() + (0 if b is None else b.double())
+    if activation:
+        exact = ref.gated_act(exact.to(like.dtype), activation).double()
     assert got.dtype == like.dtype
-    assert error(got, exact) < ROUNDING[like.dtype]
+    assert error(got, exact) < ROUNDING[like.dtype] * (2 if activation else 1)
+
+
+def check_fp8_gated(like: Tensor, rows: int, outputs: int, inputs: int, static: bool = False) -> None:
+    """The op against the kernels that it stands for."""
+    codes, scales = quantize.fp8_quantize(randn(rows, inputs, like=like))
+    weight, weight_scale = ref.fp8_quantize(randn(outputs, inputs, like=like) / inputs**0.5)
+    scale = torch.tensor([0.02], device=like.device) if static else None
+    for activation in ("silu", "gelu_tanh"):
+        parts = codes, scales, weight, weight_scale.flatten(), randn(outputs, like=like), like.dtype
+        got, got_scales = gemm_fp8.fp8_gated_product(*parts, activation, scale)
+        want, want_scales = ref.fp8_gated_product(*parts, activation, scale)
+        off = (got.float() * got_scales - want.float() * want_scales).double()
+        assert got.shape == (rows, outputs // 2)
+        assert float(off.norm() / (want.double() * want_scales.double()).norm()) < 0.01
 
 
 def check_fp8_blocks(like: Tensor, rows: int, outputs: int, inputs: int) -> None:

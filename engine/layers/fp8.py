@@ -24,9 +24,14 @@ class _RowScaled(LinearMethod):
         inputs = ops.add_rms_norm_fp8(x, residual, norm.weight, norm.eps, norm.plus_one, layer.input_scale)
         return ops.fp8_product(*inputs, layer.weight, layer.weight_scale, layer.bias, x.dtype)
 
+    def apply_gated_fp8(self, layer: Linear, x: Tensor, residual: Tensor, norm: RMSNorm, activation: str,
+                        scale: Tensor | None) -> tuple[Tensor, Tensor]:
+        inputs = ops.add_rms_norm_fp8(x, residual, norm.weight, norm.eps, norm.plus_one, layer.input_scale)
+        return ops.fp8_gated_product(*inputs, layer.weight, layer.weight_scale, layer.bias, x.dtype, activation, scale)
+
     def apply_after_gate(self, layer: Linear, gate_up: Linear | Joined, x: Tensor, residual: Tensor, norm: RMSNorm,
                          activation: str) -> Tensor:
-        inputs = ops.gated_act_fp8(gate_up.after_norm(x, residual, norm), activation, layer.input_scale)
+        inputs = gate_up.gated_fp8(x, residual, norm, activation, layer.input_scale)
         return ops.fp8_product(*inputs, layer.weight, layer.weight_scale, layer.bias, x.dtype)
 
 

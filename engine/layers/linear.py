@@ -68,6 +68,11 @@ class LinearMethod(Protocol):
         """ops.gated_act of the product of a layer [gate | up]: x [T, in_features] -> [T, out_features / 2]."""
         return ops.gated_act(self.apply(layer, x), activation)
 
+    def apply_gated_fp8(self, layer: Linear, x: Tensor, residual: Tensor, norm: RMSNorm, activation: str,
+                        scale: Tensor | None) -> tuple[Tensor, Tensor]:
+        """residual += x in place; ops.gated_act_fp8 of what a layer [gate | up] makes of its norm."""
+        return ops.gated_act_fp8(self.apply_after_norm(layer, x, residual, norm), activation, scale)
+
     def apply_after_gate(self, layer: Linear, gate_up: Linear | Joined, x: Tensor, residual: Tensor, norm: RMSNorm,
                          activation: str) -> Tensor:
         """residual += x in place; the product with the gated activation of what [gate | up] makes of its norm."""
@@ -156,6 +161,11 @@ class Linear(nn.Module):
         """See LinearMethod.apply_after_norm."""
         return self.method.apply_after_norm(self, x, residual, norm)
 
+    def gated_fp8(self, x: Tensor, residual: Tensor, norm: RMSNorm, activation: str,
+                  scale: Tensor | None) -> tuple[Tensor, Tensor]:
+        """See LinearMethod.apply_gated_fp8."""
+        return self.method.apply_gated_fp8(self, x, residual, norm, activation, scale)
+
     def after_gate(self, gate_up: Linear | Joined, x: Tensor, residual: Tensor, norm: RMSNorm, activation: str) -> Tensor:
         """See LinearMethod.apply_after_gate."""
         return self.method.apply_after_gate(self, gate_up, x, residual, norm, activation)
@@ -178,6 +188,11 @@ class Joined(nn.Module):
     def after_norm(self, x: Tensor, residual: Tensor, norm: RMSNorm) -> Tensor:
         """See LinearMethod.apply_after_norm."""
         return self(norm.add(x, residual))
+
+    def gated_fp8(self, x: Tensor, residual: Tensor, norm: RMSNorm, activation: str,
+                  scale: Tensor | None) -> tuple[Tensor, Tensor]:
+        """See LinearMethod.apply_gated_fp8."""
+        return ops.gated_act_fp8(self.after_norm(x, residual, norm), activation, scale)
 
 
 def make_linear(in_features: int, sources: Sequence[tuple[str, int]], *, bias: bool, dtype: torch.dtype,

@@ -11,7 +11,7 @@ from kernel_cases import check_linear, randn
 if not torch.cuda.is_available():
     pytest.skip("needs CUDA", allow_module_level=True)
 
-from kernels import gemm_gated, ops, ref
+from kernels import dense_few, gemm_gated, ops, ref
 from kernels.gemm_skinny import Tile, product
 from kernels.split_k import counters
 
@@ -41,6 +41,20 @@ def test_product(dtype, m, features, depth, tile, activation, bias):
     like = torch.empty(0, dtype=dtype, device="cuda")
     check_linear(partial(run, tile), like, m, features, depth, activation, bias)
     assert not counters(like.device).any()
+
+
+@pytest.mark.skipif(torch.cuda.get_device_capability()[0] != 9, reason="the kernel is for Hopper")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("warps, outputs, inputs, ahead", [(1, 16, 32, 1), (8, 16, 128, 1), (8, 16, 128, 2), (16, 32, 64, 2),
+                                                           (4, 64, 64, 3)])
+def test_few_rows_in_registers(dtype, warps, outputs, inputs, ahead):
+    like = torch.empty(0, dtype=dtype, device="cuda")
+    for m, features, depth in ((1, 1152, 896), (3, 4096, 4096), (8, 576, 1664)):
+        x, weight = randn(m, depth + 8, like=like)[:, :depth], randn(features, depth, like=like) / depth**0.5
+        bias, out = randn(features, like=like), torch.empty(m, features, dtype=dtype, device="cuda")
+        dense_few.product(x, weight, bias, dense_few.Tile(warps, outputs, inputs, ahead), out)
+        want = x.double() @ weight.double().T + bias.double()
+        assert float((out.double() - want).norm() / want.norm()) < (3e-3 if dtype == torch.bfloat16 else 4e-4)
 
 
 @pytest.mark.parametrize("m", [1, 7, 16, 56, 100, 128])

@@ -16,6 +16,7 @@ from quantized_products import (
     check_few_w4,
     check_fp8,
     check_fp8_blocks,
+    check_fp8_gated,
     check_fused_quantization,
     check_gated,
     check_integer,
@@ -66,6 +67,8 @@ def test_tiles_of_few_rows(tile):
         if tile.outputs >= 32:
             check_few_w4(gemm_few, like, rows, 2 * 480, 1664, 128, tile, bias=rows == 3, activation="silu")
             check_few_w4(gemm_few, like, rows, 2 * 480, 1664, 128, tile, activation="gelu_tanh")
+            check_few_fp8(gemm_few, like, rows, 2 * 480, 1664, tile, bias=True, activation="silu")
+            check_few_fp8(gemm_few, like, rows, 2 * 480, 1664, tile, activation="gelu_tanh")
 
 
 RINGS = [gemm_w4_ring.Tile(outputs, splits, min(stages, gemm_w4_ring.most_stages(64, outputs, programs)), programs)
@@ -185,6 +188,8 @@ def test_gated(like, rows):
     check_gated(like, rows, 2 * 896, 896, 128)
     check_gated(like, rows, 2 * 4864, 896, 64)
     check_gated(like, rows, 2 * 8960, 1536, 128)
+    check_fp8_gated(like, rows, 2 * 8960, 1536)
+    check_fp8_gated(like, rows, 2 * 896, 896, static=True)
 
 
 @pytest.mark.parametrize("rows", [1, 8, 16])

@@ -199,8 +199,7 @@ def compile_gluon() -> None:
         ("bf16", 64, 128, 2, False, ("every",)), ("bf16", 128, 128, 1, False, ("every",)),
         ("fp16", 128, 256, 1, False, ("every",)), ("fp16", 64, 128, 2, True, ("every",)), ("bf16", 64, 128, 2, True, ()),
     ):
-        registers, multiplying, bringing = (gemm_w4_ring.GATED_REGISTERS if gated else
-                                            gemm_w4_ring.REGISTERS[outputs, programs])
+        registers, multiplying, bringing = gemm_w4_ring.registers_of(rows, gemm_w4_ring.Tile(outputs, 1, 0, programs), gated)
         constants = {"BLOCK_M": rows, "BLOCK_N": outputs, "SPLIT": not gated, "BIAS": not gated, "ZERO": outputs < 256,
                      "STAGES": gemm_w4_ring.most_stages(rows, outputs, programs), "OVERLAP": True, "MULTIPLYING": multiplying,
                      "BRINGING": bringing, "GATED": gated, "GELU": False, **dict.fromkeys(ones, 1)}

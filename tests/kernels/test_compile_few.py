@@ -31,11 +31,11 @@ def compiled(function, signature, constants, options):
 
 def check_code(kernel: str, constants: dict, copies: int, limit: int, most: int, registers: int) -> None:
     """copies: of 16 bytes a lane, for a block of 16 x 128 weights; most: instructions for it; limit: of registers, or 0."""
-    from kernels import gemm_few
+    from kernels import dense_few, gemm_few
 
     kinds = {"scales": "*bf16", "zeros": "*u8", "bias": "*bf16", "out": "*bf16", "x_scales": "*fp32", "weight_scales": "*fp32",
-             "packed": "*i32", "weight": "*i32", "x": "*bf16" if kernel == "_w4_kernel" else "*i32"}
-    function = getattr(gemm_few, kernel)
+             "packed": "*i32", "weight": "*i32", "x": "*i32" if kernel == "_fp8_kernel" else "*bf16"}
+    function = getattr(dense_few if kernel == "_product_kernel" else gemm_few, kernel)
     if constants.get("WHOLE") is False:
         kinds["zeros"] = "*bf16"
     if kernel == "_w4_kernel":
@@ -175,7 +175,8 @@ def compile_all() -> None:
     check_fragments()
     w4 = {"GROUP": 128, "PIECES": 1, "OUTPUTS": 16, "AHEAD": 2, "WARPS": 8}
     wide = {**w4, "OUTPUTS": 32, "AHEAD": 1, "WARPS": 4}
-    fp8 = {"BLOCKS": False, "OUTPUTS": 16, "AHEAD": 1, "WARPS": 8}
+    fp8 = {"BLOCKS": False, "GATED": False, "GELU": False, "OUTPUTS": 16, "AHEAD": 1, "WARPS": 8}
+    dense = {"OUTPUTS": 16, "INPUTS": 128, "AHEAD": 1, "WARPS": 8}
     for constants, limit, most, registers in (
         (w4, 64, 180, 64),
         ({**w4, "WARPS": 16, "AHEAD": 1}, 64, 180, 64),
@@ -193,8 +194,11 @@ def compile_all() -> None:
         ({**fp8, "WARPS": 16}, 110, 64),
         ({**fp8, "WARPS": 16, "BLOCKS": True}, 120, 80),
         ({**fp8, "OUTPUTS": 32, "WARPS": 4}, 95, 96),
+        ({**fp8, "OUTPUTS": 32, "WARPS": 4, "GATED": True}, 95, 104),
     ):
         check_code("_fp8_kernel", constants, 4, 0, most, registers)
+    for constants, most, registers in ((dense, 105, 96), ({**dense, "AHEAD": 2}, 100, 128)):
+        check_code("_product_kernel", constants, 8, 0, most, registers)
     decode = {"GROUPS": 1, "AHEAD": 1, "WARPS": 4}
     for constants, fp8, programs, most, registers in (
         (decode, True, 16, 330, 128),

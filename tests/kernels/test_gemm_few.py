@@ -52,6 +52,7 @@ def test_rows_and_tiles(kernels, rows, tile):
 def test_gated(kernels, activation, width, tile):
     """The upper half begins within a unit of 128 packed rows."""
     check_few_w4(kernels, HALF, 4, 2 * width, 512, 128, tile, bias=True, activation=activation)
+    check_few_fp8(kernels, HALF, 4, 2 * width, 512, tile, bias=True, activation=activation)
 
 
 @pytest.mark.parametrize("rows", [1, 8])
@@ -116,7 +117,7 @@ def test_few_rows_go_to_their_kernels(on_hopper, kernels, monkeypatch, rows, inp
 
 def test_the_rule_gives_tiles_that_divide_the_weight():
     for features, depth in ((6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336), (1152, 896), (896, 4864), (37888, 3584)):
-        for bits, gated in ((4, False), (4, True), (8, False)):
+        for bits, gated in ((4, False), (4, True), (8, False), (8, True)):
             tile = gemm_few.tile_of(1, features, depth, bits, gated)
             assert tile is not None
             assert features % tile.outputs == 0
