@@ -170,7 +170,7 @@ def check_fp8_gated(like: Tensor, rows: int, outputs: int, inputs: int, static: 
         want, want_scales = ref.fp8_gated_product(*parts, activation, scale)
         off = (got.float() * got_scales - want.float() * want_scales).double()
         assert got.shape == (rows, outputs // 2)
-        assert float(off.norm() / (want.double() * want_scales.double()).norm()) < 0.01
+        assert float(off.norm() / (want.double() * want_scales.double()).norm()) < 0.03
 
 
 def check_fp8_blocks(like: Tensor, rows: int, outputs: int, inputs: int) -> None:
