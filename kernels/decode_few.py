@@ -196,10 +196,12 @@ def _key_operands(words, KIND: tl.constexpr, FP8: tl.constexpr):
     if FP8:
         operands = numbers(words)
     else:
-        left: tl.constexpr = operand_layout(0, WARPS, 4, gl.num_ctas())
+        stored: tl.constexpr = operand_layout(0, WARPS, 4, gl.num_ctas())
+        left: tl.constexpr = operand_layout(0, WARPS, 8, gl.num_ctas())
         low, high = gl.split(gl.permute(gl.reshape(words, [WARPS, KEYS, 2, words.shape[2] // 2]), [0, 1, 3, 2]))
-        operands = (halves(gl.convert_layout(low, left, assert_trivial=True), KIND),
-                    halves(gl.convert_layout(high, left, assert_trivial=True), KIND))
+        low = halves(gl.convert_layout(low, stored, assert_trivial=True), KIND)
+        high = halves(gl.convert_layout(high, stored, assert_trivial=True), KIND)
+        operands = gl.convert_layout(low, left, assert_trivial=True), gl.convert_layout(high, left, assert_trivial=True)
     return operands
 
 

@@ -11,6 +11,11 @@ import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
+from kernels.pointwise import gate
+
+MOST_ROWS = 8       # of x, which one product of the tensor cores has room for
+ROWS = tl.constexpr(MOST_ROWS)
+
 
 @gluon.constexpr_function
 def alike(programs, rank):
@@ -69,13 +74,42 @@ def numbers(words):
     return gl.inline_asm_elementwise(TO_FLOAT16, "=&r,=&r,=&r,=&r,r,r", [words], (gl.float16,) * 4, is_pure=True, pack=2)
 
 
+# Two halves of a word.
 HALVES = tl.constexpr("mov.b32 {$0, $1}, $2;")
 
 
 @gluon.jit
-def halves(words, KIND: tl.constexpr):
-    """int32 [warps, rows, C / 2] of two 16-bit numbers each, four of them a lane -> these, [warps, rows, C], as an operand."""
-    WARPS: tl.constexpr = words.shape[0]
+def halves(words, DTYPE: tl.constexpr):
+    """int32 [warps, rows, words] of two 16-bit numbers each -> these [warps, rows, 2 words], in the same lanes."""
     low, high = gl.inline_asm_elementwise(HALVES, "=h,=h,r", [words], (gl.int16, gl.int16), is_pure=True, pack=1)
-    whole = gl.reshape(gl.join(low, high).to(KIND, bitcast=True), [WARPS, words.shape[1], words.shape[2] * 2])
-    return gl.convert_layout(whole, operand_layout(0, WARPS, 8, gl.num_ctas()), assert_trivial=True)
+    return gl.reshape(gl.join(low, high).to(DTYPE, bitcast=True), [words.shape[0], words.shape[1], words.shape[2] * 2])
+
+
+@gluon.jit
+def weight_rows(n, N, GATED: tl.constexpr, OUTPUTS: tl.constexpr):
+    """The weight's rows of this program's outputs n, of OUTPUTS; GATED: one half of gate's N rows, the other of up's."""
+    if GATED:
+        row = gl.program_id(0) * (OUTPUTS // 2) + n % (OUTPUTS // 2) + n // (OUTPUTS // 2) * N
+    else:
+        row = gl.program_id(0) * OUTPUTS + n
+    return row
+
+
+@gluon.jit
+def finish(acc, bias, out, M, N, BIAS: tl.constexpr, GATED: tl.constexpr, GELU: tl.constexpr, OUTPUTS: tl.constexpr,
+           WARPS: tl.constexpr):
+    """Add up the warps' sums [WARPS, OUTPUTS, 8], and write them to out [M, N], rounded where the separate kernels do."""
+    DTYPE: tl.constexpr = out.dtype.element_ty
+    WIDTH: tl.constexpr = OUTPUTS // 2 if GATED else OUTPUTS
+    LANES: tl.constexpr = min(WIDTH, 16)        # GATED: a lane has both halves' outputs
+    apart: tl.constexpr = gl.BlockedLayout([WARPS, 1, 1], [1, LANES, 32 // LANES], [1, 1, WARPS], [0, 1, 2])
+    whole: tl.constexpr = gl.SliceLayout(0, apart)
+    y = gl.sum(gl.convert_layout(acc, apart), 0)
+    if BIAS:
+        y += gl.load(bias + weight_rows(count(OUTPUTS, 0, 2, whole), N, GATED, OUTPUTS)).to(gl.float32)
+    y = y.to(DTYPE)
+    if GATED:
+        low, up = gl.split(gl.permute(gl.reshape(y, [2, WIDTH, ROWS]), [1, 2, 0]))
+        y = gl.convert_layout(gate(low.to(gl.float32), up.to(gl.float32), GELU, DTYPE), whole)
+    n, m = gl.program_id(0) * WIDTH + count(WIDTH, 0, 2, whole), count(ROWS, 1, 2, whole)
+    gl.store(out + m * N + n, y, mask=m < M)

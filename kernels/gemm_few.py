@@ -22,46 +22,12 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 
-from kernels.fragments import count, numbers, operand_layout, sums_layout
+from kernels.fragments import MOST_ROWS, ROWS, count, finish, numbers, operand_layout, sums_layout, weight_rows
 from kernels.hopper import processors
 from kernels.overlap import after, launch_options, overlaps, prefetch
-from kernels.pointwise import gate
 
 DEPTH = 128                     # inputs in a block
-MOST_ROWS = 8                   # of x, which one product of the tensor cores has room for
-BLOCK, ROWS = tl.constexpr(DEPTH), tl.constexpr(MOST_ROWS)
-
-# --- what these kernels share, and dense_few.py's -------------------------------------------------------------------------------
-
-
-@gluon.jit
-def outputs_of(n, N, GATED: tl.constexpr, OUTPUTS: tl.constexpr):
-    """The weight's rows of this program's outputs n, of OUTPUTS; GATED: one half of gate's N rows, the other of up's."""
-    if GATED:
-        row = gl.program_id(0) * (OUTPUTS // 2) + n % (OUTPUTS // 2) + n // (OUTPUTS // 2) * N
-    else:
-        row = gl.program_id(0) * OUTPUTS + n
-    return row
-
-
-@gluon.jit
-def finish(acc, bias, out, M, N, BIAS: tl.constexpr, GATED: tl.constexpr, GELU: tl.constexpr, OUTPUTS: tl.constexpr,
-            WARPS: tl.constexpr):
-    """Add up the warps' sums [WARPS, OUTPUTS, 8], and write them to out [M, N], rounded where the separate kernels do."""
-    DTYPE: tl.constexpr = out.dtype.element_ty
-    apart: tl.constexpr = gl.BlockedLayout([WARPS, 1, 1], [1, 16, 2], [1, 1, WARPS], [0, 1, 2])
-    whole: tl.constexpr = gl.SliceLayout(0, apart)
-    y = gl.sum(gl.convert_layout(acc, apart), 0)
-    if BIAS:
-        y += gl.load(bias + outputs_of(count(OUTPUTS, 0, 2, whole), N, GATED, OUTPUTS)).to(gl.float32)
-    y = y.to(DTYPE)
-    WIDTH: tl.constexpr = OUTPUTS // 2 if GATED else OUTPUTS
-    if GATED:
-        low, up = gl.split(gl.permute(gl.reshape(y, [2, WIDTH, ROWS]), [1, 2, 0]))
-        y = gl.convert_layout(gate(low.to(gl.float32), up.to(gl.float32), GELU, DTYPE), whole)
-    n, m = gl.program_id(0) * WIDTH + count(WIDTH, 0, 2, whole), count(ROWS, 1, 2, whole)
-    gl.store(out + m * N + n, y, mask=m < M)
-
+BLOCK = tl.constexpr(DEPTH)
 
 # --- 4-bit weights --------------------------------------------------------------------------------------------------------------
 
@@ -157,15 +123,15 @@ def _w4_kernel(x, packed, scales, zeros, bias, out, M, N, K, x_stride, stride_n,
     stored: tl.constexpr = _as_stored(WARPS, TILES)
     blocks = K // BLOCK
     if GATED:
-        tile = outputs_of(count(TILES, 2, 5, stored), N // 16, GATED, TILES)
+        tile = weight_rows(count(TILES, 2, 5, stored), N // 16, GATED, TILES)
         start = tile // 8 * 2048 + tile % 8 * 128
     else:       # of one unit, one after another
         first = gl.program_id(0) * TILES
         start = first // 8 * 2048 + first % 8 * 128 + count(TILES, 2, 5, stored) * 128
     words_at = (packed + count(WARPS, 0, 5, stored) * units * 2048 + start + count(2, 1, 5, stored) * 1024
                 + count(32, 3, 5, stored) * 4 + count(4, 4, 5, stored))
-    scales_at = scales + outputs_of(count(OUTPUTS, 1, 3, sums), N, GATED, OUTPUTS) * stride_n
-    zeros_at = zeros + outputs_of(count(OUTPUTS, 1, 3, left), N, GATED, OUTPUTS) * stride_n
+    scales_at = scales + weight_rows(count(OUTPUTS, 1, 3, sums), N, GATED, OUTPUTS) * stride_n
+    zeros_at = zeros + weight_rows(count(OUTPUTS, 1, 3, left), N, GATED, OUTPUTS) * stride_n
     ahead = ()  # type: tuple
     for i in gl.static_range(AHEAD):
         ahead += (_fetch(i, words_at, scales_at, zeros_at, blocks, stride_g, GROUP, PIECES, ZERO, TILES, WARPS),)
@@ -221,7 +187,7 @@ def _fp8_kernel(x, x_scales, weight, weight_scales, bias, out, M, N, WORDS, BLOC
     right: tl.constexpr = operand_layout(1, WARPS, 4)
     along: tl.constexpr = gl.BlockedLayout([1, 1, 4], [1, 8, 4], [WARPS, 1, 1], [2, 1, 0])      # of x as it lies in memory
     blocks = WORDS // 32
-    n = outputs_of(count(OUTPUTS, 1, 3, left), N, GATED, OUTPUTS)
+    n = weight_rows(count(OUTPUTS, 1, 3, left), N, GATED, OUTPUTS)
     weight_at = weight + n.to(gl.int64) * WORDS + count(WARPS, 0, 3, left) * 32 + count(32, 2, 3, left)
     of_blocks = weight_scales + gl.program_id(0) * OUTPUTS // BLOCK * blocks
     ahead = ()  # type: tuple
@@ -229,9 +195,9 @@ def _fp8_kernel(x, x_scales, weight, weight_scales, bias, out, M, N, WORDS, BLOC
         ahead += (_fetch_fp8(i, weight_at, of_blocks, blocks, BLOCKS, WARPS),)
         weight_at += WARPS * 32
     if not BLOCKS:      # read at the end, when there are registers for them
-        prefetch(weight_scales + outputs_of(0, N, GATED, OUTPUTS))
+        prefetch(weight_scales + weight_rows(0, N, GATED, OUTPUTS))
         if GATED:
-            prefetch(weight_scales + outputs_of(OUTPUTS // 2, N, GATED, OUTPUTS))
+            prefetch(weight_scales + weight_rows(OUTPUTS // 2, N, GATED, OUTPUTS))
     after(OVERLAP)
 
     s, s_sums = count(WARPS, 0, 3, along), count(WARPS, 0, 3, sums)
@@ -257,7 +223,7 @@ def _fp8_kernel(x, x_scales, weight, weight_scales, bias, out, M, N, WORDS, BLOC
             weight_at += WARPS * 32
         ahead = fetched
     if not BLOCKS:
-        n = outputs_of(count(OUTPUTS, 1, 3, sums), N, GATED, OUTPUTS)
+        n = weight_rows(count(OUTPUTS, 1, 3, sums), N, GATED, OUTPUTS)
         acc *= gl.load(weight_scales + n) * gl.load(x_scales + row)
     finish(acc, bias, out, M, N, BIAS, GATED, GELU, OUTPUTS, WARPS)
 

@@ -1,4 +1,7 @@
-"""Dense linear layers on CUDA: one row by dense_few.py, few by gemm_skinny.py, many gated ones by gemm_gated.py, or by cuBLAS."""
+"""Dense linear layers on CUDA: who multiplies how many rows.
+
+On Hopper one by dense_row.py, up to 8 by dense_few.py, many gated ones by gemm_gated.py; few by gemm_skinny.py, else cuBLAS.
+"""
 
 from __future__ import annotations
 
@@ -7,12 +10,33 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from kernels import dense_few, gemm_gated, ref
+from kernels import dense_few, dense_row, gemm_gated, ref
+from kernels.fragments import MOST_ROWS as FEW_ROWS
 from kernels.gemm_skinny import SHARED_BYTES, Tile, product, tile_of
 from kernels.shapes import cdiv
 
 MOST_ROWS = 64              # cuBLAS is as fast from here on
 SMALL_BYTES = 8 << 20       # weights up to this take as long as a program does, whatever the memory's speed
+
+
+@cache
+def choose_row(m: int, features: int, depth: int, gated: bool) -> dense_row.Tile | None:
+    """The tile of dense_row.py for m rows of x and a weight [features, depth]; None: not for that kernel.
+
+    As measured on an H100 in chains of Mistral-7B's layers.
+    """
+    deep, wide = depth > 1 << 13, features > 1 << 13
+    tile = dense_row.Tile(16, 8, 1, 64) if deep else dense_row.Tile(8 if wide else 4, 4, 2)
+    large = 2 * features * depth > SMALL_BYTES
+    return tile if m == 1 and large and depth % dense_row.DEPTH == 0 and features % (2 * tile.outputs) == 0 else None
+
+
+@cache
+def choose_few(m: int, features: int, depth: int) -> dense_few.Tile | None:
+    """The tile of dense_few.py, likewise, at 8 rows."""
+    tile = dense_few.Tile(8, 16, 128, 1) if features > 1 << 12 else dense_few.Tile(16, 16, 64, 1)
+    large = 2 * features * depth > SMALL_BYTES
+    return tile if 1 <= m <= FEW_ROWS and large and depth % tile.depth == 0 and features % (2 * tile.outputs) == 0 else None
 
 
 @cache
@@ -49,10 +73,6 @@ def _large(m: int, features: int, depth: int, processors: int) -> Shapes:
     return [(64, 128, splits, 8), (64, 64, splits, 8), (64, 64, 1, 8)]
 
 
-def _tile(x: Tensor, weight: Tensor, gated: bool) -> Tile | None:
-    return choose(x.shape[0], *weight.shape, gated, x.dtype, _processors(x.device))
-
-
 @cache
 def _processors(device: torch.device) -> int:
     """Multiprocessors; 0 where they have less shared memory than the tiles are made for, as before Hopper."""
@@ -60,18 +80,27 @@ def _processors(device: torch.device) -> int:
     return chip.multi_processor_count if chip.shared_memory_per_multiprocessor >= SHARED_BYTES else 0
 
 
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, out: Tensor | None) -> Tensor | None:
+    """By one of the kernels for few rows; None where what follows is as fast."""
+    rows, (features, depth), gated = x.shape[0], weight.shape, bool(activation)
+    if dense_few.takes(x):
+        row = choose_row(rows, features, depth, gated)
+        if row is not None:
+            return dense_row.product(x, weight, bias, row, activation, out)
+        few = choose_few(rows, features, depth)
+        if few is not None:
+            return dense_few.product(x, weight, bias, few, activation, out)
+    tile = choose(rows, features, depth, gated, x.dtype, _processors(x.device))
+    return None if tile is None else product(x, weight, bias, tile, activation, out)
+
+
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None) -> Tensor:
     """See ref.linear; rows of x may be strided."""
-    few = dense_few.tile_for(x, weight)
-    if few is not None and weight.nbytes > SMALL_BYTES:
-        return dense_few.product(x, weight, bias, few, out)
-    tile = _tile(x, weight, gated=False)
-    return ref.linear(x, weight, bias, out) if tile is None else product(x, weight, bias, tile, out=out)
+    y = _product(x, weight, bias, "", out)
+    return ref.linear(x, weight, bias, out) if y is None else y
 
 
 def gated_linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
     """See ref.gated_linear; rows of x may be strided."""
-    tile = _tile(x, weight, gated=True)
-    if tile is not None:
-        return product(x, weight, bias, tile, activation)
-    return gemm_gated.gated_linear(x, weight, bias, activation)
+    y = _product(x, weight, bias, activation, None)
+    return gemm_gated.gated_linear(x, weight, bias, activation) if y is None else y

@@ -90,9 +90,8 @@ def interpreted(name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
         for path, fake in {"gluon": gluon, "gluon.language": language, "gluon.language.nvidia.ampere": ampere}.items():
             meanwhile.setitem(sys.modules, f"{root}.{path}", fake)
         meanwhile.setattr(importlib.import_module(root), "gluon", gluon, raising=False)
-        for shared in ("kernels.fragments", "kernels.gemm_few"):        # what it imports of these, is made anew too
-            meanwhile.setitem(sys.modules, shared, language)
-            del sys.modules[shared]
+        meanwhile.setitem(sys.modules, "kernels.fragments", language)
+        del sys.modules["kernels.fragments"]        # which it imports, is made anew too
         spec.loader.exec_module(module)
     monkeypatch.setattr(module, "prefetch", _nothing, raising=False)
     return module

@@ -11,7 +11,7 @@ from kernel_cases import check_linear, randn
 if not torch.cuda.is_available():
     pytest.skip("needs CUDA", allow_module_level=True)
 
-from kernels import dense_few, gemm_gated, ops, ref
+from kernels import dense_few, dense_row, gemm_gated, ops, ref
 from kernels.gemm_skinny import Tile, product
 from kernels.split_k import counters
 
@@ -43,18 +43,23 @@ def test_product(dtype, m, features, depth, tile, activation, bias):
     assert not counters(like.device).any()
 
 
-@pytest.mark.skipif(torch.cuda.get_device_capability()[0] != 9, reason="the kernel is for Hopper")
+FEW = [partial(dense_few.product, tile=dense_few.Tile(*tile)) for tile in ((1, 16, 32, 1), (8, 16, 128, 1), (16, 16, 64, 1),
+                                                                           (16, 32, 64, 2), (4, 64, 64, 3), (4, 16, 256, 2))]
+ROW = [partial(dense_row.product, tile=dense_row.Tile(*tile)) for tile in ((4, 4, 2), (8, 4, 2), (16, 8, 1, 64), (1, 2, 3))]
+
+
+@pytest.mark.skipif(torch.cuda.get_device_capability()[0] != 9, reason="these kernels are for Hopper")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("warps, outputs, inputs, ahead", [(1, 16, 32, 1), (8, 16, 128, 1), (8, 16, 128, 2), (16, 32, 64, 2),
-                                                           (4, 64, 64, 3)])
-def test_few_rows_in_registers(dtype, warps, outputs, inputs, ahead):
+@pytest.mark.parametrize("call", FEW + ROW, ids=lambda call: "-".join(map(str, call.keywords["tile"])))
+@pytest.mark.parametrize("activation, bias", [("", False), ("", True), ("silu", True), ("gelu_tanh", False)])
+def test_few_rows_from_registers(dtype, call, activation, bias):
+    def run(x, weight, bias, activation, out):
+        return call(x, weight, bias, activation=activation, out=out)
+
     like = torch.empty(0, dtype=dtype, device="cuda")
-    for m, features, depth in ((1, 1152, 896), (3, 4096, 4096), (8, 576, 1664)):
-        x, weight = randn(m, depth + 8, like=like)[:, :depth], randn(features, depth, like=like) / depth**0.5
-        bias, out = randn(features, like=like), torch.empty(m, features, dtype=dtype, device="cuda")
-        dense_few.product(x, weight, bias, dense_few.Tile(warps, outputs, inputs, ahead), out)
-        want = x.double() @ weight.double().T + bias.double()
-        assert float((out.double() - want).norm() / want.norm()) < (3e-3 if dtype == torch.bfloat16 else 4e-4)
+    one, few = ((1, 1152, 768), (1, 4096, 14336)), ((1, 1152, 1536), (3, 4096, 4096), (8, 640, 768))
+    for m, features, depth in one if call in ROW else few:
+        check_linear(run, like, m, features, depth, activation, bias)
 
 
 @pytest.mark.parametrize("m", [1, 7, 16, 56, 100, 128])

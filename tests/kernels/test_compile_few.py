@@ -31,11 +31,11 @@ def compiled(function, signature, constants, options):
 
 def check_code(kernel: str, constants: dict, copies: int, limit: int, most: int, registers: int) -> None:
     """copies: of 16 bytes a lane, for a block of 16 x 128 weights; most: instructions for it; limit: of registers, or 0."""
-    from kernels import dense_few, gemm_few
+    from kernels import gemm_few
 
     kinds = {"scales": "*bf16", "zeros": "*u8", "bias": "*bf16", "out": "*bf16", "x_scales": "*fp32", "weight_scales": "*fp32",
-             "packed": "*i32", "weight": "*i32", "x": "*i32" if kernel == "_fp8_kernel" else "*bf16"}
-    function = getattr(dense_few if kernel == "_product_kernel" else gemm_few, kernel)
+             "packed": "*i32", "weight": "*i32", "x": "*bf16" if kernel == "_w4_kernel" else "*i32"}
+    function = getattr(gemm_few, kernel)
     if constants.get("WHOLE") is False:
         kinds["zeros"] = "*bf16"
     if kernel == "_w4_kernel":
@@ -59,6 +59,48 @@ def check_code(kernel: str, constants: dict, copies: int, limit: int, most: int,
     print(f"{where}: {taken} registers, {length:.0f} instructions")
     assert taken <= registers, (taken, where)
     assert length <= most, (length, where)
+
+
+def check_dense(constants: dict, most: int, registers: int) -> None:
+    """most: instructions for a tile of 16 x 128 weights."""
+    from kernels import dense_few
+
+    function = dense_few._product_kernel
+    kinds = {"x": "*i32", "weight": "*i32", "bias": "*bf16", "out": "*bf16"}
+    constants = {"BIAS": True, "GATED": False, "GELU": False, "OVERLAP": True, **constants}
+    signature = {name: kinds.get(name, "i32") for name in function.arg_names if name not in constants}
+    built = compiled(function, signature, constants, {"num_warps": constants["WARPS"], "launch_pdl": True})
+    ptx, where = built.asm["ptx"], f"dense {constants}"
+    tiles = constants["AHEAD"] * constants["OUTPUTS"] // 16 * constants["DEPTH"] / 128
+    assert ptx.count("mma.sync") == 8 * tiles, where
+    early, late = ptx.split("griddepcontrol.wait")      # weights are asked for before, nothing of x
+    assert len(re.findall(r"ld\.global[^;]*v4\.b32", early)) == 8 * tiles, where
+    turns = late[: late.rindex("mma.sync")]
+    assert not re.search(r"shfl|(ld|st)\.shared|ldmatrix|bar\.sync", early + turns), where
+    assert late.count("bar.sync") == int(constants["WARPS"] > 1), where
+    sass = built.asm["sass"]
+    taken = 1 + max(int(r) for r in re.findall(r"\bR(\d+)\b", sass))
+    length = loop_length(sass) / tiles
+    print(f"{where}: {taken} registers, {length:.0f} instructions")
+    assert taken <= registers, where
+    assert length <= most, where
+
+
+def check_row(constants: dict, limit: int) -> None:
+    """limit: of registers, or 0."""
+    from kernels import dense_row
+
+    function = dense_row._product_kernel
+    kinds = {"x": "*i32", "weight": "*i32", "bias": "*bf16", "out": "*bf16"}
+    constants = {"BIAS": False, "GATED": False, "GELU": False, "OVERLAP": True, **constants}
+    signature = {name: kinds.get(name, "i32") for name in function.arg_names if name not in constants}
+    options = {"num_warps": constants["WARPS"], "launch_pdl": True} | ({"maxnreg": limit} if limit else {})
+    built = compiled(function, signature, constants, options)
+    early, late = built.asm["ptx"].split("griddepcontrol.wait")     # weights are asked for before, nothing of x
+    assert len(re.findall(r"ld\.global[^;]*v4\.b32", early)) == constants["OUTPUTS"] * constants["AHEAD"], constants
+    turns = late[: [found.start() for found in re.finditer(r"ld\.global[^;]*v4\.b32", late)][-1]]
+    assert not re.search(r"shfl|(ld|st)\.shared|bar\.sync", early + turns), constants
+    assert "STL" not in built.asm["sass"], constants
 
 
 def check_decode(constants: dict, fp8: bool, programs: int, most: int, registers: int) -> None:
@@ -176,7 +218,7 @@ def compile_all() -> None:
     w4 = {"GROUP": 128, "PIECES": 1, "OUTPUTS": 16, "AHEAD": 2, "WARPS": 8}
     wide = {**w4, "OUTPUTS": 32, "AHEAD": 1, "WARPS": 4}
     fp8 = {"BLOCKS": False, "GATED": False, "GELU": False, "OUTPUTS": 16, "AHEAD": 1, "WARPS": 8}
-    dense = {"OUTPUTS": 16, "INPUTS": 128, "AHEAD": 1, "WARPS": 8}
+    dense = {"OUTPUTS": 16, "DEPTH": 128, "AHEAD": 1, "WARPS": 8}
     for constants, limit, most, registers in (
         (w4, 64, 180, 64),
         ({**w4, "WARPS": 16, "AHEAD": 1}, 64, 180, 64),
@@ -197,8 +239,15 @@ def compile_all() -> None:
         ({**fp8, "OUTPUTS": 32, "WARPS": 4, "GATED": True}, 95, 104),
     ):
         check_code("_fp8_kernel", constants, 4, 0, most, registers)
-    for constants, most, registers in ((dense, 105, 96), ({**dense, "AHEAD": 2}, 100, 128)):
-        check_code("_product_kernel", constants, 8, 0, most, registers)
+    for constants, most, registers in (
+        (dense, 130, 80),
+        ({**dense, "DEPTH": 64, "WARPS": 16}, 130, 64),
+        ({**dense, "GATED": True}, 130, 80),
+    ):
+        check_dense(constants, most, registers)
+    row = {"OUTPUTS": 4, "AHEAD": 2, "WARPS": 4}
+    for constants, limit in ((row, 0), ({**row, "GATED": True, "WARPS": 8}, 0), ({"OUTPUTS": 8, "AHEAD": 1, "WARPS": 16}, 64)):
+        check_row(constants, limit)
     decode = {"GROUPS": 1, "AHEAD": 1, "WARPS": 4}
     for constants, fp8, programs, most, registers in (
         (decode, True, 16, 330, 128),
