@@ -253,7 +253,7 @@ def tile_of(rows: int, features: int, depth: int, bits: int, gated: bool = False
     most = 16 if features <= MANY_OUTPUTS else 8
     warps = next((n for n in (most, 8) if depth // DEPTH % n == 0), 4)
     if bits == 8:
-        tile = Tile(4, 32, 1) if gated else Tile(warps, 16, 1)
+        tile = Tile(warps, 16, 1)
     elif gated:
         # For one row the former is slower alone, but faster in a step.
         tile = Tile(2, 32, 2) if rows <= 2 and depth // DEPTH % 4 == 0 else Tile(4, 64, 1)

@@ -110,13 +110,10 @@ def fp8_product(x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor
     return torch._scaled_mm(x, weight.t(), x_scale, weight_scale[None], bias, out_dtype=dtype, use_fast_accum=True)
 
 
-MOST_GATED = 4      # rows; of more, the activation that quantises at once is as fast
-
-
 def fp8_gated_product(x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, dtype: torch.dtype,
                       activation: str, scale: Tensor | None) -> tuple[Tensor, Tensor]:
     """See ref.fp8_gated_product."""
-    tile = gemm_few.tile_for(x, weight.shape[0], 8, dtype, gated=True) if x.shape[0] <= MOST_GATED else None
+    tile = gemm_few.tile_for(x, weight.shape[0], 8, dtype, gated=True)
     if tile is None:
         return gated_act_fp8(fp8_product(x, x_scale, weight, weight_scale, bias, dtype), activation, scale)
     # A row's activation is one program's work if that quantises it; here it is spread over all.
