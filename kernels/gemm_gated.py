@@ -149,7 +149,7 @@ def _product_kernel(x, weight, out, M, N, K, GELU: gl.constexpr, MULTIPLYING: gl
                         (_bring, (x, weight, sizes, rings, bars))], [4, 1], [MULTIPLYING, BRINGING])
 
 
-LEAST_ROWS = 896            # of x: of fewer, cuBLAS and pointwise.py are as fast or faster
+LEAST_ROWS = 832            # of x: of fewer, cuBLAS and pointwise.py are as fast or faster
 N_STEP, K_STEP = 256, 256   # of these N and K are multiples: of a tile, and of a turn around the ring
 # Registers of a thread: on average, of the groups that multiply, of the warp that brings.
 REGISTERS, MULTIPLYING, BRINGING = 168, 232, 40

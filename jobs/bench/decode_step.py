@@ -131,7 +131,7 @@ def main() -> None:
                 chain = chain_of(stored, rows, context, args.dim)
             with in_way(None):
                 want, now = calls[0]().double(), seconds_of(calls, chain) * 1e6
-            chosen = decode_few.way_of(torch.empty(0, dtype=stored), rows * KV_HEADS, HEADS // KV_HEADS)
+            chosen = decode_few.way_of(torch.empty(0, dtype=stored), rows * KV_HEADS, HEADS // KV_HEADS, MAX_MODEL_LEN)
             times = []
             for way in WAYS:
                 if way.programs > 1 and way.programs * rows * KV_HEADS > MOST_PROGRAMS:
