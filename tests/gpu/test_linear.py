@@ -115,6 +115,23 @@ def test_gated_rows_as_the_rule_has_them(m, features, depth):
     assert float((got.double() - want.double()).norm() / want.double().norm()) < 6e-3
 
 
+@HOPPER
+def test_many_gated_rows_in_a_graph():
+    """The descriptors that TMA reads are kept with the graph."""
+    like = torch.empty(0, dtype=torch.bfloat16, device="cuda")
+    weight, inputs = randn(2048, 512, like=like) / 22, [randn(900, 512, like=like) for _ in range(3)]
+    want = [gemm_gated.product(x, weight, "silu") for x in inputs]
+    x, graph = inputs[0].clone(), torch.cuda.CUDAGraph()
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph):
+        out = gemm_gated.product(x, weight, "silu")
+    for of, y in zip(inputs, want, strict=True):
+        x.copy_(of)
+        out.fill_(float("nan"))
+        graph.replay()
+        assert torch.equal(out, y)
+
+
 @pytest.mark.parametrize("m", [1, 16, 64])
 def test_overlapping_launches_change_nothing(m):
     """A chain in a graph whose every kernel reads what the one before has just written, into memory used again and again."""
