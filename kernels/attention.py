@@ -220,14 +220,10 @@ def decode_options(cache: Tensor, splits: int) -> dict[str, int]:
     return {"num_warps": 4, "num_stages": 2}
 
 
-def split_keys(out: Tensor, kv_heads: int, max_context: int, window: int, block_n: int,
-               programs: int = 0) -> tuple[int, Tensor]:
-    """How many programs share the keys of a row of `out` [N, H, D], and where their sums go: see store_sums.
-
-    programs: split while there are fewer; 0: DECODE_PROGRAMS, of heads of 128.
-    """
+def split_keys(out: Tensor, kv_heads: int, max_context: int, window: int, block_n: int) -> tuple[int, Tensor]:
+    """How many programs share the keys of a row of `out` [N, H, D], and where their sums go: see store_sums."""
     n, heads, dim = out.shape
-    programs = programs or DECODE_PROGRAMS * 128 // dim
+    programs = DECODE_PROGRAMS * 128 // dim
     tiles = cdiv(min(max_context, window) if window else max_context, block_n)
     splits = min(next_power_of_2(cdiv(programs, n * kv_heads)), MAX_SPLITS, tiles)
     return splits, torch.empty(n * heads * splits * (dim + 2), dtype=torch.float32, device=out.device) if splits > 1 else out
