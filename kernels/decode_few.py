@@ -497,7 +497,7 @@ def way_of(cache: Tensor, heads: int, queries: int, max_context: int) -> Way:
         return Way(4, 2, 1, 8) if fp8 else Way(8, 1, 1, 8)
     if heads <= 160:
         return Way(8, 2, 1)
-    return Way(4 if fp8 else 2, 1, 1)
+    return Way(4, 1, 1)
 
 
 def takes(qkv: Tensor, k_cache: Tensor, num_heads: int, softcap: float) -> bool:

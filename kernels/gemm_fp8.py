@@ -113,12 +113,14 @@ def fp8_product(x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor
 def fp8_gated_product(x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, dtype: torch.dtype,
                       activation: str, scale: Tensor | None) -> tuple[Tensor, Tensor]:
     """See ref.fp8_gated_product."""
+    # A row's activation is one program's work if that quantises it; within a product it is spread over all.
     tile = gemm_few.tile_for(x, weight.shape[0], 8, dtype, gated=True)
-    if tile is None:
-        return gated_act_fp8(fp8_product(x, x_scale, weight, weight_scale, bias, dtype), activation, scale)
-    # A row's activation is one program's work if that quantises it; here it is spread over all.
-    gated = gemm_few.fp8_product(x, x_scale, weight, weight_scale, bias, dtype, False, tile, activation)
-    return fp8_quantize(gated, scale)
+    if tile is not None:
+        return fp8_quantize(gemm_few.fp8_product(x, x_scale, weight, weight_scale, bias, dtype, False, tile, activation), scale)
+    ring = gemm_fp8_ring.tile_for(x, weight.shape[0], dtype, blocks=False, gated=True) if bias is None else None
+    if ring is not None:
+        return fp8_quantize(gemm_fp8_ring.product(x, x_scale, weight, weight_scale, None, dtype, ring, activation), scale)
+    return gated_act_fp8(fp8_product(x, x_scale, weight, weight_scale, bias, dtype), activation, scale)
 
 
 def fp8_matmul(x: Tensor, weight: Tensor, weight_scale: Tensor, input_scale: Tensor | None, bias: Tensor | None) -> Tensor:

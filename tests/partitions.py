@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as functional
 from layoutless import run_ptx
 from torch import Tensor
 
@@ -292,6 +293,12 @@ def _where(condition: Tensor | bool, a: Number, b: Number) -> Tensor:
     return torch.where(torch.as_tensor(condition), a, b)
 
 
+def gate(low: Tensor, up: Tensor, gelu: bool, dtype: torch.dtype) -> Tensor:
+    """See pointwise.gate, which is for Triton's interpreter: for `others` of `emulated`."""
+    act = functional.gelu(low, approximate="tanh") if gelu else functional.silu(low)
+    return (act.to(dtype).float() * up).to(dtype)
+
+
 def _init(barrier: Barrier, count: int) -> None:
     barrier.count = barrier.left = count
 
@@ -299,7 +306,7 @@ def _init(barrier: Barrier, count: int) -> None:
 def _allocate(dtype: torch.dtype, shape: list[int], layout: object) -> Any:
     if dtype == torch.int64:
         barriers = [Barrier() for _ in range(shape[0])]
-        return SimpleNamespace(index=lambda i: barriers[int(i)])
+        return SimpleNamespace(index=lambda i: barriers[int(i)], shape=shape)
     return Memory(torch.full(shape, float("nan")).to(dtype) if dtype.is_floating_point else torch.full(shape, -1, dtype=dtype))
 
 

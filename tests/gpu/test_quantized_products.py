@@ -133,6 +133,25 @@ def test_tiles_of_the_fp8_ring(like, tile):
 
 
 @HOPPER
+@pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
+@pytest.mark.parametrize("stages", [2, 3, 8])
+@pytest.mark.parametrize("like", HALVES, ids=str)
+def test_gated_products_of_the_fp8_ring(like, stages, activation):
+    for rows in (9, 16, 33, 64):
+        tile = gemm_fp8_ring.Tile(1, min(stages, gemm_fp8_ring.most_stages(rows, 2, parts=2)), 2)
+        for features in (384, 1024):
+            codes, scales = ref.fp8_quantize(randn(rows, 1664, like=like))
+            rows8, scales8 = ref.fp8_quantize(randn(features, 1664, like=like) / 40)
+            x = torch.cat([codes, codes], dim=1)[:, :1664]              # strided
+            got, again = (gemm_fp8_ring.product(x, scales, rows8, scales8.flatten(), None, like.dtype, tile, activation)
+                          for _ in range(2))
+            exact = (codes.double() * scales.double()) @ (rows8.double() * scales8.double()).t()
+            want = ref.gated_act(exact.to(like.dtype), activation).double()
+            assert error(got, want) < 4 * ROUNDING[like.dtype]          # each sum of 128 has 14 bits, and there are two
+            assert torch.equal(got, again)
+
+
+@HOPPER
 @pytest.mark.parametrize("rows", [9, 16, 33, 64])
 def test_overlapping_rings_change_nothing(rows, monkeypatch):
     """A chain in a graph whose every kernel reads what the one before has just written, into memory used again and again."""

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from partitions import emulated
+from partitions import emulated, gate
 
 from kernels import gemm_fp8_ring, hopper, ref
 from kernels.gemm_fp8_ring import Tile
 
-ring = emulated(gemm_fp8_ring, "_product_kernel")
+ring = emulated(gemm_fp8_ring, "_product_kernel", gate=gate)
 
 
 @pytest.mark.parametrize("blocks", [False, True])
@@ -38,6 +38,26 @@ def test_scales_and_tiles(rows, bias, tile, blocks):
     assert got.shape == want.shape
     assert float((got.double() - want).norm() / want.norm()) < 4e-3
     assert not gemm_fp8_ring.counters(x.device).any()
+
+
+@pytest.mark.parametrize("rows, stages, activation", [(9, 2, "silu"), (40, 3, "gelu_tanh"), (64, 4, "silu")])
+def test_gated_products(rows, stages, activation):
+    x, x_scales = ref.fp8_quantize(torch.randn(rows, 640))
+    for features in (128, 384):
+        weight, scales = ref.fp8_quantize(torch.randn(features, 640) / 25)
+        got = ring.product(x, x_scales, weight, scales.flatten(), None, torch.bfloat16, Tile(1, stages, 2), activation)
+        exact = (x.double() * x_scales.double()) @ (weight.double() * scales.double()).T
+        want = ref.gated_act(exact.bfloat16(), activation).double()
+        assert got.shape == want.shape
+        assert float((got.double() - want).norm() / want.norm()) < 4e-3
+
+
+@pytest.mark.parametrize("rows", [9, 16, 33, 64, 65, 128])
+@pytest.mark.parametrize("features, depth", [(28672, 4096), (17920, 1536), (37888, 3584), (6144, 4096), (16896, 4096)])
+def test_which_products_are_gated(rows, features, depth):
+    tile = gemm_fp8_ring.tile_of(rows, features, depth, 132, gated=True)
+    assert (tile is not None) == (features // 128 > 132 and rows <= 64)
+    assert tile is None or (tile == Tile(1, tile.stages, 2) and tile.stages > 3)
 
 
 def test_what_cannot_be_copied_16_bytes_at_a_time_goes_elsewhere(monkeypatch):

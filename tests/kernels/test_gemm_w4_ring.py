@@ -8,18 +8,11 @@ os.environ["TRITON_INTERPRET"] = "1"
 
 import pytest
 import torch
-import torch.nn.functional as functional
-from partitions import emulated
+from partitions import emulated, gate
 from quantized_products import ROUNDING, error, integer_layer
 
 from kernels import gemm_w4, gemm_w4_ring, hopper, ref
 from kernels.gemm_w4_ring import Tile
-
-
-def gate(low, up, gelu, dtype):
-    act = functional.gelu(low, approximate="tanh") if gelu else functional.silu(low)
-    return (act.to(dtype).float() * up).to(dtype)
-
 
 ring = emulated(gemm_w4_ring, "_product_kernel", gate=gate)
 
