@@ -482,7 +482,7 @@ class Way(NamedTuple):
 def way_of(cache: Tensor, heads: int, queries: int, max_context: int) -> Way:
     """For so many KV heads of all rows together, queries of each, and keys at most.
 
-    As jobs/bench/decode_step.py measured them on an H100, those with clusters between the products around them. Of more than 8
+    As measured on an H100 between the products around them (jobs/bench/decode_step.py --chain, parts.py). Of more than 8
     queries, 4 warps of a cluster would want a little more than the 48 KB that a launch gets without asking, and Triton asks only
     if its own share, without cluster.py's, is more.
     """
@@ -495,9 +495,9 @@ def way_of(cache: Tensor, heads: int, queries: int, max_context: int) -> Way:
         if max_context > 1 << 13:
             return Way(4, 1, 1, 16)
         return Way(4, 2, 1, 8) if fp8 else Way(8, 1, 1, 8)
-    if heads <= 160:
+    if heads <= 160 and not fp8:
         return Way(8, 2, 1)
-    return Way(4, 1, 1)
+    return Way(4, 2 if heads <= 320 else 1, 1)
 
 
 def takes(qkv: Tensor, k_cache: Tensor, num_heads: int, softcap: float) -> bool:
