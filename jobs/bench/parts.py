@@ -4,7 +4,7 @@
 
 Kernels of a step overlap with those before and after them, so what one takes alone says little. The layers are Mistral-7B's, with
 weights, keys and values of their own, more than the L2 holds; a part that is left out leaves an input of the same shape behind.
-Inputs of FP8 products are quantised by launches of their own here, and count with the product.
+Inputs of FP8 products are quantised by launches of their own here, but for those of down, and count with the product.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ SHAPES = {"qkv": ((HEADS + 2 * KV_HEADS) * DIM, HIDDEN), "o": (HIDDEN, HEADS * D
           "down": (HIDDEN, INNER)}
 PARTS = ("norms", "qkv", "attention", "o", "gate_up", "down")
 GROUP = 128
+Quantised = tuple[Tensor, Tensor]       # numbers, and scales of rows
 
 
 class Weights:
@@ -50,21 +51,21 @@ class Weights:
         codes, scale = ops.fp8_quantize(weight)
         return codes, scale.flatten()
 
-    def product(self, x: Tensor, weight: tuple) -> Tensor:
+    def product(self, x: Tensor | Quantised, weight: tuple) -> Tensor:
         match self.kind:
             case "w4":
                 return ops.w4_matmul(x, *weight)
             case "fp8":
-                return ops.fp8_matmul(x, *weight)
+                return ops.fp8_product(*(ops.fp8_quantize(x) if isinstance(x, Tensor) else x), *weight, None, self.dtype)
             case _:
                 return ops.linear(x, *weight)
 
-    def gated(self, x: Tensor, weight: tuple) -> Tensor:
+    def gated(self, x: Tensor, weight: tuple) -> Tensor | Quantised:
         match self.kind:
             case "w4":
                 return ops.w4_gated_matmul(x, *weight, "silu")
             case "fp8":
-                return ops.gated_act(self.product(x, weight), "silu")
+                return ops.fp8_gated_product(*ops.fp8_quantize(x), *weight, None, self.dtype, "silu", None)
             case _:
                 return ops.gated_linear(x, *weight, None, "silu")
 
@@ -95,8 +96,9 @@ def chain(weights: Weights, rows: int, attend: list[Callable[[Tensor], Tensor]],
 
     first, residual, scale = made(HIDDEN), made(HIDDEN), made(HIDDEN)[0]
     instead = {name: made(n if name != "gate_up" else INNER) for name, (n, _) in SHAPES.items()}
+    gated = ops.fp8_quantize(instead["gate_up"]) if weights.kind == "fp8" else instead["gate_up"]
 
-    def product(x: Tensor, layer: dict[str, tuple], name: str) -> Tensor:
+    def product(x: Tensor | Quantised, layer: dict[str, tuple], name: str) -> Tensor:
         return instead[name] if name == without else weights.product(x, layer[name])
 
     def norm(x: Tensor) -> Tensor:
@@ -108,8 +110,7 @@ def chain(weights: Weights, rows: int, attend: list[Callable[[Tensor], Tensor]],
             qkv = product(norm(x), layer, "qkv")
             x = qkv[:, : HEADS * DIM] if without == "attention" else attention(qkv)
             x = norm(product(x, layer, "o"))
-            x = instead["gate_up"] if without == "gate_up" else weights.gated(x, layer["gate_up"])
-            x = product(x, layer, "down")
+            x = product(gated if without == "gate_up" else weights.gated(x, layer["gate_up"]), layer, "down")
         return x
 
     return step
