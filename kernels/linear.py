@@ -20,7 +20,7 @@ SMALL_BYTES = 8 << 20       # weights up to this take as long as a program does,
 
 
 @cache
-def choose_row(m: int, features: int, depth: int, gated: bool) -> dense_row.Tile | None:
+def choose_row(m: int, features: int, depth: int) -> dense_row.Tile | None:
     """The tile of dense_row.py for m rows of x and a weight [features, depth]; None: not for that kernel.
 
     As measured on an H100 in chains of Mistral-7B's layers.
@@ -82,15 +82,15 @@ def _processors(device: torch.device) -> int:
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, out: Tensor | None) -> Tensor | None:
     """By one of the kernels for few rows; None where what follows is as fast."""
-    rows, (features, depth), gated = x.shape[0], weight.shape, bool(activation)
+    rows, (features, depth) = x.shape[0], weight.shape
     if dense_few.takes(x):
-        row = choose_row(rows, features, depth, gated)
+        row = choose_row(rows, features, depth)
         if row is not None:
             return dense_row.product(x, weight, bias, row, activation, out)
         few = choose_few(rows, features, depth)
         if few is not None:
             return dense_few.product(x, weight, bias, few, activation, out)
-    tile = choose(rows, features, depth, gated, x.dtype, _processors(x.device))
+    tile = choose(rows, features, depth, bool(activation), x.dtype, _processors(x.device))
     return None if tile is None else product(x, weight, bias, tile, activation, out)
 
 

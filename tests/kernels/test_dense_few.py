@@ -50,20 +50,19 @@ def test_one_row(modules, tile):
 @pytest.mark.parametrize("features, depth", [(6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336), (17920, 1536),
                                              (1536, 8960)])
 def test_the_rules_give_tiles_that_divide_the_weight(features, depth):
-    for gated in (False, True):
-        row = linear.choose_row(1, features, depth, gated)
-        assert row is not None
-        assert not features % (2 * row.outputs) and not depth % dense_row.DEPTH
+    row = linear.choose_row(1, features, depth)
+    assert row is not None
+    assert not features % (2 * row.outputs) and not depth % dense_row.DEPTH
     few = linear.choose_few(8, features, depth)
     assert few is not None
     assert not features % (2 * few.outputs) and not depth % few.depth
-    assert linear.choose_row(2, features, depth, False) is None
+    assert linear.choose_row(2, features, depth) is None
     assert linear.choose_few(9, features, depth) is None
 
 
 def test_what_is_left_to_other_kernels():
-    assert linear.choose_row(1, 1152, 896, False) is None       # small
-    assert linear.choose_row(1, 9728, 896, False) is None       # no multiple of 256
+    assert linear.choose_row(1, 1152, 896) is None      # small
+    assert linear.choose_row(1, 9728, 896) is None      # no multiple of 256
     assert linear.choose_few(1, 9728, 896) is not None
     assert linear.choose_few(1, 9728, 928) is None
     assert not dense_few.takes(torch.zeros(1, 128).half())      # no Hopper
