@@ -93,8 +93,8 @@ def takes(x: Tensor) -> bool:
     return x.element_size() == 2 and x.stride(0) % 32 == 0 and x.data_ptr() % 16 == 0 and processors(x.device) > 0
 
 
-def product(x: Tensor, weight: Tensor, bias: Tensor | None, tile: Tile, activation: str = "", out: Tensor | None = None,
-            overlap: bool | None = None) -> Tensor:
+def product(x: Tensor, weight: Tensor, bias: Tensor | None, tile: Tile, activation: str = "",
+            out: Tensor | None = None) -> Tensor:
     """x [M, K], M up to 8, and weight [N, K] -> [M, N], into `out` if given; with an activation its gated_act, [M, N / 2].
 
     Both of the same 16 bits, rows of x may be strided. K is a multiple of tile.depth, N of tile.outputs.
@@ -106,6 +106,5 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None, tile: Tile, activati
     _product_kernel[features // tile.outputs,](
         inputs, words, out if bias is None else bias, out, rows, out.shape[1], words.shape[1], inputs.stride(0),
         BIAS=bias is not None, GATED=bool(activation), GELU=activation == "gelu_tanh", OUTPUTS=tile.outputs, DEPTH=tile.depth,
-        AHEAD=tile.ahead, WARPS=tile.warps, num_warps=tile.warps,
-        **launch_options(overlaps(x.device) if overlap is None else overlap))
+        AHEAD=tile.ahead, WARPS=tile.warps, num_warps=tile.warps, **launch_options(overlaps(x.device)))
     return out
