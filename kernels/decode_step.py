@@ -108,8 +108,7 @@ def rope_and_decode(qkv: Tensor, q_weight: Tensor | None, k_weight: Tensor | Non
     """See ref.rope_and_decode; rows of qkv may be strided. Safe in a CUDA graph, as attention.decode_attention is."""
     if decode_few.takes(qkv, k_cache, num_heads, softcap):
         return decode_few.rope_and_decode(qkv, q_weight, k_weight, eps, plus_one, cos_sin, positions, slots, k_cache, v_cache,
-                                          num_heads, block_table, rows, scale, window, max_context, kv_scales,
-                                          k_shift)
+                                          num_heads, block_table, rows, scale, window, max_context, kv_scales, k_shift)
     n = qkv.shape[0]
     _, kv_heads, page, dim = k_cache.shape
     block_n = decode_keys(k_cache)

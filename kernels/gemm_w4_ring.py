@@ -311,7 +311,7 @@ MANY_REGISTERS, GATED_REGISTERS = (168, 216, 72), (96, 0, 64)
 
 
 def registers_of(rows: int, tile: Tile, gated: bool) -> tuple[int, int, int]:
-    """Of rows of x."""
+    """Of a thread, as REGISTERS has them, for so many rows of x."""
     if gated:
         return GATED_REGISTERS
     return REGISTERS[tile.outputs, tile.programs] if rows <= MOST_BESIDE else MANY_REGISTERS
