@@ -1,4 +1,4 @@
-"""Products of few rows, compiled, against float64; overlapping launches give what launches one by one give."""
+"""Products with dense weights, compiled, against float64; overlapping launches give what launches one by one give."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ if not torch.cuda.is_available():
 from kernels import dense_few, dense_row, gemm_gated, ops, ref
 from kernels.gemm_skinny import Tile, product
 from kernels.split_k import counters
+
+HOPPER = pytest.mark.skipif(torch.cuda.get_device_capability()[0] != 9, reason="these kernels are for Hopper")
 
 
 def run(tile, x, weight, bias, activation, out):
@@ -48,7 +50,7 @@ FEW = [partial(dense_few.product, tile=dense_few.Tile(*tile)) for tile in ((1, 1
 ROW = [partial(dense_row.product, tile=dense_row.Tile(*tile)) for tile in ((4, 4, 2), (8, 4, 2), (16, 8, 1, 64), (1, 2, 3))]
 
 
-@pytest.mark.skipif(torch.cuda.get_device_capability()[0] != 9, reason="these kernels are for Hopper")
+@HOPPER
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("call", FEW + ROW, ids=lambda call: "-".join(map(str, call.keywords["tile"])))
 @pytest.mark.parametrize("activation, bias", [("", False), ("", True), ("silu", True), ("gelu_tanh", False)])
@@ -71,9 +73,6 @@ def test_ops_as_the_rule_has_them(m, features, depth):
     assert float((got.double() - want.double()).norm() / want.double().norm()) < 6e-3
     got, want = ops.linear(x, weight), x.double() @ weight.double().T
     assert float((got.double() - want).norm() / want.norm()) < 3e-3
-
-
-HOPPER = pytest.mark.skipif(torch.cuda.get_device_capability()[0] != 9, reason="this kernel is for Hopper")
 
 
 def run_gated(x, weight, bias, activation, out):
