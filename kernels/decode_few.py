@@ -515,7 +515,7 @@ def rope_and_decode(qkv: Tensor, q_weight: Tensor | None, k_weight: Tensor | Non
     """See decode_step.rope_and_decode; for what `takes` takes."""
     n = qkv.shape[0]
     _, kv_heads, page, dim = k_cache.shape
-    way = way_of(k_cache, n * kv_heads, num_heads // kv_heads, max_context)
+    way = way_of(k_cache, n * kv_heads, num_heads // kv_heads, min(max_context, window) if window else max_context)
     out = torch.empty((n, num_heads, dim), dtype=qkv.dtype, device=qkv.device)
     _decode_few_kernel[kv_heads, n](
         qkv, qkv if q_weight is None else q_weight, qkv if k_weight is None else k_weight, cos_sin, positions, slots,

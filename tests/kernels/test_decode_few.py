@@ -51,6 +51,14 @@ def test_ways_and_pages(ways, way, page):
     assert found < 2e-3
 
 
+@pytest.mark.parametrize("window, most", [(0, 4096), (50, 50), (5000, 4096)])
+def test_the_rule_counts_the_keys_that_a_row_sees(kernels, monkeypatch, window, most):
+    asked = []
+    monkeypatch.setattr(kernels, "way_of", lambda *args: asked.append(args[-1]) or kernels.Way(1, 1, 1))
+    rope_and_decode_error(decode_step, [20], 1, 1, 64, 16, torch.float16, "cpu", window)
+    assert asked == [most]
+
+
 @pytest.mark.parametrize("window", [1, 50, 128, 1000])
 def test_window(ways, window):
     found = rope_and_decode_error(decode_step, [1, 49, 50, 51, 400, 129], 3, 1, 64, 32, torch.float16, "cpu", window)
