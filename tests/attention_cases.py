@@ -125,7 +125,7 @@ def shared_prefix_error(kernel: Callable[..., Tensor], heads: int, kv_heads: int
 
 def rope_and_decode_error(kernels: ModuleType, contexts: Sequence[int], heads: int, kv_heads: int, dim: int, page: int,
                           dtype: torch.dtype, device: str, window: int = 0, softcap: float = 0.0, rotary: int = 0,
-                          norm: bool = False, fp8: bool = False, shifted: bool = False) -> float:
+                          norm: bool = False, fp8: bool = False, shifted: bool = False, max_context: int = 4096) -> float:
     """Relative error of a step with one new token a row, whose key and value are not in the cache yet (NaN, but in FP8).
 
     Also checks that these are written where they belong, and nothing else is.
@@ -165,7 +165,7 @@ def rope_and_decode_error(kernels: ModuleType, contexts: Sequence[int], heads: i
     wide = qkv.as_strided((n, qkv.stride(0)), qkv.stride()).to(device)[:, : qkv.shape[1]]
     got = kernels.rope_and_decode(wide, *map(there, weights), 1e-6, False, there(cos_sin), there(positions), there(slots),
                                   k_cache, v_cache, heads, there(case.block_table), there(case.rows), case.scale, window,
-                                  softcap, 4096, there(case.kv_scales), there(shift))
+                                  softcap, max_context, there(case.kv_scales), there(shift))
     assert got.shape == q.shape
     for cache, expected in ((k_cache, case.k_cache), (v_cache, case.v_cache)):
         torch.testing.assert_close(cache.float().cpu(), expected.float(), rtol=1e-2, atol=1e-2, equal_nan=True)

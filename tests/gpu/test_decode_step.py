@@ -38,11 +38,12 @@ def test_rows_and_pages(rows, page):
 @pytest.mark.parametrize("contexts", [[1], [2], [17], [300], [4001], [1, 2700], [65, 1, 129, 4000], [1, 2, 3, 1500, 64, 700, 16]])
 @pytest.mark.parametrize("heads, kv_heads, dim", [(32, 8, 128), (8, 1, 64), (8, 8, 128), (7, 1, 64), (32, 2, 128), (12, 2, 128)])
 def test_programs_that_share_keys(contexts, heads, kv_heads, dim):
-    """Clusters of all sizes, some of whose programs have no keys."""
+    """Clusters of all the rule's sizes, the largest where there may be many keys; some of their programs have none."""
     for dtype, fp8 in ((torch.bfloat16, False), (torch.float16, False), (torch.float16, True)):
-        for window in (0, 40):
-            found = rope_and_decode_error(ops, contexts, heads, kv_heads, dim, 32, dtype, "cuda", window, fp8=fp8)
-            assert found < LIMIT[dtype], (dtype, fp8, window)
+        for window, most in ((0, 1 << 12), (40, 1 << 12), (0, 1 << 14), (1 << 14, 1 << 14)):
+            found = rope_and_decode_error(ops, contexts, heads, kv_heads, dim, 32, dtype, "cuda", window, fp8=fp8,
+                                          max_context=most)
+            assert found < LIMIT[dtype], (dtype, fp8, window, most)
 
 
 @pytest.mark.parametrize("rows", [1, 4])
