@@ -383,7 +383,7 @@ def sweep(kind: str) -> None:
                 print(f"   {total:7.1f} us  {tuple(tile)}  " + " ".join(f"{u:.1f}" for u in us), flush=True)
 
 
-FEW_TILES = [FewTile(*way) for way in itertools.product((4, 8, 16), (16, 32, 64), (1, 2, 4), (0, 64, 72))
+FEW_TILES = [FewTile(*way) for way in itertools.product((2, 4, 8, 16), (16, 32, 64), (1, 2, 4), (0, 64, 72))
              if way[1] * way[2] <= 64]
 
 
