@@ -28,6 +28,7 @@ from jobs.bench.graph_timing import replay_seconds
 from jobs.bench.quantized import Packed
 from kernels import decode_few, decode_step, gemm_few
 from kernels.decode_few import Way
+from kernels.fragments import MOST_ROWS
 
 DEVICE, DTYPE, PAGE, MAX_MODEL_LEN = "cuda", torch.float16, 32, 4096
 HEADS, KV_HEADS = 32, 8
@@ -127,7 +128,7 @@ def main() -> None:
             size = 2 * rows * context * KV_HEADS * args.dim * stored.itemsize
             calls = calls_of(stored, rows, context, args.dim, max(8, min(32, -(-(150 << 20) // size))))
             chain = None
-            if args.chain and rows <= gemm_few.MOST_ROWS:
+            if args.chain and rows <= MOST_ROWS:
                 chain = chain_of(stored, rows, context, args.dim)
             with in_way(None):
                 want, now = calls[0]().double(), seconds_of(calls, chain) * 1e6
