@@ -111,7 +111,7 @@ def _begin(rows, columns, SUMS: gl.constexpr):
 def _ask(turn, rings, ready, SUMS: gl.constexpr):
     """A block's product, begun as soon as it is there."""
     weights, columns, _, _ = rings
-    STAGES: gl.constexpr = weights.shape[0]
+    STAGES: gl.constexpr = ready.shape[0]
     stage = turn % STAGES
     await_operands(ready.index(stage), turn // STAGES & 1)
     return _begin(weights.index(stage), columns.index(stage), SUMS)
@@ -121,7 +121,7 @@ def _ask(turn, rings, ready, SUMS: gl.constexpr):
 def _add(acc, product, turn, rings, free, BLOCKS: gl.constexpr, SUMS: gl.constexpr):
     """acc and a product that is there. Its block is given back."""
     _, _, weight_scales, x_scales = rings
-    STAGES: gl.constexpr = rings[0].shape[0]
+    STAGES: gl.constexpr = free.shape[0]
     stage = turn % STAGES
     if BLOCKS:
         columns: gl.constexpr = gl.SliceLayout(0, SUMS)
@@ -225,7 +225,7 @@ def _product_kernel(x, x_scales, weight, weight_scales, bias, out, partial, arri
     rings = weights, columns, of_rows, of_x
     bars = ready, free
     ends = bias, out, partial, arrived, splits, split
-    if GATED:
+    if GATED:       # all is written out in both: functions have no variables, and in a named tuple BLOCKS is no constant
         gl.warp_specialize([(_multiply_gated, (ends, M, span, rings, bars, GELU)),
                             (_bring_weights, (weight, weight_scales, K, span, weights, of_rows, bars, BLOCKS)),
                             (_bring_x, (x, x_scales, sizes, span, columns, of_x, bars, BLOCKS, OVERLAP))],
