@@ -214,6 +214,8 @@ def check_fragments() -> None:
 
 
 def compile_all() -> None:
+    import triton
+
     check_fragments()
     w4 = {"GROUP": 128, "PIECES": 1, "OUTPUTS": 16, "AHEAD": 2, "WARPS": 8}
     wide = {**w4, "OUTPUTS": 32, "AHEAD": 1, "WARPS": 4}
@@ -239,9 +241,10 @@ def compile_all() -> None:
         ({**fp8, "GATED": True}, 115, 64),
     ):
         check_code("_fp8_kernel", constants, 4, 0, most, registers)
+    half_tile = 145 if triton.__version__.startswith("3.6.") else 130      # Triton 3.6 makes more of the loop around it
     for constants, most, registers in (
         (dense, 130, 80),
-        ({**dense, "DEPTH": 64, "WARPS": 16}, 145, 64),
+        ({**dense, "DEPTH": 64, "WARPS": 16}, half_tile, 64),
         ({**dense, "GATED": True}, 130, 80),
     ):
         check_dense(constants, most, registers)
