@@ -11,7 +11,7 @@ from torch import Tensor
 
 from engine import sampler
 from engine.automata import Automata
-from engine.cuda_graphs import CudaGraphs, graph_sizes, padded
+from engine.cuda_graphs import CudaGraphs, graph_sizes, padded, unbeaten
 from engine.layers.attention import KVCache, StepInputs
 from engine.mixed_steps import WORTH, Shape, Shapes, shape_of, tiles_of
 from engine.models.decoder import Decoder
@@ -22,6 +22,7 @@ from engine.row_table import RING, RowTable
 from kernels import ops
 
 SHARING_ALWAYS = 64     # decode rows from which on a step always asks for shared prefixes: too cheap then to matter
+MEASURED = 1024         # rows up to which decode steps of every size are timed; those of more take as long as they have FLOP
 NO_ROWS = np.empty(0, dtype=np.int32)
 NO_TILES = np.empty((0, 2), dtype=np.int32)
 TWO = np.array([2], dtype=np.int32)
@@ -96,6 +97,8 @@ class Runner:
             graphs.plain.prepare([n for n in sizes if n <= SHARING_ALWAYS or not self._sharing])
             graphs.shared.prepare([n for n in sizes if n >= MIN_ROWS and self._sharing])
             graphs.sample.prepare(sizes)
+            graphs.sizes = unbeaten(graphs.sizes, {n: (graphs.shared if n in graphs.shared.captured else graphs.plain).seconds(n)
+                                                   for n in graphs.sizes if n <= MEASURED})
             torch.cuda.empty_cache()             # what the first runs outside the captures used
 
     def _rehearsals(self) -> Iterator[StepPlan]:
