@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
 from output_cases import contents
 
 from pipeline.output.run_folder import RunFolder
@@ -22,13 +23,16 @@ from tests.faults.jobs import Job, Zygote, assert_readable, assert_same, make_jo
 
 KILLS = int(os.environ.get("GRISTMILL_KILLS", "30"))
 AT_ONCE = 4
+SLOW = 900              # seconds: hundreds of processes, on a machine whose disk is busy
 
 
+@pytest.mark.timeout(SLOW)
 def test_killed_at_every_step_of_the_protocol(zygote: Zygote, tmp_path: Path) -> None:
     """Before each step that an undisturbed run takes, and in the middle of each write."""
     kill_at_every_step(tmp_path, lambda folder: make_job(zygote, folder, rows=40, rows_per_shard=20))
 
 
+@pytest.mark.timeout(SLOW)
 def test_killed_at_every_step_of_doing_failed_rows_again(zygote: Zygote, tmp_path: Path) -> None:
     """Two of three shards hold one. A `_SUCCESS` and a manifest of what was there before are not the end of it."""
     failed = make_job(zygote, tmp_path / "failed", rows=80, rows_per_shard=30)

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -260,6 +261,7 @@ def compile_gluon() -> None:
               target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
 
 
+@pytest.mark.timeout(900)
 def test_kernels_compile_for_hopper():
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run([sys.executable, __file__], cwd=ROOT, env=environment, capture_output=True, text=True)
