@@ -70,7 +70,13 @@ def _worst_step(model: Decoder, table: RowTable, tokens: int) -> None:
     step = StepInputs(ids, positions, slots, table.block_table, rows[:0], 0, 0,
                       rest_rows=rows, rest_starts=starts, rest_cu_q=cu_q, tiles=tiles, ends=ends)
     dummies = torch.full((table.max_rows,), table.dummy, dtype=torch.int32, device=device)
-    ops.sample(model.logits(model(step, caches)), table.params, dummies, torch.zeros_like(dummies))
+
+    def run() -> None:
+        ops.sample(model.logits(model(step, caches)), table.params, dummies, torch.zeros_like(dummies))
+
+    with ops.compiling():
+        run()
+    run()
     torch.cuda.synchronize(device)
 
 

@@ -62,6 +62,8 @@ class Runner:
         self._sharing = sharing
         self._host_tokens = [torch.empty(rows, dtype=torch.int32, pin_memory=self._pinned) for _ in range(RING)]
         self._host_mask = [torch.empty(0, -(-vocab // 32), dtype=torch.int32) for _ in range(RING)]
+        # Ids, positions and slots of a step: always some that there are, also where the kernels that write them do not run.
+        self._inputs = [torch.zeros(rows + max_step_tokens, dtype=torch.int32, device=self.device) for _ in range(3)]
         self._one_each = torch.arange(rows + 1, dtype=torch.int32, device=self.device)
         self._logits: Tensor | None = None
         self._graphs: Graphs | None = None
@@ -84,6 +86,7 @@ class Runner:
         table.rows.fill_(table.dummy)
         table.sampled_rows.fill_(table.dummy)
         if self._pinned:
+            self._compile()
             for sharing in (False, True) if self._sharing else (False,):
                 small = rehearsal(table.dummy, 1, TWO, sharing)
                 for shape in self._graphs.shapes.full(sharing) if self._graphs is not None else ():
@@ -100,6 +103,20 @@ class Runner:
             graphs.sizes = unbeaten(graphs.sizes, {n: (graphs.shared if n in graphs.shared.captured else graphs.plain).seconds(n)
                                                    for n in graphs.sizes if n <= MEASURED})
             torch.cuda.empty_cache()             # what the first runs outside the captures used
+
+    def _compile(self) -> None:
+        """Compile what steps launch, which would be one kernel after another when they are first launched."""
+        sizes = [n for n in graph_sizes(self.table.max_rows) if n <= MEASURED]
+        with ops.compiling():
+            for plan in self._rehearsals():
+                self._forward_mixed(shape_of(plan))
+            for n in sizes:
+                if n <= SHARING_ALWAYS or not self._sharing:
+                    self._decode(n, sharing=False)
+                if n >= MIN_ROWS and self._sharing:
+                    self._decode(n, sharing=True)
+                if self._logits is not None:
+                    self._sample_and_commit(n)
 
     def _rehearsals(self) -> Iterator[StepPlan]:
         """Steps of dummy rows: the largest that is to have a graph, and every variant."""
@@ -163,7 +180,7 @@ class Runner:
     def _decode(self, n: int, sharing: bool, max_context: int | None = None) -> Tensor:
         """One query for each of the first n rows of the table -> logits [n, V]. The captured part: reads device state alone."""
         table = self.table
-        ids, positions, slots = self._empty(n)
+        ids, positions, slots = self._first_inputs(n)
         self._expand_decode(n, ids, positions, slots)
         inputs = StepInputs(ids, positions, slots, table.block_table, table.rows[:n], n, max_context or table.max_len,
                             *self._prefixes(n, sharing))
@@ -217,7 +234,7 @@ class Runner:
     def _forward_mixed(self, shape: Shape, max_context: int | None = None) -> Tensor:
         """The staged rows -> the hidden states that rows sample from, in `_last`. Captured: reads device state alone."""
         table, n = self.table, shape.decode
-        ids, positions, slots = self._empty(n + shape.tokens)
+        ids, positions, slots = self._first_inputs(n + shape.tokens)
         if n:
             self._expand_decode(n, ids[:n], positions[:n], slots[:n])
         rest = table.rest_rows[: shape.rest], table.rest_starts[: shape.rest], table.rest_cu_q[: shape.rest + 1]
@@ -227,8 +244,8 @@ class Runner:
                             *self._prefixes(n, shape.sharing), *rest, table.tiles[: shape.tiles], table.ends[:size])
         return self._last[:size].copy_(self.model(inputs, self.caches.layers))
 
-    def _empty(self, n: int) -> tuple[Tensor, Tensor, Tensor]:
-        ids, positions, slots = torch.empty(3, n, dtype=torch.int32, device=self.device).unbind()
+    def _first_inputs(self, n: int) -> tuple[Tensor, Tensor, Tensor]:
+        ids, positions, slots = (whole[:n] for whole in self._inputs)
         return ids, positions, slots
 
     # --- sample ---

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from types import ModuleType
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from kernels import ref
 
+ahead: ModuleType = ref
 attention: ModuleType = ref
 automaton: ModuleType = ref
 decode_step: ModuleType = ref
@@ -23,7 +25,19 @@ quantize: ModuleType = ref
 sampling: ModuleType = ref
 step: ModuleType = ref
 if torch.cuda.is_available():
-    from kernels import attention, automaton, decode_step, dequantize, gemm_fp8, gemm_w4, kv_cache, pointwise, quantize, step
+    from kernels import (
+        ahead,
+        attention,
+        automaton,
+        decode_step,
+        dequantize,
+        gemm_fp8,
+        gemm_w4,
+        kv_cache,
+        pointwise,
+        quantize,
+        step,
+    )
     from kernels import linear as dense
     from kernels import prefill_hopper as prefill
     from kernels import sample as sampling
@@ -31,6 +45,12 @@ if torch.cuda.is_available():
 QUERY_TILE = ref.QUERY_TILE
 PREFIX_TILE = ref.PREFIX_TILE
 E4M3_MAX = ref.E4M3_MAX
+
+
+def compiling() -> AbstractContextManager[None]:
+    """Within, kernels that are launched are compiled, many at a time, and do not run; torch's own run on what they leave."""
+    context: AbstractContextManager[None] = ahead.compiling()
+    return context
 
 
 def apply_writes(state: Tensor, packed: Tensor, segments: Tensor) -> None:
