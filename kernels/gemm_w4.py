@@ -5,7 +5,7 @@ layout has every 128 rows as the lanes of a warp group hold them (as Marlin does
 at a time, and reads back what it has copied itself. Two codes become two numbers by two instructions and a shift: their bits
 are put into the mantissas of 128 (bfloat16) or 1024 (float16), and that plus the zero is taken off, exactly. Scales multiply
 the sums of a group, in float32, so that no weight is rounded. Where the tiles of the output do not fill the GPU, K is split.
-Many rows: the weights are written to a scratch buffer, and cuBLAS does the rest, or gemm_gated.py. 4-bit weights on Hopper:
+Many rows: the weights are written to a scratch buffer, and cuBLAS does the rest, or gemm_many.py. 4-bit weights on Hopper:
 gemm_few.py up to 8 rows, gemm_w4_ring.py up to 128, but for what their tile_for leaves to this.
 """
 
@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels import gemm_few, gemm_w4_ring
-from kernels.gemm_gated import gated_linear
+from kernels.gemm_many import gated_linear
 from kernels.overlap import after, launch_options, overlaps, prefetch
 from kernels.pointwise import gated_act
 from kernels.ref import in_input_order

@@ -1,6 +1,7 @@
 """Dense linear layers on CUDA: who multiplies how many rows.
 
-On Hopper one by dense_row.py, up to 8 by dense_few.py, many gated ones by gemm_gated.py; few by gemm_skinny.py, else cuBLAS.
+On Hopper one by dense_row.py, up to 8 by dense_few.py, many by gemm_many.py where it can end with what follows; few by
+gemm_skinny.py, else cuBLAS.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from kernels import dense_few, dense_row, gemm_gated, ref
+from kernels import dense_few, dense_row, gemm_many, ref
 from kernels.fragments import MOST_ROWS as FEW_ROWS
 from kernels.gemm_skinny import SHARED_BYTES, Tile, product, tile_of
 from kernels.shapes import cdiv
@@ -103,4 +104,12 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None) -
 def gated_linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
     """See ref.gated_linear; rows of x may be strided."""
     y = _product(x, weight, bias, activation, None)
-    return gemm_gated.gated_linear(x, weight, bias, activation) if y is None else y
+    return gemm_many.gated_linear(x, weight, bias, activation) if y is None else y
+
+
+def linear_onto(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor) -> Tensor | None:
+    """See ref.linear_onto; rows of x may be strided."""
+    if bias is None and gemm_many.takes_added(x, weight, residual):
+        gemm_many.add_product(x, weight, residual)
+        return None
+    return linear(x, weight, bias, None)

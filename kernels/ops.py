@@ -82,6 +82,10 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, out: Tensor | 
     return (dense if x.is_cuda else ref).linear(x, weight, bias, out)
 
 
+def linear_onto(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor) -> Tensor | None:
+    return (dense if x.is_cuda else ref).linear_onto(x, weight, bias, residual)
+
+
 def gated_linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
     return (dense if x.is_cuda else ref).gated_linear(x, weight, bias, activation)
 

@@ -90,6 +90,11 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None) -
     return F.linear(x, weight, bias) if out is None else torch.mm(x, weight.t(), out=out)
 
 
+def linear_onto(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor) -> Tensor | None:
+    """linear, for whoever reads the residual [T, N] next to add to it; None: it has been added, rounded as ever."""
+    return linear(x, weight, bias, None)
+
+
 def gated_linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
     """linear with the weight [gate | up], [2 I, K], then gated_act -> [T, I]."""
     return gated_act(linear(x, weight, bias, None), activation)

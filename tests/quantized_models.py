@@ -145,6 +145,6 @@ def compressed_pair(folder: Path, weights: dict[str, Any], inputs: dict[str, Any
         dense = compressor.decompress(state, scheme)["weight"]
         return {**state, **({"input_scale": torch.tensor([input_scale])} if static else {})}, dense
 
-    config = QuantizationConfig(config_groups={"group_0": scheme}, ignore=["lm_head"], format=stored,
-                                quantization_status="compressed")
+    plain = ["lm_head", *(f"re:.*{part}" for part in more.get("skip", ()))]
+    config = QuantizationConfig(config_groups={"group_0": scheme}, ignore=plain, format=stored, quantization_status="compressed")
     return quantized_pair(folder, json.loads(config.model_dump_json()), convert, **more)

@@ -75,8 +75,9 @@ class Attention(nn.Module):
         else:
             self.q_norm = self.k_norm = None
 
-    def forward(self, x: Tensor, residual: Tensor, norm: RMSNorm, step: StepInputs, cache: LayerCache, cos_sin: Tensor) -> Tensor:
-        """residual += x in place; what the heads make of its norm, [T, heads * head dim], which `out` is still to project."""
+    def forward(self, x: Tensor | None, residual: Tensor, norm: RMSNorm, step: StepInputs, cache: LayerCache,
+                cos_sin: Tensor) -> Tensor:
+        """residual += x in place, if any; what the heads make of its norm, [T, heads * head dim], for `out` to project."""
         q_weight = self.q_norm.weight if self.q_norm is not None else None
         k_weight = self.k_norm.weight if self.k_norm is not None else None
         qkv = self.qkv.after_norm(x, residual, norm)

@@ -20,19 +20,19 @@ class _RowScaled(LinearMethod):
     def apply(self, layer: Linear, x: Tensor) -> Tensor:
         return ops.fp8_matmul(x, layer.weight, layer.weight_scale, layer.input_scale, layer.bias)
 
-    def apply_after_norm(self, layer: Linear, x: Tensor, residual: Tensor, norm: RMSNorm) -> Tensor:
-        inputs = ops.add_rms_norm_fp8(x, residual, norm.weight, norm.eps, norm.plus_one, layer.input_scale)
-        return ops.fp8_product(*inputs, layer.weight, layer.weight_scale, layer.bias, x.dtype)
+    def apply_after_norm(self, layer: Linear, x: Tensor | None, residual: Tensor, norm: RMSNorm) -> Tensor:
+        inputs = norm.add_fp8(x, residual, layer.input_scale)
+        return ops.fp8_product(*inputs, layer.weight, layer.weight_scale, layer.bias, residual.dtype)
 
-    def apply_gated_fp8(self, layer: Linear, x: Tensor, residual: Tensor, norm: RMSNorm, activation: str,
+    def apply_gated_fp8(self, layer: Linear, x: Tensor | None, residual: Tensor, norm: RMSNorm, activation: str,
                         scale: Tensor | None) -> tuple[Tensor, Tensor]:
-        inputs = ops.add_rms_norm_fp8(x, residual, norm.weight, norm.eps, norm.plus_one, layer.input_scale)
-        return ops.fp8_gated_product(*inputs, layer.weight, layer.weight_scale, layer.bias, x.dtype, activation, scale)
+        inputs = norm.add_fp8(x, residual, layer.input_scale)
+        return ops.fp8_gated_product(*inputs, layer.weight, layer.weight_scale, layer.bias, residual.dtype, activation, scale)
 
-    def apply_after_gate(self, layer: Linear, gate_up: Linear | Joined, x: Tensor, residual: Tensor, norm: RMSNorm,
+    def apply_after_gate(self, layer: Linear, gate_up: Linear | Joined, x: Tensor | None, residual: Tensor, norm: RMSNorm,
                          activation: str) -> Tensor:
         inputs = gate_up.gated_fp8(x, residual, norm, activation, layer.input_scale)
-        return ops.fp8_product(*inputs, layer.weight, layer.weight_scale, layer.bias, x.dtype)
+        return ops.fp8_product(*inputs, layer.weight, layer.weight_scale, layer.bias, residual.dtype)
 
 
 @dataclass(frozen=True, slots=True)

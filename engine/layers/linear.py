@@ -60,23 +60,32 @@ class LinearMethod(Protocol):
         """The weight [out_features, in_features] in the model's dtype; of methods that pack it."""
         raise TypeError(f"{layer.sources[0][0]} is not packed")
 
-    def apply_after_norm(self, layer: Linear, x: Tensor, residual: Tensor, norm: RMSNorm) -> Tensor:
-        """residual += x in place; the product with its norm."""
+    def apply_onto(self, layer: Linear, x: Tensor, residual: Tensor) -> Tensor | None:
+        """The product, which is left to be added to the residual; None: it has been."""
+        return self.apply(layer, x)
+
+    def apply_after_norm(self, layer: Linear, x: Tensor | None, residual: Tensor, norm: RMSNorm) -> Tensor:
+        """residual += x in place, if any; the product with its norm."""
         return self.apply(layer, norm.add(x, residual))
 
     def apply_gated(self, layer: Linear, x: Tensor, activation: str) -> Tensor:
         """ops.gated_act of the product of a layer [gate | up]: x [T, in_features] -> [T, out_features / 2]."""
         return ops.gated_act(self.apply(layer, x), activation)
 
-    def apply_gated_fp8(self, layer: Linear, x: Tensor, residual: Tensor, norm: RMSNorm, activation: str,
+    def apply_gated_fp8(self, layer: Linear, x: Tensor | None, residual: Tensor, norm: RMSNorm, activation: str,
                         scale: Tensor | None) -> tuple[Tensor, Tensor]:
-        """residual += x in place; ops.gated_act_fp8 of what a layer [gate | up] makes of its norm."""
+        """residual += x in place, if any; ops.gated_act_fp8 of what a layer [gate | up] makes of its norm."""
         return ops.gated_act_fp8(self.apply_after_norm(layer, x, residual, norm), activation, scale)
 
-    def apply_after_gate(self, layer: Linear, gate_up: Linear | Joined, x: Tensor, residual: Tensor, norm: RMSNorm,
+    def apply_after_gate(self, layer: Linear, gate_up: Linear | Joined, x: Tensor | None, residual: Tensor, norm: RMSNorm,
                          activation: str) -> Tensor:
-        """residual += x in place; the product with the gated activation of what [gate | up] makes of its norm."""
+        """residual += x in place, if any; the product with the gated activation of what [gate | up] makes of its norm."""
         return self.apply(layer, gate_up.gated(norm.add(x, residual), activation))
+
+    def apply_after_gate_onto(self, layer: Linear, gate_up: Linear | Joined, x: Tensor | None, residual: Tensor, norm: RMSNorm,
+                              activation: str) -> Tensor | None:
+        """apply_after_gate, as apply_onto has it."""
+        return self.apply_after_gate(layer, gate_up, x, residual, norm, activation)
 
 
 # Tensors of any format that change what a layer computes, where they are not zero. Scales of inputs that are not rounded do not.
@@ -99,8 +108,15 @@ class DenseMethod(LinearMethod):
     def apply(self, layer: Linear, x: Tensor) -> Tensor:
         return ops.linear(x, layer.weight, layer.bias)
 
+    def apply_onto(self, layer: Linear, x: Tensor, residual: Tensor) -> Tensor | None:
+        return ops.linear_onto(x, layer.weight, layer.bias, residual)
+
     def apply_gated(self, layer: Linear, x: Tensor, activation: str) -> Tensor:
         return ops.gated_linear(x, layer.weight, layer.bias, activation)
+
+    def apply_after_gate_onto(self, layer: Linear, gate_up: Linear | Joined, x: Tensor | None, residual: Tensor, norm: RMSNorm,
+                              activation: str) -> Tensor | None:
+        return self.apply_onto(layer, gate_up.gated(norm.add(x, residual), activation), residual)
 
 
 def bias_spec(out_features: int, bias: bool, dtype: torch.dtype) -> dict[str, ParamSpec]:
@@ -153,22 +169,31 @@ class Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.method.apply(self, x)
 
+    def onto(self, x: Tensor, residual: Tensor) -> Tensor | None:
+        """See LinearMethod.apply_onto."""
+        return self.method.apply_onto(self, x, residual)
+
     def gated(self, x: Tensor, activation: str) -> Tensor:
         """See LinearMethod.apply_gated."""
         return self.method.apply_gated(self, x, activation)
 
-    def after_norm(self, x: Tensor, residual: Tensor, norm: RMSNorm) -> Tensor:
+    def after_norm(self, x: Tensor | None, residual: Tensor, norm: RMSNorm) -> Tensor:
         """See LinearMethod.apply_after_norm."""
         return self.method.apply_after_norm(self, x, residual, norm)
 
-    def gated_fp8(self, x: Tensor, residual: Tensor, norm: RMSNorm, activation: str,
+    def gated_fp8(self, x: Tensor | None, residual: Tensor, norm: RMSNorm, activation: str,
                   scale: Tensor | None) -> tuple[Tensor, Tensor]:
         """See LinearMethod.apply_gated_fp8."""
         return self.method.apply_gated_fp8(self, x, residual, norm, activation, scale)
 
-    def after_gate(self, gate_up: Linear | Joined, x: Tensor, residual: Tensor, norm: RMSNorm, activation: str) -> Tensor:
+    def after_gate(self, gate_up: Linear | Joined, x: Tensor | None, residual: Tensor, norm: RMSNorm, activation: str) -> Tensor:
         """See LinearMethod.apply_after_gate."""
         return self.method.apply_after_gate(self, gate_up, x, residual, norm, activation)
+
+    def after_gate_onto(self, gate_up: Linear | Joined, x: Tensor | None, residual: Tensor, norm: RMSNorm,
+                        activation: str) -> Tensor | None:
+        """See LinearMethod.apply_after_gate_onto."""
+        return self.method.apply_after_gate_onto(self, gate_up, x, residual, norm, activation)
 
 
 class Joined(nn.Module):
@@ -181,15 +206,19 @@ class Joined(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return torch.cat([part(x) for part in self.parts], dim=-1)
 
+    def onto(self, x: Tensor, residual: Tensor) -> Tensor | None:
+        """See LinearMethod.apply_onto."""
+        return self(x)
+
     def gated(self, x: Tensor, activation: str) -> Tensor:
         """See LinearMethod.apply_gated."""
         return ops.gated_act(self(x), activation)
 
-    def after_norm(self, x: Tensor, residual: Tensor, norm: RMSNorm) -> Tensor:
+    def after_norm(self, x: Tensor | None, residual: Tensor, norm: RMSNorm) -> Tensor:
         """See LinearMethod.apply_after_norm."""
         return self(norm.add(x, residual))
 
-    def gated_fp8(self, x: Tensor, residual: Tensor, norm: RMSNorm, activation: str,
+    def gated_fp8(self, x: Tensor | None, residual: Tensor, norm: RMSNorm, activation: str,
                   scale: Tensor | None) -> tuple[Tensor, Tensor]:
         """See LinearMethod.apply_gated_fp8."""
         return ops.gated_act_fp8(self.after_norm(x, residual, norm), activation, scale)

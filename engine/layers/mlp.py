@@ -20,6 +20,10 @@ class MLP(nn.Module):
         down = f"{prefix}.down_proj"
         self.down = Linear(width, [(down, spec.hidden_size)], bias=spec.mlp_bias, dtype=dtype, method=method_of(down))
 
-    def forward(self, x: Tensor, residual: Tensor, norm: RMSNorm) -> Tensor:
-        """residual += x in place; the MLP of its norm."""
+    def forward(self, x: Tensor | None, residual: Tensor, norm: RMSNorm) -> Tensor:
+        """residual += x in place, if any; the MLP of its norm."""
         return self.down.after_gate(self.gate_up, x, residual, norm, self.activation)
+
+    def onto(self, x: Tensor | None, residual: Tensor, norm: RMSNorm) -> Tensor | None:
+        """The same, left to be added to the residual; None: it has been."""
+        return self.down.after_gate_onto(self.gate_up, x, residual, norm, self.activation)

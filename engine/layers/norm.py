@@ -28,6 +28,12 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return ops.rms_norm(x, self.weight, self.eps, self.plus_one)
 
-    def add(self, x: Tensor, residual: Tensor) -> Tensor:
-        """residual += x in place; returns its norm."""
-        return ops.add_rms_norm(x, residual, self.weight, self.eps, self.plus_one)
+    def add(self, x: Tensor | None, residual: Tensor) -> Tensor:
+        """residual += x in place, if there is any left to add; returns its norm."""
+        return self(residual) if x is None else ops.add_rms_norm(x, residual, self.weight, self.eps, self.plus_one)
+
+    def add_fp8(self, x: Tensor | None, residual: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor]:
+        """add, then ops.fp8_quantize."""
+        if x is None:
+            return ops.fp8_quantize(self(residual), scale)
+        return ops.add_rms_norm_fp8(x, residual, self.weight, self.eps, self.plus_one, scale)

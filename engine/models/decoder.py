@@ -36,15 +36,15 @@ class Block(nn.Module):
         self.mlp = MLP(spec, f"{prefix}.mlp", method_of, dtype)
         self.input_norm = norm("input_layernorm")
         if spec.sandwich_norms:
-            self.attention_out: nn.Module = norm("post_attention_layernorm")
+            self.attention_out: RMSNorm | None = norm("post_attention_layernorm")
             self.mlp_norm = norm("pre_feedforward_layernorm")
-            self.mlp_out: nn.Module = norm("post_feedforward_layernorm")
+            self.mlp_out: RMSNorm | None = norm("post_feedforward_layernorm")
         else:
-            self.attention_out, self.mlp_out = nn.Identity(), nn.Identity()
+            self.attention_out = self.mlp_out = None
             self.mlp_norm = norm("post_attention_layernorm")
 
-    def forward(self, x: Tensor, residual: Tensor, step: StepInputs, cache: LayerCache, cos_sin: Tensor,
-                ends: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor | None, residual: Tensor, step: StepInputs, cache: LayerCache, cos_sin: Tensor,
+                ends: Tensor | None = None) -> tuple[Tensor | None, Tensor]:
         """x: what the block before left to be added to `residual`, which is updated in place; returns the same for the next.
 
         `ends`: the tokens to go on with once all have left their keys and values.
@@ -52,8 +52,11 @@ class Block(nn.Module):
         h = self.attention(x, residual, self.input_norm, step, cache, cos_sin)
         if ends is not None:
             h, residual = h.index_select(0, ends), residual.index_select(0, ends)
-        h = self.mlp(self.attention_out(self.attention.out(h)), residual, self.mlp_norm)
-        return self.mlp_out(h), residual
+        project, mlp = self.attention.out, self.mlp
+        left = project.onto(h, residual) if self.attention_out is None else self.attention_out(project(h))
+        if self.mlp_out is None:
+            return mlp.onto(left, residual, self.mlp_norm), residual
+        return self.mlp_out(mlp(left, residual, self.mlp_norm)), residual
 
 
 class Decoder(nn.Module):
@@ -116,8 +119,7 @@ class Decoder(nn.Module):
 
         In the last block the other tokens need no more than their keys and values: of a prompt, nearly a layer is saved.
         """
-        residual = self.embedding(step.ids)
-        x = torch.zeros_like(residual)
+        x, residual = None, self.embedding(step.ids)
         last = self.blocks[-1]
         for block, cache, cos_sin in zip(self.blocks, caches, self.cos_sin, strict=True):
             x, residual = block(x, residual, step, cache, cos_sin, step.ends if block is last else None)

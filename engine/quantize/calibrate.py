@@ -78,5 +78,5 @@ class Calibration:
 
     def _run(self, block: Block, index: int, part: int) -> Tensor:
         residual = self._hidden[part].clone()
-        x, residual = block(torch.zeros_like(residual), residual, self._steps[part], self._cache, self._cos_sin[index])
-        return residual.add_(x)
+        x, residual = block(None, residual, self._steps[part], self._cache, self._cos_sin[index])
+        return residual if x is None else residual.add_(x)

@@ -1,4 +1,4 @@
-"""Gated products of many rows on one Hopper: kernels/gemm_gated.py beside cuBLAS and gated_act, in microseconds.
+"""Gated products of many rows on one Hopper: kernels/gemm_many.py beside cuBLAS and gated_act, in microseconds.
 
     python jobs/bench/gated.py [--rows M ...] [--shape N K]
 
@@ -24,7 +24,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from kernels import pointwise
-from kernels.gemm_gated import product
+from kernels.gemm_many import gated_product
 
 DEVICE, DTYPE = "cuda", torch.bfloat16
 ROWS = (256, 384, 512, 640, 768, 896, 1024, 1536, 2048, 4096, 8192, 16384)
@@ -39,7 +39,7 @@ def separate(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def fused(x: Tensor, weight: Tensor) -> Tensor:
-    return product(x, weight, "silu")
+    return gated_product(x, weight, "silu")
 
 
 def inputs(m: int, depth: int) -> Tensor:
@@ -107,7 +107,7 @@ def main() -> None:
     torch.manual_seed(0)
     features, depth = given.shape
     weight = torch.randn(features, depth, dtype=DTYPE, device=DEVICE).mul_(depth**-0.5)
-    print(f"{torch.cuda.get_device_name()}: [{features}, {depth}], us\n{'M':>6}{'cuBLAS + gated_act':>22}{'gemm_gated':>22}")
+    print(f"{torch.cuda.get_device_name()}: [{features}, {depth}], us\n{'M':>6}{'cuBLAS + gated_act':>22}{'gemm_many':>22}")
     for m in given.rows:
         x = inputs(m, depth)
         check(x, weight)

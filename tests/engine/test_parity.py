@@ -18,7 +18,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 import torch
-from engine_cases import finish, full_logits, load_decoder, make_requests, random_prompts, running, tokens_of
+from engine_cases import add_at_once, finish, full_logits, load_decoder, make_requests, random_prompts, running, tokens_of
 from models import TINY_FAMILIES, load_reference, real_model, reference_greedy, tiny_checkpoint
 
 from engine.request import SamplingParams
@@ -87,6 +87,15 @@ def test_logits_of_tiny_models(family: str, tmp_path: Path) -> None:
     for decode in (0, 120):
         got = full_logits(decoder, prompt, decode)[: len(prompt) - 1]
         assert (got - want).abs().max() < 1e-4 * want.std()
+
+
+@pytest.mark.parametrize("family", TINY_FAMILIES)
+def test_products_that_are_added_at_once(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU those of many rows are, where no norm comes between them and the residual."""
+    decoder, prompt = load_decoder(tiny_checkpoint(family, tmp_path), torch.float32), random_prompts(1, seed=2, shortest=40)[0]
+    want, added = full_logits(decoder, prompt, 5), add_at_once(monkeypatch)
+    assert torch.equal(full_logits(decoder, prompt, 5), want)
+    assert bool(added) != decoder.spec.sandwich_norms
 
 
 @pytest.mark.timeout(1800)

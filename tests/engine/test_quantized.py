@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from engine_cases import finish, full_logits, load_decoder, make_requests, random_prompts, running
+from engine_cases import add_at_once, finish, full_logits, load_decoder, make_requests, random_prompts, running
 from models import load_reference, tiny_checkpoint
 from quantized_models import SHAPE, awq_pair, compressed_pair, gptq_pair
 from safetensors.torch import load_file, save_file
@@ -157,6 +157,14 @@ def test_fp8_made_at_load(tmp_path: Path) -> None:
     with running(plain, quantization="fp8") as engine:
         done = finish(engine, make_requests([PROMPT], SamplingParams(max_tokens=4, ignore_eos=True)))
         assert done[0].tokens.size == 4
+
+
+def test_plain_layers_between_fp8_ones_may_be_added_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    quantized, _ = compressed_pair(tmp_path, *COMPRESSED["fp8-token"], skip=["o_proj", "down_proj"])
+    decoder = load_decoder(quantized, torch.float32)
+    want, added = full_logits(decoder, PROMPT, 2), add_at_once(monkeypatch)
+    assert torch.equal(full_logits(decoder, PROMPT, 2), want)
+    assert len(added) == 2 * len(decoder.blocks) * 3        # o and down, in three steps
 
 
 def test_parts_that_differ_stand_side_by_side(tmp_path: Path) -> None:

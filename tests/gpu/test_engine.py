@@ -69,12 +69,12 @@ def test_running_out_of_memory_in_mid_forward_gives_the_same_tokens(alone: tuple
     """Steps of more than 300 tokens meet an allocation that the device cannot serve, half of their layers done."""
     model, want = alone
 
-    def allocate(module: torch.nn.Module, args: tuple[torch.Tensor]) -> None:
-        if args[0].shape[0] > 300:
+    def allocate(module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        if args[1].shape[0] > 300:
             torch.empty(1 << 45, dtype=torch.uint8, device="cuda")
 
     with running(model, **CUDA | {"max_step_tokens": 4096}, depth=depth) as engine:
-        engine._runner.model.blocks[1].mlp.register_forward_pre_hook(allocate)
+        engine._runner.model.blocks[1].attention.register_forward_pre_hook(allocate)
         assert tokens_of(finish(engine, mixed_requests())) == want
         assert engine._scheduler.max_step_tokens < 4096
 

@@ -11,7 +11,7 @@ from kernel_cases import check_linear, randn
 if not torch.cuda.is_available():
     pytest.skip("needs CUDA", allow_module_level=True)
 
-from kernels import dense_few, dense_row, gemm_gated, ops, ref
+from kernels import dense_few, dense_row, gemm_many, ops, ref
 from kernels.gemm_skinny import Tile, product
 from kernels.split_k import counters
 
@@ -78,7 +78,7 @@ def test_ops_as_the_rule_has_them(m, features, depth):
 def run_gated(x, weight, bias, activation, out):
     """Into the first rows of a longer output, whose others hold NaN and keep it."""
     longer = out.new_full((out.shape[0] + 128, out.shape[1]), float("nan"))
-    gemm_gated.product(x, weight, activation, longer[: out.shape[0]])
+    gemm_many.gated_product(x, weight, activation, longer[: out.shape[0]])
     assert longer[out.shape[0] :].isnan().all()
     return out.copy_(longer[: out.shape[0]])
 
@@ -94,15 +94,61 @@ def test_many_gated_rows(dtype, m, features, depth, activation):
 
 @HOPPER
 def test_which_gated_rows_are_many():
-    def takes(m=gemm_gated.LEAST_ROWS, features=512, depth=512, dtype=torch.bfloat16, of_weight=torch.bfloat16, stride=512, at=0):
+    def takes(m=gemm_many.LEAST_ROWS, features=512, depth=512, dtype=torch.bfloat16, of_weight=torch.bfloat16, stride=512, at=0):
         x = torch.empty(m * stride + at, dtype=dtype, device="cuda")[at:].as_strided((m, depth), (stride, 1))
-        return gemm_gated.takes(x, torch.empty(features, depth, dtype=of_weight, device="cuda"))
+        return gemm_many.takes_gated(x, torch.empty(features, depth, dtype=of_weight, device="cuda"))
 
     assert takes() and takes(dtype=torch.float16, of_weight=torch.float16) and takes(stride=520) and takes(at=8)
-    assert not takes(m=gemm_gated.LEAST_ROWS - 1)
+    assert not takes(m=gemm_many.LEAST_ROWS - 1)
     assert not takes(features=384) and not takes(depth=384)
     assert not takes(dtype=torch.float32, of_weight=torch.float32) and not takes(of_weight=torch.float16)
     assert not takes(stride=516) and not takes(at=4)
+
+
+@HOPPER
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("m, features, depth", [(1, 256, 256), (129, 512, 256), (1000, 2048, 768), (4100, 5120, 1280)])
+def test_many_rows_are_added_where_they_belong(dtype, m, features, depth):
+    """To the first rows of a longer residual, every second of its columns' blocks; rounded as two kernels would."""
+    like = torch.empty(0, dtype=dtype, device="cuda")
+    x, weight = randn(m, depth + 64, like=like)[:, :depth], randn(features, depth, like=like) / depth**0.5
+    longer = randn(m + 128, features + 64, like=like)
+    before, residual = longer.clone(), longer[:m, :features]
+    gemm_many.add_product(x, weight, residual)
+    product = x.double() @ weight.double().T
+    want = before[:m, :features].double() + product
+    assert float((residual.double() - want).norm() / want.norm()) < 3e-3
+    separate = before[:m, :features] + product.to(dtype)
+    assert float((residual != separate).float().mean()) < 1e-2      # where float32 sums round otherwise
+    longer[:m, :features] = before[:m, :features]
+    assert torch.equal(longer, before)
+
+
+@HOPPER
+def test_which_rows_are_added():
+    def takes(m=1 << 14, features=4096, depth=512, dtype=torch.bfloat16, stride=4096):
+        x, weight = (torch.empty(n, depth, dtype=torch.bfloat16, device="cuda") for n in (m, features))
+        return gemm_many.takes_added(x, weight, torch.empty(m, stride, dtype=dtype, device="cuda")[:, :features])
+
+    assert takes() and takes(stride=4104)
+    assert not takes(m=gemm_many.LEAST_ADDED - 1)
+    assert not takes(m=4352)            # 34 x 16 tiles: four for each multiprocessor and 16 more
+    assert not takes(features=4000) and not takes(depth=384)
+    assert not takes(dtype=torch.float16) and not takes(stride=4100)
+
+
+@HOPPER
+@pytest.mark.parametrize("m, added", [(1 << 14, True), (1 << 10, False)])
+def test_onto_the_residual_as_the_rule_has_it(m, added):
+    like = torch.empty(0, dtype=torch.bfloat16, device="cuda")
+    x, weight = randn(m, 512, like=like), randn(4096, 512, like=like) / 512**0.5
+    residual = randn(m, 4096, like=like)
+    want = residual.double() + x.double() @ weight.double().T
+    left = ops.linear_onto(x, weight, None, residual)
+    assert (left is None) == added
+    got = residual if left is None else residual + left
+    assert float((got.double() - want).norm() / want.norm()) < 3e-3
+    assert ops.linear_onto(x, weight, randn(4096, like=like), residual) is not None
 
 
 @HOPPER
@@ -119,11 +165,11 @@ def test_many_gated_rows_in_a_graph():
     """The descriptors that TMA reads are kept with the graph."""
     like = torch.empty(0, dtype=torch.bfloat16, device="cuda")
     weight, inputs = randn(2048, 512, like=like) / 22, [randn(900, 512, like=like) for _ in range(3)]
-    want = [gemm_gated.product(x, weight, "silu") for x in inputs]
+    want = [gemm_many.gated_product(x, weight, "silu") for x in inputs]
     x, graph = inputs[0].clone(), torch.cuda.CUDAGraph()
     torch.cuda.synchronize()
     with torch.cuda.graph(graph):
-        out = gemm_gated.product(x, weight, "silu")
+        out = gemm_many.gated_product(x, weight, "silu")
     for of, y in zip(inputs, want, strict=True):
         x.copy_(of)
         out.fill_(float("nan"))

@@ -161,7 +161,7 @@ def compile_gluon() -> None:
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
     from triton.runtime.jit import mangle_type
 
-    from kernels import gemm_fp8_ring, gemm_gated, gemm_w4_ring, prefill_hopper
+    from kernels import gemm_fp8_ring, gemm_many, gemm_w4_ring, prefill_hopper
 
     spills = re.compile(r"\b(?:STL|LDL)\b")
 
@@ -238,18 +238,19 @@ def compile_gluon() -> None:
         # In each group that computes: no product is waited for right after it was asked for, but the first and the last.
         assert ptx.count("wgmma.wait_group.sync.aligned 1;") == 2 * (3 if window else 2)
 
-    for dtype, gelu in ((torch.bfloat16, False), (torch.float16, True)):
-        constants = {"GELU": gelu, "MULTIPLYING": gemm_gated.MULTIPLYING, "BRINGING": gemm_gated.BRINGING}
+    for dtype, end in ((torch.bfloat16, "silu"), (torch.float16, "gelu_tanh"), (torch.bfloat16, "add")):
+        constants = {"END": end, "MULTIPLYING": gemm_many.MULTIPLYING, "BRINGING": gemm_many.BRINGING}
         like = torch.empty(256, 256, dtype=dtype)
         described = [mangle_type(TensorDescriptor.from_tensor(like, block, layout))
-                     for block, layout in zip(gemm_gated.BLOCKS, gemm_gated.LAYOUTS[dtype], strict=True)]
+                     for block, layout in zip(gemm_many.BLOCKS, gemm_many.LAYOUTS[dtype], strict=True)]
         signature = {**dict(zip(("x", "weight", "out"), described, strict=True)), **dict.fromkeys("MNK", "i32"),
                      **dict.fromkeys(constants, "constexpr")}
-        built = build(GluonASTSource(fn=gemm_gated._product_kernel, signature=signature, constexprs=constants),
-                      target=GPUTarget("cuda", 90, 32), options={"num_warps": 4, "maxnreg": gemm_gated.REGISTERS})
+        built = build(GluonASTSource(fn=gemm_many._product_kernel, signature=signature, constexprs=constants),
+                      target=GPUTarget("cuda", 90, 32), options={"num_warps": 4, "maxnreg": gemm_many.REGISTERS})
         assert built.metadata.shared <= 227 << 10
         sass = built.asm["sass"]
         assert not spills.search(sass)
+        assert built.asm["ptx"].count("cp.reduce.async.bulk.tensor") == (4 if end == "add" else 0)
         # In each group: four blocks, all but the last of which are waited for when the next one has been asked for.
         assert re.findall("HGMMA|WARPGROUP.DEPBAR", sass) == 2 * (4 * ["HGMMA"] + 3 * [*4 * ["HGMMA"], "WARPGROUP.DEPBAR"]
                                                                  + ["WARPGROUP.DEPBAR"])

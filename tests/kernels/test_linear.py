@@ -68,3 +68,5 @@ def test_ops_are_their_twins_whatever_the_rule_says(rows, activation, monkeypatc
     near = partial(torch.testing.assert_close, rtol=2e-3, atol=2e-2)
     near(linear.linear(x, weight, bias, None), ref.linear(x, weight, bias, None))
     near(linear.gated_linear(x, weight, bias, activation), ref.gated_linear(x, weight, bias, activation))
+    residual = randn(rows, 96, like=like)
+    near(linear.linear_onto(x, weight, None, residual), ref.linear_onto(x, weight, None, residual))
