@@ -94,7 +94,8 @@ class CudaGraphs(Generic[Key]):
     def prepare(self, keys: Iterable[Key]) -> None:
         """At start-up, so that no step of the job waits for a capture; the largest first, in whose memory the others find room.
 
-        A first run outside the capture compiles the kernels and makes the handles; it does what the replay does once more.
+        A first run outside the capture loads the kernels (and compiles what is not yet) and makes the handles; it does what the
+        replay does once more.
         """
         for key in keys:
             self._stream.wait_stream(torch.cuda.current_stream())

@@ -54,7 +54,7 @@ def size_pool(config: EngineConfig, model: Decoder, table: RowTable, max_step_to
 
 @torch.inference_mode()
 def _worst_step(model: Decoder, table: RowTable, tokens: int) -> None:
-    """A step of the most tokens and the most logits, all on the dummy page."""
+    """A step of the most tokens and the most logits, all on the dummy page; what it launches is compiled first, many at once."""
     device = table.device
     caches = model.make_cache(1, table.page_size).layers
     length = min(tokens, table.max_len)
@@ -74,7 +74,7 @@ def _worst_step(model: Decoder, table: RowTable, tokens: int) -> None:
     def run() -> None:
         ops.sample(model.logits(model(step, caches)), table.params, dummies, torch.zeros_like(dummies))
 
-    with ops.compiling():
+    with ops.compiling(), model.one_block_of_each_kind():
         run()
     run()
     torch.cuda.synchronize(device)

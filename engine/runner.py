@@ -62,8 +62,8 @@ class Runner:
         self._sharing = sharing
         self._host_tokens = [torch.empty(rows, dtype=torch.int32, pin_memory=self._pinned) for _ in range(RING)]
         self._host_mask = [torch.empty(0, -(-vocab // 32), dtype=torch.int32) for _ in range(RING)]
-        # Ids, positions and slots of a step: always some that there are, also where the kernels that write them do not run.
-        self._inputs = [torch.zeros(rows + max_step_tokens, dtype=torch.int32, device=self.device) for _ in range(3)]
+        # Ids, positions and slots of a step or rehearsal: some that there are, also where the kernels that write them do not run.
+        self._inputs = [torch.zeros(rows + max(max_step_tokens, 2), dtype=torch.int32, device=self.device) for _ in range(3)]
         self._one_each = torch.arange(rows + 1, dtype=torch.int32, device=self.device)
         self._logits: Tensor | None = None
         self._graphs: Graphs | None = None
@@ -80,13 +80,14 @@ class Runner:
 
     @torch.inference_mode()
     def warm_up(self) -> None:
-        """Capture the graphs, all rows being dummies meanwhile, and compile and load what steps with prompts need."""
+        """Compile what steps launch, load what those with prompts need, capture the graphs: with dummies for all rows."""
         table = self.table
         ops.copy_pages(self.caches.storage, torch.zeros(1, 2, dtype=torch.int32, device=self.device))
         table.rows.fill_(table.dummy)
         table.sampled_rows.fill_(table.dummy)
+        if self._graphs is not None:
+            self._compile(self._graphs)
         if self._pinned:
-            self._compile()
             for sharing in (False, True) if self._sharing else (False,):
                 small = rehearsal(table.dummy, 1, TWO, sharing)
                 for shape in self._graphs.shapes.full(sharing) if self._graphs is not None else ():
@@ -96,26 +97,33 @@ class Runner:
                     self._mixed(plan)
             self.graph_steps = 0
         if graphs := self._graphs:
-            sizes = graphs.sizes[::-1]
-            graphs.plain.prepare([n for n in sizes if n <= SHARING_ALWAYS or not self._sharing])
-            graphs.shared.prepare([n for n in sizes if n >= MIN_ROWS and self._sharing])
-            graphs.sample.prepare(sizes)
+            graphs.plain.prepare(self._plain_sizes(graphs)[::-1])
+            graphs.shared.prepare(self._shared_sizes(graphs)[::-1])
+            graphs.sample.prepare(graphs.sizes[::-1])
             graphs.sizes = unbeaten(graphs.sizes, {n: (graphs.shared if n in graphs.shared.captured else graphs.plain).seconds(n)
                                                    for n in graphs.sizes if n <= MEASURED})
             torch.cuda.empty_cache()             # what the first runs outside the captures used
 
-    def _compile(self) -> None:
-        """Compile what steps launch, which would be one kernel after another when they are first launched."""
-        sizes = [n for n in graph_sizes(self.table.max_rows) if n <= MEASURED]
-        with ops.compiling():
+    def _plain_sizes(self, graphs: Graphs) -> list[int]:
+        return [n for n in graphs.sizes if n <= SHARING_ALWAYS or not self._sharing]
+
+    def _shared_sizes(self, graphs: Graphs) -> list[int]:
+        return [n for n in graphs.sizes if n >= MIN_ROWS and self._sharing]
+
+    def _compile(self, graphs: Graphs) -> None:
+        """Compile what steps launch, which would be one kernel after another when they are first launched.
+
+        Decode steps of more than MEASURED rows have no kernels of their own.
+        """
+        with ops.compiling(), self.model.one_block_of_each_kind():
             for plan in self._rehearsals():
                 self._forward_mixed(shape_of(plan))
-            for n in sizes:
-                if n <= SHARING_ALWAYS or not self._sharing:
-                    self._decode(n, sharing=False)
-                if n >= MIN_ROWS and self._sharing:
-                    self._decode(n, sharing=True)
-                if self._logits is not None:
+            for sizes, sharing in ((self._plain_sizes(graphs), False), (self._shared_sizes(graphs), True)):
+                for n in sizes:
+                    if n <= MEASURED:
+                        self._decode(n, sharing)
+            for n in graphs.sizes:
+                if n <= MEASURED:
                     self._sample_and_commit(n)
 
     def _rehearsals(self) -> Iterator[StepPlan]:

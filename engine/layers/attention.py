@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from engine.layers.linear import MethodOf, make_linear
+from engine.layers.linear import Linear, MethodOf, make_linear
 from engine.layers.norm import RMSNorm
 from engine.models.spec import ModelSpec
 from kernels import ops
@@ -67,8 +67,8 @@ class Attention(nn.Module):
         self.window, self.eps, self.plus_one = spec.layers[index].window, spec.norm_eps, spec.norm_plus_one
         parts = [(f"{prefix}.q_proj", heads * dim), (f"{prefix}.k_proj", kv_heads * dim), (f"{prefix}.v_proj", kv_heads * dim)]
         self.qkv = make_linear(spec.hidden_size, parts, bias=spec.qkv_bias, dtype=dtype, method_of=method_of)
-        self.out = make_linear(heads * dim, [(f"{prefix}.o_proj", spec.hidden_size)], bias=spec.o_bias, dtype=dtype,
-                               method_of=method_of)
+        out = f"{prefix}.o_proj"
+        self.out = Linear(heads * dim, [(out, spec.hidden_size)], bias=spec.o_bias, dtype=dtype, method=method_of(out))
         if spec.qk_norm:
             self.q_norm: RMSNorm | None = RMSNorm(dim, f"{prefix}.q_norm", eps=self.eps, plus_one=self.plus_one, dtype=dtype)
             self.k_norm: RMSNorm | None = RMSNorm(dim, f"{prefix}.k_norm", eps=self.eps, plus_one=self.plus_one, dtype=dtype)

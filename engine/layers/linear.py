@@ -206,10 +206,6 @@ class Joined(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return torch.cat([part(x) for part in self.parts], dim=-1)
 
-    def onto(self, x: Tensor, residual: Tensor) -> Tensor | None:
-        """See LinearMethod.apply_onto."""
-        return self(x)
-
     def gated(self, x: Tensor, activation: str) -> Tensor:
         """See LinearMethod.apply_gated."""
         return ops.gated_act(self(x), activation)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
@@ -23,7 +24,8 @@ if TYPE_CHECKING:
 
 
 class Block(nn.Module):
-    """Pre-norm block; the residual stream is carried beside x, so that each addition fuses with the norm that follows it."""
+    """Pre-norm block; the residual stream is carried beside x, so that each addition fuses with the norm that follows it, or with
+    the product before."""
 
     def __init__(self, spec: ModelSpec, index: int, method_of: MethodOf, dtype: torch.dtype) -> None:
         super().__init__()
@@ -79,6 +81,7 @@ class Decoder(nn.Module):
             self.kv_scales = nn.ModuleList(KVScales(spec, f"model.layers.{i}.self_attn", cos_sin)
                                            for i, cos_sin in enumerate(self.cos_sin) if fp8_kv)
         self.kv_dtype = torch.float8_e4m3fn if fp8_kv else dtype
+        self._running: Sequence[int] = range(spec.num_layers)
 
     def load(self, checkpoint: Checkpoint) -> None:
         """Fill every weight from the checkpoint; raises KeyError or ValueError naming a tensor that is missing or misshapen."""
@@ -120,10 +123,25 @@ class Decoder(nn.Module):
         In the last block the other tokens need no more than their keys and values: of a prompt, nearly a layer is saved.
         """
         x, residual = None, self.embedding(step.ids)
-        last = self.blocks[-1]
-        for block, cache, cos_sin in zip(self.blocks, caches, self.cos_sin, strict=True):
-            x, residual = block(x, residual, step, cache, cos_sin, step.ends if block is last else None)
+        layers = list(zip(self.blocks, caches, self.cos_sin, strict=True))
+        for i in self._running:
+            block, cache, cos_sin = layers[i]
+            x, residual = block(x, residual, step, cache, cos_sin, step.ends if i == len(layers) - 1 else None)
         return self.norm.add(x, residual)
+
+    @contextmanager
+    def one_block_of_each_kind(self) -> Iterator[None]:
+        """Within, one block of each kind runs, and the last: they launch every kernel that all of them do."""
+        kinds: dict[object, int] = {}
+        for i, block in enumerate(self.blocks):
+            linears = tuple((layer.method, layer.in_features, layer.out_features, layer.unpacked is None)
+                            for layer in block.modules() if isinstance(layer, Linear))
+            kinds.setdefault((self.spec.layers[i], linears), i)
+        self._running = sorted({*kinds.values(), len(self.blocks) - 1})
+        try:
+            yield
+        finally:
+            self._running = range(len(self.blocks))
 
     def logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
         """[N, hidden_size] -> [N, vocab_size]; into `out` if given."""

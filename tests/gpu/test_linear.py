@@ -109,7 +109,7 @@ def test_which_gated_rows_are_many():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("m, features, depth", [(1, 256, 256), (129, 512, 256), (1000, 2048, 768), (4100, 5120, 1280)])
 def test_many_rows_are_added_where_they_belong(dtype, m, features, depth):
-    """To the first rows of a longer residual, every second of its columns' blocks; rounded as two kernels would."""
+    """To the first rows and columns of a residual that has more; rounded as two kernels would."""
     like = torch.empty(0, dtype=dtype, device="cuda")
     x, weight = randn(m, depth + 64, like=like)[:, :depth], randn(features, depth, like=like) / depth**0.5
     longer = randn(m + 128, features + 64, like=like)
@@ -125,14 +125,16 @@ def test_many_rows_are_added_where_they_belong(dtype, m, features, depth):
 
 
 @HOPPER
-def test_which_rows_are_added():
+def test_which_rows_are_added(monkeypatch):
+    monkeypatch.setattr(gemm_many, "processors", lambda device: 132)
+
     def takes(m=1 << 14, features=4096, depth=512, dtype=torch.bfloat16, stride=4096):
         x, weight = (torch.empty(n, depth, dtype=torch.bfloat16, device="cuda") for n in (m, features))
         return gemm_many.takes_added(x, weight, torch.empty(m, stride, dtype=dtype, device="cuda")[:, :features])
 
-    assert takes() and takes(stride=4104)
+    assert takes() and takes(stride=4104) and takes(m=gemm_many.LEAST_ADDED)
     assert not takes(m=gemm_many.LEAST_ADDED - 1)
-    assert not takes(m=4352)            # 34 x 16 tiles: four for each multiprocessor and 16 more
+    assert not takes(m=4352)            # 34 x 16 tiles: four for each multiprocessor, and 16 more
     assert not takes(features=4000) and not takes(depth=384)
     assert not takes(dtype=torch.float16) and not takes(stride=4100)
 

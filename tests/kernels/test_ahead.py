@@ -50,7 +50,7 @@ def compile_ahead() -> None:
     from kernels.ahead import compiling
 
     triton.runtime.driver.set_active(Hopper())
-    launch, compile_one, threads = JITFunction.run, compiler.compile, []
+    launch, compile_one, threads, others = JITFunction.run, compiler.compile, [], []
 
     def compiled_by(*args, **options):
         threads.append(threading.get_ident())
@@ -77,6 +77,13 @@ def compile_ahead() -> None:
     else:
         raise AssertionError("an error was lost")
     assert JITFunction.run is launch
+    with compiling():
+        _add_kernel[(1,)](x, 64, BLOCK=32)
+        _add_kernel[(1,)](x, 64, BLOCK=128)
+        thread = threading.Thread(target=lambda: others.append(_add_kernel.warmup(x, 64, BLOCK=64, grid=(1,))))
+        thread.start()
+        thread.join()
+    assert len(kernels) == 4 and len(others) == 1 and "sm_90" in others[0].asm["ptx"]
 
 
 def test_kernels_compile_in_threads_and_do_not_run() -> None:

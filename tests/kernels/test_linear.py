@@ -68,5 +68,18 @@ def test_ops_are_their_twins_whatever_the_rule_says(rows, activation, monkeypatc
     near = partial(torch.testing.assert_close, rtol=2e-3, atol=2e-2)
     near(linear.linear(x, weight, bias, None), ref.linear(x, weight, bias, None))
     near(linear.gated_linear(x, weight, bias, activation), ref.gated_linear(x, weight, bias, activation))
-    residual = randn(rows, 96, like=like)
-    near(linear.linear_onto(x, weight, None, residual), ref.linear_onto(x, weight, None, residual))
+
+
+@pytest.mark.parametrize("taken", [True, False])
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_products_are_added_at_once_by_the_rule_alone(taken, with_bias, monkeypatch):
+    monkeypatch.setattr(linear, "_processors", lambda device: 0)
+    monkeypatch.setattr(linear.gemm_many, "takes_added", lambda *tensors: taken)
+    monkeypatch.setattr(linear.gemm_many, "add_product", lambda x, weight, residual: residual.add_(x @ weight.T))
+    x, weight, before = torch.randn(5, 32), torch.randn(16, 32), torch.randn(5, 16)
+    bias, residual = torch.randn(16) if with_bias else None, before.clone()
+    left = linear.linear_onto(x, weight, bias, residual)
+    assert (left is None) == (taken and not with_bias)
+    assert left is None or torch.equal(residual, before)
+    want = ref.linear(x, weight, bias, None) + before
+    torch.testing.assert_close(residual if left is None else residual + left, want)
