@@ -122,9 +122,10 @@ def _write_gated(sums, row, column, out, y, GELU: gl.constexpr):
 def _add_both(sums, row, column, half, out, y):
     """Add a group's tiles of both halves of the columns, `half` apart, to out. One product is added to each number there, so that
     no order can change a bit."""
+    halves = _halves(sums)
     for part in gl.static_range(2):
-        tma.store_wait(0)
-        y.store(_halves(sums)[part].to(out.dtype))
+        tma.store_wait(0)       # of the tile, or half, before
+        y.store(halves[part].to(out.dtype))
         fence_async_shared()
         tma_add(out, [row, part * half + column], y)
 
@@ -181,7 +182,7 @@ def _product_kernel(x, weight, out, M, N, K, END: gl.constexpr, MULTIPLYING: gl.
                         (_bring, (x, weight, sizes, rings, bars))], [4, 1], [MULTIPLYING, BRINGING])
 
 
-LEAST_ROWS = 832            # of x: of fewer, cuBLAS and pointwise.py are as fast or faster
+LEAST_GATED = 832           # rows of x: of fewer, cuBLAS and pointwise.py are as fast or faster
 LEAST_ADDED = 4096          # likewise, where the sum with the residual is all that is saved
 LEAST_FULL = 0.93           # the share of the programs' turns that have a tile: their last one may find few
 N_STEP, K_STEP = 256, 256   # of these N and K are multiples: of a tile, and of a turn around the ring
@@ -203,7 +204,7 @@ def _takes(x: Tensor, weight: Tensor, *others: Tensor) -> bool:
 
 def takes_gated(x: Tensor, weight: Tensor) -> bool:
     """Whether gated_product is the way for these."""
-    return x.shape[0] >= LEAST_ROWS and _takes(x, weight)
+    return x.shape[0] >= LEAST_GATED and _takes(x, weight)
 
 
 def takes_added(x: Tensor, weight: Tensor, residual: Tensor) -> bool:

@@ -34,6 +34,10 @@ class _RowScaled(LinearMethod):
         inputs = gate_up.gated_fp8(x, residual, norm, activation, layer.input_scale)
         return ops.fp8_product(*inputs, layer.weight, layer.weight_scale, layer.bias, residual.dtype)
 
+    def apply_after_gate_onto(self, layer: Linear, gate_up: Linear | Joined, x: Tensor | None, residual: Tensor, norm: RMSNorm,
+                              activation: str) -> Tensor | None:
+        return self.apply_after_gate(layer, gate_up, x, residual, norm, activation)
+
 
 @dataclass(frozen=True, slots=True)
 class Fp8Method(_RowScaled):

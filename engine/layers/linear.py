@@ -85,7 +85,7 @@ class LinearMethod(Protocol):
     def apply_after_gate_onto(self, layer: Linear, gate_up: Linear | Joined, x: Tensor | None, residual: Tensor, norm: RMSNorm,
                               activation: str) -> Tensor | None:
         """apply_after_gate, as apply_onto has it."""
-        return self.apply_after_gate(layer, gate_up, x, residual, norm, activation)
+        return self.apply_onto(layer, gate_up.gated(norm.add(x, residual), activation), residual)
 
 
 # Tensors of any format that change what a layer computes, where they are not zero. Scales of inputs that are not rounded do not.
@@ -113,10 +113,6 @@ class DenseMethod(LinearMethod):
 
     def apply_gated(self, layer: Linear, x: Tensor, activation: str) -> Tensor:
         return ops.gated_linear(x, layer.weight, layer.bias, activation)
-
-    def apply_after_gate_onto(self, layer: Linear, gate_up: Linear | Joined, x: Tensor | None, residual: Tensor, norm: RMSNorm,
-                              activation: str) -> Tensor | None:
-        return self.apply_onto(layer, gate_up.gated(norm.add(x, residual), activation), residual)
 
 
 def bias_spec(out_features: int, bias: bool, dtype: torch.dtype) -> dict[str, ParamSpec]:

@@ -98,6 +98,23 @@ def test_products_that_are_added_at_once(family: str, tmp_path: Path, monkeypatc
     assert bool(added) != decoder.spec.sandwich_norms
 
 
+@pytest.mark.parametrize("family", TINY_FAMILIES)
+def test_one_block_of_each_kind(family: str, tmp_path: Path) -> None:
+    """What is compiled ahead runs them alone: each that attends in another way is there, and so is the last, which ends steps."""
+    decoder, prompt = load_decoder(tiny_checkpoint(family, tmp_path), torch.float32), random_prompts(1, seed=2, shortest=40)[0]
+    ran: list[int] = []
+    for i, block in enumerate(decoder.blocks):
+        block.register_forward_pre_hook(lambda module, args, i=i: ran.append(i))
+    want = full_logits(decoder, prompt)
+    every, ran[:] = list(ran), []
+    with decoder.one_block_of_each_kind():
+        full_logits(decoder, prompt)
+    layers = decoder.spec.layers
+    assert len(ran) == len(set(ran)) <= len(set(layers)) + 1
+    assert {layers[i] for i in ran} == set(layers) and ran[-1] == len(layers) - 1
+    assert torch.equal(full_logits(decoder, prompt), want) and every == list(range(len(layers)))
+
+
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("name", ["smollm2", "qwen2.5-0.5b", "gemma3-270m"])
 def test_real_models(name: str) -> None:

@@ -176,6 +176,23 @@ def test_parts_that_differ_stand_side_by_side(tmp_path: Path) -> None:
     assert isinstance(blocks[1].attention.qkv, Linear) and hasattr(blocks[1].attention.qkv, "weight")
 
 
+@pytest.mark.parametrize("case", ["awq", "gptq", *COMPRESSED])
+def test_blocks_stored_alike_are_of_one_kind(case: str, tmp_path: Path) -> None:
+    """One of those runs, the only one that is kept plain, and the last."""
+    skip = {} if case == "gptq" else {"skip": ["model.layers.2."]}
+    make = {"awq": awq_pair, "gptq": gptq_pair}.get(case)
+    quantized, _ = make(tmp_path, num_hidden_layers=5, **skip) if make else compressed_pair(
+        tmp_path, *COMPRESSED[case], num_hidden_layers=5, **skip)
+    decoder = load_decoder(quantized, torch.float32)
+    with decoder.one_block_of_each_kind():
+        assert list(decoder._running) == ([0, 4] if case == "gptq" else [0, 2, 4])
+    if any(isinstance(layer, Linear) and layer.method.packs for layer in decoder.modules()):
+        decoder.blocks[1].mlp.down.keep_unpacked()
+        with decoder.one_block_of_each_kind():
+            assert 1 in decoder._running, "products of an unpacked weight are others"
+    assert list(decoder._running) == [0, 1, 2, 3, 4]
+
+
 def test_the_engine_runs_them_and_says_what_they_take(tmp_path: Path) -> None:
     said: list[str] = []
     quantized, plain = awq_pair(tmp_path, group=128)

@@ -94,12 +94,12 @@ def test_many_gated_rows(dtype, m, features, depth, activation):
 
 @HOPPER
 def test_which_gated_rows_are_many():
-    def takes(m=gemm_many.LEAST_ROWS, features=512, depth=512, dtype=torch.bfloat16, of_weight=torch.bfloat16, stride=512, at=0):
+    def takes(m=gemm_many.LEAST_GATED, features=512, depth=512, dtype=torch.bfloat16, of_weight=torch.bfloat16, stride=512, at=0):
         x = torch.empty(m * stride + at, dtype=dtype, device="cuda")[at:].as_strided((m, depth), (stride, 1))
         return gemm_many.takes_gated(x, torch.empty(features, depth, dtype=of_weight, device="cuda"))
 
     assert takes() and takes(dtype=torch.float16, of_weight=torch.float16) and takes(stride=520) and takes(at=8)
-    assert not takes(m=gemm_many.LEAST_ROWS - 1)
+    assert not takes(m=gemm_many.LEAST_GATED - 1)
     assert not takes(features=384) and not takes(depth=384)
     assert not takes(dtype=torch.float32, of_weight=torch.float32) and not takes(of_weight=torch.float16)
     assert not takes(stride=516) and not takes(at=4)
