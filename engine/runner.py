@@ -21,10 +21,7 @@ from engine.request import TokenLogprobs
 from engine.row_table import RING, RowTable
 from kernels import ops
 
-SHARING_ALWAYS = 64     # decode rows from which on a step always asks for shared prefixes: too cheap then to matter
 MEASURED = 1024         # rows up to which decode steps of every size are timed; those of more take as long as they have FLOP
-NO_ROWS = np.empty(0, dtype=np.int32)
-NO_TILES = np.empty((0, 2), dtype=np.int32)
 TWO = np.array([2], dtype=np.int32)
 
 
@@ -97,15 +94,11 @@ class Runner:
                     self._mixed(plan)
             self.graph_steps = 0
         if graphs := self._graphs:
-            graphs.plain.prepare(self._plain_sizes(graphs)[::-1])
+            graphs.plain.prepare(graphs.sizes[::-1])
             graphs.shared.prepare(self._shared_sizes(graphs)[::-1])
             graphs.sample.prepare(graphs.sizes[::-1])
-            graphs.sizes = unbeaten(graphs.sizes, {n: (graphs.shared if n in graphs.shared.captured else graphs.plain).seconds(n)
-                                                   for n in graphs.sizes if n <= MEASURED})
+            graphs.sizes = unbeaten(graphs.sizes, {n: graphs.plain.seconds(n) for n in graphs.sizes if n <= MEASURED})
             torch.cuda.empty_cache()             # what the first runs outside the captures used
-
-    def _plain_sizes(self, graphs: Graphs) -> list[int]:
-        return [n for n in graphs.sizes if n <= SHARING_ALWAYS or not self._sharing]
 
     def _shared_sizes(self, graphs: Graphs) -> list[int]:
         return [n for n in graphs.sizes if n >= MIN_ROWS and self._sharing]
@@ -118,7 +111,7 @@ class Runner:
         with ops.compiling(), self.model.one_block_of_each_kind():
             for plan in self._rehearsals():
                 self._forward_mixed(shape_of(plan))
-            for sizes, sharing in ((self._plain_sizes(graphs), False), (self._shared_sizes(graphs), True)):
+            for sizes, sharing in ((graphs.sizes, False), (self._shared_sizes(graphs), True)):
                 for n in sizes:
                     if n <= MEASURED:
                         self._decode(n, sharing)
@@ -145,34 +138,29 @@ class Runner:
         n = plan.num_decode
         if n < plan.rows.size:
             return self._mixed(plan)
-        sharing = self._asks_for_prefixes(plan)
+        sharing = plan.shared is not None
         if self._graphs is not None:
             graphs, size = self._graphs.shared if sharing else self._graphs.plain, padded(self._graphs.sizes, n)
-            self._stage_decode(plan, size, sharing)
+            self._stage_decode(plan, size)
             self._flush(plan, size)
             self.graph_steps += 1
             return Step(plan, graphs.replay(size)[:n])
-        self._stage_decode(plan, n, sharing)
+        self._stage_decode(plan, n)
         self._flush(plan, n)
         return Step(plan, self._decode(n, sharing, self._max_context(plan)))
-
-    def _asks_for_prefixes(self, plan: StepPlan) -> bool:
-        """By the number of rows alone where it can be, so that a step finds its graph captured."""
-        return plan.shared is not None or (self._sharing and plan.num_decode >= SHARING_ALWAYS)
 
     def _max_context(self, plan: StepPlan) -> int:
         """On CUDA always the same, since kernels are compiled for what follows from it; lengths are read on the device."""
         return self.table.max_len if self._pinned else int(plan.starts[: plan.num_decode].max(initial=0)) + 1
 
-    def _stage_decode(self, plan: StepPlan, size: int, sharing: bool) -> None:
+    def _stage_decode(self, plan: StepPlan, size: int) -> None:
         """Stage the plan's rows with one query, and dummies after them up to `size`."""
         n = plan.num_decode
         if not size:
             return
         self.table.stage_step(_filled(plan.rows[:n], size, self.table.dummy), _filled(plan.starts[:n], size, 0))
-        if sharing:
-            shared = NO_ROWS if plan.shared is None else plan.shared
-            self.table.stage_prefixes(_filled(shared, size, 0), NO_TILES if plan.prefix_tiles is None else plan.prefix_tiles)
+        if plan.shared is not None and plan.prefix_tiles is not None:
+            self.table.stage_prefixes(_filled(plan.shared, size, 0), plan.prefix_tiles)
 
     def _flush(self, plan: StepPlan, size: int) -> None:
         """Stage the rows that sample, dummies after them up to `size`, send all that is staged, and copy the plan's pages."""
@@ -211,7 +199,7 @@ class Runner:
     def _launch_mixed(self, plan: StepPlan, exact: Shape, shape: Shape | None) -> Step:
         """exact: the plan's own shape; shape: what to run it in, None for as it is."""
         graphs, sampled = self._graphs, plan.sampled.size
-        self._stage_decode(plan, (shape or exact).decode, exact.sharing)
+        self._stage_decode(plan, (shape or exact).decode)
         self._stage_rest(plan, shape or exact)
         self._flush(plan, padded(graphs.sizes, sampled) if graphs is not None else sampled)
         if graphs is None or shape is None:

@@ -482,9 +482,9 @@ class Way(NamedTuple):
 def way_of(cache: Tensor, heads: int, queries: int, max_context: int) -> Way:
     """For so many KV heads of all rows together, queries of each, and keys at most.
 
-    As measured on an H100 between the products around them (jobs/bench/decode_step.py --chain, parts.py). Of more than 8
-    queries, 4 warps of a cluster would want a little more than the 48 KB that a launch gets without asking, and Triton asks only
-    if its own share, without cluster.py's, is more.
+    As measured on an H100 between the products around them (jobs/bench/decode_step.py --chain, parts.py), of many heads on an
+    H200 alone. Of more than 8 queries, 4 warps of a cluster would want a little more than the 48 KB that a launch gets without
+    asking, and Triton asks only if its own share, without cluster.py's, is more.
     """
     fp8 = cache.element_size() == 1
     if heads < 64:
@@ -497,7 +497,8 @@ def way_of(cache: Tensor, heads: int, queries: int, max_context: int) -> Way:
         return Way(4, 2, 1, 8) if fp8 else Way(8, 1, 1, 8)
     if heads <= 160 and not fp8:
         return Way(8, 2, 1)
-    return Way(4, 2 if heads <= 320 else 1, 1)
+    # Two groups take more registers, so that fewer programs run at once: some 400 would take a second turn for a few.
+    return Way(4, 1 if 320 < heads < 1536 else 2, 1)
 
 
 def takes(qkv: Tensor, k_cache: Tensor, num_heads: int, softcap: float) -> bool:
@@ -511,12 +512,12 @@ def takes(qkv: Tensor, k_cache: Tensor, num_heads: int, softcap: float) -> bool:
 def rope_and_decode(qkv: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, eps: float, plus_one: bool, cos_sin: Tensor,
                     positions: Tensor, slots: Tensor, k_cache: Tensor, v_cache: Tensor, num_heads: int, block_table: Tensor,
                     rows: Tensor, scale: float, window: int, max_context: int, kv_scales: Tensor | None,
-                    k_shift: Tensor | None) -> Tensor:
+                    k_shift: Tensor | None, out: Tensor | None) -> Tensor:
     """See decode_step.rope_and_decode; for what `takes` takes."""
     n = qkv.shape[0]
     _, kv_heads, page, dim = k_cache.shape
     way = way_of(k_cache, n * kv_heads, num_heads // kv_heads, min(max_context, window) if window else max_context)
-    out = torch.empty((n, num_heads, dim), dtype=qkv.dtype, device=qkv.device)
+    out = torch.empty((n, num_heads, dim), dtype=qkv.dtype, device=qkv.device) if out is None else out
     _decode_few_kernel[kv_heads, n](
         qkv, qkv if q_weight is None else q_weight, qkv if k_weight is None else k_weight, cos_sin, positions, slots,
         k_cache, v_cache, k_cache.view(torch.int32), v_cache.view(torch.int32), out if kv_scales is None else kv_scales,

@@ -1,7 +1,7 @@
-"""Attention of a step with one query a row, from the fused projection on, in one launch (here two where keys are split).
+"""Attention of rows with one query each, from the fused projection on, in one launch (here two where keys are split).
 
-It does what kv_cache.rope_and_cache and attention.decode_attention do one after the other, for steps of so few rows that a
-launch takes as long as its work. The softmax sums begin with the new token, so that no program reads what another writes.
+It does what kv_cache.rope_and_cache and attention.decode_attention do one after the other: of few rows a launch takes as long as
+its work. The softmax sums begin with the new token, so that no program reads what another writes.
 decode_few.py does it for 16-bit and FP8 caches of heads of 64 and 128 on Hopper.
 """
 
@@ -104,15 +104,15 @@ def _decode_step_kernel(qkv, q_weight, k_weight, cos_sin, positions, slots, k_ca
 def rope_and_decode(qkv: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, eps: float, plus_one: bool, cos_sin: Tensor,
                     positions: Tensor, slots: Tensor, k_cache: Tensor, v_cache: Tensor, num_heads: int, block_table: Tensor,
                     rows: Tensor, scale: float, window: int, softcap: float, max_context: int,
-                    kv_scales: Tensor | None = None, k_shift: Tensor | None = None) -> Tensor:
+                    kv_scales: Tensor | None = None, k_shift: Tensor | None = None, out: Tensor | None = None) -> Tensor:
     """See ref.rope_and_decode; rows of qkv may be strided. Safe in a CUDA graph, as attention.decode_attention is."""
     if decode_few.takes(qkv, k_cache, num_heads, softcap):
         return decode_few.rope_and_decode(qkv, q_weight, k_weight, eps, plus_one, cos_sin, positions, slots, k_cache, v_cache,
-                                          num_heads, block_table, rows, scale, window, max_context, kv_scales, k_shift)
+                                          num_heads, block_table, rows, scale, window, max_context, kv_scales, k_shift, out)
     n = qkv.shape[0]
     _, kv_heads, page, dim = k_cache.shape
     block_n = decode_keys(k_cache)
-    out = torch.empty((n, num_heads, dim), dtype=qkv.dtype, device=qkv.device)
+    out = torch.empty((n, num_heads, dim), dtype=qkv.dtype, device=qkv.device) if out is None else out
     splits, partial = split_keys(out, kv_heads, max_context, window, block_n)
     factor, inner = log2_scales(scale, softcap)
     _decode_step_kernel[kv_heads, splits, n](

@@ -181,10 +181,10 @@ def decode_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: T
 def rope_and_decode(qkv: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, eps: float, plus_one: bool, cos_sin: Tensor,
                     positions: Tensor, slots: Tensor, k_cache: Tensor, v_cache: Tensor, num_heads: int, block_table: Tensor,
                     rows: Tensor, scale: float, window: int, softcap: float, max_context: int,
-                    kv_scales: Tensor | None = None, k_shift: Tensor | None = None) -> Tensor:
+                    kv_scales: Tensor | None = None, k_shift: Tensor | None = None, out: Tensor | None = None) -> Tensor:
     return (decode_step if qkv.is_cuda else ref).rope_and_decode(
         qkv, q_weight, k_weight, eps, plus_one, cos_sin, positions, slots, k_cache, v_cache, num_heads, block_table, rows, scale,
-        window, softcap, max_context, kv_scales, k_shift)
+        window, softcap, max_context, kv_scales, k_shift, out)
 
 
 def prefill_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, rows: Tensor, starts: Tensor,

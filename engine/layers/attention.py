@@ -13,6 +13,9 @@ from engine.layers.norm import RMSNorm
 from engine.models.spec import ModelSpec
 from kernels import ops
 
+# What ops.rope_and_cache and rope_and_decode begin with: the projection, norms of queries and keys, where tokens are and go.
+RopeInputs = tuple[Tensor, Tensor | None, Tensor | None, float, bool, Tensor, Tensor, Tensor, Tensor, Tensor, int]
+
 
 @dataclass(slots=True)
 class StepInputs:
@@ -78,26 +81,32 @@ class Attention(nn.Module):
     def forward(self, x: Tensor | None, residual: Tensor, norm: RMSNorm, step: StepInputs, cache: LayerCache,
                 cos_sin: Tensor) -> Tensor:
         """residual += x in place, if any; what the heads make of its norm, [T, heads * head dim], for `out` to project."""
-        q_weight = self.q_norm.weight if self.q_norm is not None else None
-        k_weight = self.k_norm.weight if self.k_norm is not None else None
         qkv = self.qkv.after_norm(x, residual, norm)
-        from_qkv = (qkv, q_weight, k_weight, self.eps, self.plus_one, cos_sin, step.positions, step.slots, cache.k, cache.v,
-                    self.num_heads)
-        if step.rest_rows is None and step.shared is None:
-            out = ops.rope_and_decode(*from_qkv, step.block_table, step.decode_rows, self.scale, self.window, self.softcap,
-                                      step.max_context, cache.scales, cache.k_shift)
-        else:
-            out = self._attend(ops.rope_and_cache(*from_qkv, cache.scales, cache.k_shift), step, cache)
-        return out.flatten(1)
-
-    def _attend(self, q: Tensor, step: StepInputs, cache: LayerCache) -> Tensor:
-        n, out = step.num_decode, torch.empty_like(q)
+        n, out = step.num_decode, qkv.new_empty(qkv.shape[0], self.num_heads, cache.k.shape[-1])
+        # Neither part reads what the other one writes in this step.
         if n:
-            ops.decode_attention(q[:n], cache.k, cache.v, step.block_table, step.decode_rows, step.positions[:n], self.scale,
-                                 self.window, self.softcap, step.max_context, step.shared, step.prefix_tiles, out[:n],
-                                 cache.scales)
+            self._decode(qkv[:n], step, cache, cos_sin, out[:n])
         if (step.rest_rows is not None and step.rest_starts is not None and step.rest_cu_q is not None
                 and step.tiles is not None):
-            ops.prefill_attention(q[n:], cache.k, cache.v, step.block_table, step.rest_rows, step.rest_starts, step.rest_cu_q,
+            q = ops.rope_and_cache(*self._rope(qkv[n:], step.positions[n:], step.slots[n:], cache, cos_sin), cache.scales,
+                                   cache.k_shift)
+            ops.prefill_attention(q, cache.k, cache.v, step.block_table, step.rest_rows, step.rest_starts, step.rest_cu_q,
                                   step.tiles, self.scale, self.window, self.softcap, out[n:], cache.scales)
-        return out
+        return out.flatten(1)
+
+    def _decode(self, qkv: Tensor, step: StepInputs, cache: LayerCache, cos_sin: Tensor, out: Tensor) -> None:
+        positions = step.positions[: step.num_decode]
+        rope = self._rope(qkv, positions, step.slots[: step.num_decode], cache, cos_sin)
+        rows = step.block_table, step.decode_rows
+        if step.shared is None:
+            ops.rope_and_decode(*rope, *rows, self.scale, self.window, self.softcap, step.max_context, cache.scales,
+                                cache.k_shift, out)
+        else:
+            q = ops.rope_and_cache(*rope, cache.scales, cache.k_shift)
+            ops.decode_attention(q, cache.k, cache.v, *rows, positions, self.scale, self.window, self.softcap, step.max_context,
+                                 step.shared, step.prefix_tiles, out, cache.scales)
+
+    def _rope(self, qkv: Tensor, positions: Tensor, slots: Tensor, cache: LayerCache, cos_sin: Tensor) -> RopeInputs:
+        q_weight = self.q_norm.weight if self.q_norm is not None else None
+        k_weight = self.k_norm.weight if self.k_norm is not None else None
+        return (qkv, q_weight, k_weight, self.eps, self.plus_one, cos_sin, positions, slots, cache.k, cache.v, self.num_heads)
