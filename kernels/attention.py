@@ -256,7 +256,7 @@ def decode_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: T
     prefix, lengths = out, positions        # not read without SHARED
     scales = out if kv_scales is None else kv_scales
     if shared is not None and prefix_tiles is not None:
-        prefix = _prefix_sums(q, k_cache, v_cache, scales, block_table, rows, shared, prefix_tiles, factor, inner, softcap > 0)
+        prefix = prefix_sums(q, k_cache, v_cache, kv_scales, block_table, rows, shared, prefix_tiles, scale, softcap)
         lengths = shared
     _decode_kernel[kv_heads, splits, n](
         q, k_cache, v_cache, scales, block_table, rows, positions, lengths, prefix, out, partial, factor, inner, window,
@@ -453,19 +453,22 @@ def _prefix_kernel(q, k_cache, v_cache, kv_scales, block_table, rows, shared, ti
     tl.store(prefix + ends * (D + 1) + at, total, mask=m < count)
 
 
-def _prefix_sums(q: Tensor, k_cache: Tensor, v_cache: Tensor, kv_scales: Tensor, block_table: Tensor, rows: Tensor,
-                 shared: Tensor, tiles: Tensor, factor: float, inner: float, softcap: bool) -> Tensor:
+def prefix_sums(q: Tensor, k_cache: Tensor, v_cache: Tensor, kv_scales: Tensor | None, block_table: Tensor, rows: Tensor,
+                shared: Tensor, tiles: Tensor, scale: float, softcap: float) -> Tensor:
     """Softmax sums of every row over the prefix it shares, whose keys and values a tile of rows reads once (arXiv 2402.05099).
 
-    The sums of FP8 values still want their scale.
+    One after another the sums [N, H, D], of FP8 values still over their scale, the peaks [N, H] and the totals, all in float32;
+    of rows that share nothing whatever was there.
     """
     n, heads, dim = q.shape
     kv_heads, page = k_cache.shape[1], k_cache.shape[2]
     block_m, block_n, options = _prefill_tile(k_cache)
+    factor, inner = log2_scales(scale, softcap)
     prefix = torch.empty(n * heads * (dim + 2), dtype=torch.float32, device=q.device)
     grid = kv_heads, tiles.shape[0] * cdiv(PREFIX_TILE * (heads // kv_heads), block_m)
     _prefix_kernel[grid](
-        q, k_cache, v_cache, kv_scales, block_table, rows, shared, tiles, prefix, factor, inner, n, block_table.stride(0),
-        q.stride(0), H=heads, K=kv_heads, P=page, D=dim, TILE=PREFIX_TILE, BLOCK_M=block_m, BLOCK_N=block_n,
-        BLOCK_D=next_power_of_2(dim), SOFTCAP=softcap, FP8=_fp8(k_cache), PRECISION=_precision(k_cache), **options)
+        q, k_cache, v_cache, prefix if kv_scales is None else kv_scales, block_table, rows, shared, tiles, prefix, factor, inner,
+        n, block_table.stride(0), q.stride(0), H=heads, K=kv_heads, P=page, D=dim, TILE=PREFIX_TILE, BLOCK_M=block_m,
+        BLOCK_N=block_n, BLOCK_D=next_power_of_2(dim), SOFTCAP=softcap > 0, FP8=_fp8(k_cache), PRECISION=_precision(k_cache),
+        **options)
     return prefix

@@ -321,11 +321,11 @@ def _weigh(words, queries, peak, total, turn, base, lo, hi, scale, KIND: tl.cons
     return weights, higher, total, shrink
 
 
-@gluon.jit(do_not_specialize_on_alignment=["rows", "positions", "slots"])
+@gluon.jit(do_not_specialize_on_alignment=["rows", "positions", "slots", "shared"])
 def _decode_few_kernel(qkv, q_weight, k_weight, cos_sin, positions, slots, k_cache, v_cache, k_words, v_words, kv_scales, k_shift,
-                       block_table, rows, out, scale, eps, window, table_stride, qkv_stride,
+                       block_table, rows, shared, prefix, out, scale, eps, window, table_stride, qkv_stride,
                        H: tl.constexpr, K: tl.constexpr, P: tl.constexpr, D: tl.constexpr, ROTARY: tl.constexpr,
-                       ROWS: tl.constexpr, WINDOW: tl.constexpr, Q_NORM: tl.constexpr, K_NORM: tl.constexpr,
+                       ROWS: tl.constexpr, WINDOW: tl.constexpr, SHARED: tl.constexpr, Q_NORM: tl.constexpr, K_NORM: tl.constexpr,
                        PLUS_ONE: tl.constexpr, FP8: tl.constexpr, SHIFT: tl.constexpr, GROUPS: tl.constexpr,
                        AHEAD: tl.constexpr, OVERLAP: tl.constexpr, WARPS: tl.constexpr):
     # Before the wait: what the projection did not make, as decode_step.py has it.
@@ -343,7 +343,9 @@ def _decode_few_kernel(qkv, q_weight, k_weight, cos_sin, positions, slots, k_cac
     position = gl.load(positions + i)
     table = block_table + gl.load(rows + i).to(gl.int64) * table_stride
     slot = gl.load(slots + i)
-    lo = gl.maximum(position + 1 - window, 0) if WINDOW else 0
+    lo = gl.load(shared + i) if SHARED else gl.maximum(position + 1 - window, 0) if WINDOW else 0
+    if SHARED:
+        resuming = gl.minimum(lo, 1)        # 1 where sums of the keys before lo are to be gone on with
     hi = position
     own = True
     if PROGRAMS > 1:
@@ -354,6 +356,8 @@ def _decode_few_kernel(qkv, q_weight, k_weight, cos_sin, positions, slots, k_cac
         tiles = gl.cdiv(hi - lo, TILE)
         share = gl.maximum(gl.cdiv(tiles, PROGRAMS), 1)
         used = gl.cdiv(tiles, share)
+        if SHARED:
+            resuming = gl.where(own, resuming, 0)
         senders = gl.minimum(used, PROGRAMS - 1) + 1
         cluster.expect(gathered, senders * (12 * held(WARPS, QUERIES, D) // PROGRAMS))
         lo += place * share * TILE
@@ -449,22 +453,34 @@ def _decode_few_kernel(qkv, q_weight, k_weight, cos_sin, positions, slots, k_cac
     own_peak = _first_queries(_spread(own_peak, gl.full([WARPS, TURNED, D], 0.0, gl.float32, merged)), QUERIES, merged)
     own_peak = gl.max(own_peak, 0)
     peak = gl.maximum(gl.max(peaks, 0), own_peak)
+    d = gl.arange(0, D, gl.SliceLayout(0, whole))
+    m = gl.arange(0, QUERIES, gl.SliceLayout(1, whole))
+    at = i * H + head * G + m
+    if SHARED:      # what attention.py has summed of the keys before lo
+        before = (m < G * resuming)[:, None]
+        ends = gl.num_programs(1).to(gl.int64) * H
+        each = d[None, :] * 0
+        prefix_peak = gl.load(prefix + (ends * D + at)[:, None] + each, mask=before, other=LOWEST)
+        prefix_total = gl.load(prefix + (ends * (D + 1) + at)[:, None] + each, mask=before, other=0.0)
+        prefix_sums = gl.load(prefix + at[:, None] * D + d[None, :], mask=before, other=0.0)
+        peak = gl.maximum(peak, prefix_peak)
     shares = gl.exp2(peaks - gl.expand_dims(peak, 0))
     own_share = gl.where(own, gl.exp2(own_peak - peak), 0.0)
     total = gl.sum(totals * shares, 0) + own_share
     result = gl.sum(_first_queries(results, QUERIES, merged) * shares, 0)
     result += gl.where(own, own_share * own_value.load(whole).to(gl.float32), 0.0)
+    if SHARED:
+        prefix_share = gl.exp2(prefix_peak - peak)
+        total += prefix_total * prefix_share
+        result += prefix_sums * prefix_share
     if FP8:
         result *= v_scale
-    d = gl.arange(0, D, gl.SliceLayout(0, whole))
-    m = gl.arange(0, QUERIES, gl.SliceLayout(1, whole))
     if PROGRAMS > 1:
         y = cluster.added(result, peak, total, gathered, m, d, place, used, LOWEST, neighbours(WARPS, QUERIES, D), WARPS)
         number = gl.arange(0, QUERIES * D, gl.SliceLayout(0, cluster.gathered_layout(WARPS, PROGRAMS)))
         gl.store(out + (i * H + head * G) * D + number, y.to(kind), mask=number < G * D)
     else:
-        gl.store(out + (i * H + head * G + m)[:, None] * D + d[None, :], (result / total).to(kind),
-                 mask=(m < G)[:, None])
+        gl.store(out + at[:, None] * D + d[None, :], (result / total).to(kind), mask=(m < G)[:, None])
 
 
 # --- launches -------------------------------------------------------------------------------------------------------------------
@@ -512,8 +528,8 @@ def takes(qkv: Tensor, k_cache: Tensor, num_heads: int, softcap: float) -> bool:
 def rope_and_decode(qkv: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, eps: float, plus_one: bool, cos_sin: Tensor,
                     positions: Tensor, slots: Tensor, k_cache: Tensor, v_cache: Tensor, num_heads: int, block_table: Tensor,
                     rows: Tensor, scale: float, window: int, max_context: int, kv_scales: Tensor | None,
-                    k_shift: Tensor | None, out: Tensor | None) -> Tensor:
-    """See decode_step.rope_and_decode; for what `takes` takes."""
+                    k_shift: Tensor | None, shared: Tensor | None, prefix: Tensor | None, out: Tensor | None) -> Tensor:
+    """See decode_step.rope_and_decode; for what `takes` takes. prefix: attention.prefix_sums, where keys are shared."""
     n = qkv.shape[0]
     _, kv_heads, page, dim = k_cache.shape
     way = way_of(k_cache, n * kv_heads, num_heads // kv_heads, min(max_context, window) if window else max_context)
@@ -521,10 +537,11 @@ def rope_and_decode(qkv: Tensor, q_weight: Tensor | None, k_weight: Tensor | Non
     _decode_few_kernel[kv_heads, n](
         qkv, qkv if q_weight is None else q_weight, qkv if k_weight is None else k_weight, cos_sin, positions, slots,
         k_cache, v_cache, k_cache.view(torch.int32), v_cache.view(torch.int32), out if kv_scales is None else kv_scales,
-        out if k_shift is None else k_shift, block_table, rows, out, log2_scales(scale, 0.0)[0], eps, window,
+        out if k_shift is None else k_shift, block_table, rows, positions if shared is None else shared,
+        out if prefix is None else prefix, out, log2_scales(scale, 0.0)[0], eps, window,
         block_table.stride(0), qkv.stride(0), H=num_heads, K=kv_heads, P=page, D=dim, ROTARY=cos_sin.shape[1],
-        ROWS=max(8, next_power_of_2(num_heads // kv_heads)), WINDOW=window > 0, Q_NORM=q_weight is not None,
-        K_NORM=k_weight is not None, PLUS_ONE=plus_one, FP8=k_cache.dtype == torch.float8_e4m3fn, SHIFT=k_shift is not None,
-        GROUPS=way.groups, AHEAD=way.ahead, WARPS=way.warps, num_warps=way.warps, num_ctas=way.programs,
-        **launch_options(overlaps(qkv.device)))
+        ROWS=max(8, next_power_of_2(num_heads // kv_heads)), WINDOW=window > 0, SHARED=shared is not None,
+        Q_NORM=q_weight is not None, K_NORM=k_weight is not None, PLUS_ONE=plus_one, FP8=k_cache.dtype == torch.float8_e4m3fn,
+        SHIFT=k_shift is not None, GROUPS=way.groups, AHEAD=way.ahead, WARPS=way.warps, num_warps=way.warps,
+        num_ctas=way.programs, **launch_options(overlaps(qkv.device)))
     return out

@@ -2,7 +2,8 @@
 
 It does what kv_cache.rope_and_cache and attention.decode_attention do one after the other: of few rows a launch takes as long as
 its work. The softmax sums begin with the new token, so that no program reads what another writes.
-decode_few.py does it for 16-bit and FP8 caches of heads of 64 and 128 on Hopper.
+decode_few.py does it for 16-bit and FP8 caches of heads of 64 and 128 on Hopper. A prefix that rows share is attention.py's,
+whose pass wants the queries as they are after the rotation.
 """
 
 from __future__ import annotations
@@ -17,16 +18,18 @@ from kernels.attention import (
     LOWEST,
     attend,
     combine,
+    decode_attention,
     decode_keys,
     decode_options,
     key_scaled,
     log2_scales,
     part_of,
+    prefix_sums,
     softcapped,
     split_keys,
     store_sums,
 )
-from kernels.kv_cache import rotated, rotation, scaled, shifted
+from kernels.kv_cache import rope_and_cache, rotated, rotation, scaled, shifted
 from kernels.overlap import after, launch_options, overlaps, prefetch
 from kernels.shapes import next_power_of_2
 
@@ -104,11 +107,21 @@ def _decode_step_kernel(qkv, q_weight, k_weight, cos_sin, positions, slots, k_ca
 def rope_and_decode(qkv: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, eps: float, plus_one: bool, cos_sin: Tensor,
                     positions: Tensor, slots: Tensor, k_cache: Tensor, v_cache: Tensor, num_heads: int, block_table: Tensor,
                     rows: Tensor, scale: float, window: int, softcap: float, max_context: int,
-                    kv_scales: Tensor | None = None, k_shift: Tensor | None = None, out: Tensor | None = None) -> Tensor:
+                    kv_scales: Tensor | None = None, k_shift: Tensor | None = None, shared: Tensor | None = None,
+                    prefix_tiles: Tensor | None = None, out: Tensor | None = None) -> Tensor:
     """See ref.rope_and_decode; rows of qkv may be strided. Safe in a CUDA graph, as attention.decode_attention is."""
-    if decode_few.takes(qkv, k_cache, num_heads, softcap):
+    prefix, few = None, decode_few.takes(qkv, k_cache, num_heads, softcap)
+    if shared is not None and prefix_tiles is not None:
+        q = rope_and_cache(qkv, q_weight, k_weight, eps, plus_one, cos_sin, positions, slots, k_cache, v_cache, num_heads,
+                           kv_scales, k_shift)
+        if not few:
+            return decode_attention(q, k_cache, v_cache, block_table, rows, positions, scale, window, softcap, max_context,
+                                    shared, prefix_tiles, out, kv_scales)
+        prefix = prefix_sums(q, k_cache, v_cache, kv_scales, block_table, rows, shared, prefix_tiles, scale, softcap)
+    if few:
         return decode_few.rope_and_decode(qkv, q_weight, k_weight, eps, plus_one, cos_sin, positions, slots, k_cache, v_cache,
-                                          num_heads, block_table, rows, scale, window, max_context, kv_scales, k_shift, out)
+                                          num_heads, block_table, rows, scale, window, max_context, kv_scales, k_shift, shared,
+                                          prefix, out)
     n = qkv.shape[0]
     _, kv_heads, page, dim = k_cache.shape
     block_n = decode_keys(k_cache)

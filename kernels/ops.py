@@ -27,7 +27,6 @@ step: ModuleType = ref
 if torch.cuda.is_available():
     from kernels import (
         ahead,
-        attention,
         automaton,
         decode_step,
         dequantize,
@@ -170,21 +169,14 @@ def copy_pages(storage: Tensor, pages: Tensor) -> None:
     (kv_cache if storage.is_cuda else ref).copy_pages(storage, pages)
 
 
-def decode_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, rows: Tensor, positions: Tensor,
-                     scale: float, window: int, softcap: float, max_context: int, shared: Tensor | None = None,
-                     prefix_tiles: Tensor | None = None, out: Tensor | None = None, kv_scales: Tensor | None = None) -> Tensor:
-    return (attention if q.is_cuda else ref).decode_attention(
-        q, k_cache, v_cache, block_table, rows, positions, scale, window, softcap, max_context, shared, prefix_tiles, out,
-        kv_scales)
-
-
 def rope_and_decode(qkv: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, eps: float, plus_one: bool, cos_sin: Tensor,
                     positions: Tensor, slots: Tensor, k_cache: Tensor, v_cache: Tensor, num_heads: int, block_table: Tensor,
                     rows: Tensor, scale: float, window: int, softcap: float, max_context: int,
-                    kv_scales: Tensor | None = None, k_shift: Tensor | None = None, out: Tensor | None = None) -> Tensor:
+                    kv_scales: Tensor | None = None, k_shift: Tensor | None = None, shared: Tensor | None = None,
+                    prefix_tiles: Tensor | None = None, out: Tensor | None = None) -> Tensor:
     return (decode_step if qkv.is_cuda else ref).rope_and_decode(
         qkv, q_weight, k_weight, eps, plus_one, cos_sin, positions, slots, k_cache, v_cache, num_heads, block_table, rows, scale,
-        window, softcap, max_context, kv_scales, k_shift, out)
+        window, softcap, max_context, kv_scales, k_shift, shared, prefix_tiles, out)
 
 
 def prefill_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, rows: Tensor, starts: Tensor,

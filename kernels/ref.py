@@ -328,16 +328,17 @@ def decode_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: T
 def rope_and_decode(qkv: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, eps: float, plus_one: bool, cos_sin: Tensor,
                     positions: Tensor, slots: Tensor, k_cache: Tensor, v_cache: Tensor, num_heads: int, block_table: Tensor,
                     rows: Tensor, scale: float, window: int, softcap: float, max_context: int,
-                    kv_scales: Tensor | None = None, k_shift: Tensor | None = None, out: Tensor | None = None) -> Tensor:
+                    kv_scales: Tensor | None = None, k_shift: Tensor | None = None, shared: Tensor | None = None,
+                    prefix_tiles: Tensor | None = None, out: Tensor | None = None) -> Tensor:
     """rope_and_cache, then decode_attention of the queries: one token a row, qkv [N, (H + 2 K) D] -> [N, H, D].
 
-    Rows may repeat only where their slots and what is written there do too (the padding of a step).
-    out: where to write the result; None: a new tensor.
+    Rows may repeat only where their slots and what is written there do too (the padding of a step). No row's new token is among
+    the keys that it shares.
     """
     q = rope_and_cache(qkv, q_weight, k_weight, eps, plus_one, cos_sin, positions, slots, k_cache, v_cache, num_heads, kv_scales,
                        k_shift)
-    return decode_attention(q, k_cache, v_cache, block_table, rows, positions, scale, window, softcap, max_context,
-                            out=out, kv_scales=kv_scales)
+    return decode_attention(q, k_cache, v_cache, block_table, rows, positions, scale, window, softcap, max_context, shared,
+                            prefix_tiles, out, kv_scales)
 
 
 def _read(q: Tensor, k_cache: Tensor, v_cache: Tensor, pages: Tensor, kv_scales: Tensor | None) -> tuple[Tensor, Tensor]:

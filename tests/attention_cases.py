@@ -99,6 +99,16 @@ def error(got: Tensor, want: Tensor) -> float:
     return float((got.double().cpu() - want).norm() / want.norm())
 
 
+def share(case: Case, groups: Sequence[tuple[int, int, int]], page: int) -> tuple[Tensor, Tensor]:
+    """(shared, prefix_tiles) of ref.decode_attention where rows first .. end have the same first pages, as the table has then."""
+    shared, tiles = torch.zeros(case.rows.numel(), dtype=torch.int32), [(0, 0)]
+    for first, end, count in groups:
+        shared[first:end] = count * page
+        case.block_table[case.rows[first:end].long(), :count] = case.block_table[case.rows[first].long(), :count]
+        tiles += [(at, min(ref.PREFIX_TILE, end - at)) for at in range(first, end, ref.PREFIX_TILE)]
+    return shared, torch.tensor(tiles, dtype=torch.int32)
+
+
 def shared_prefix_error(kernel: Callable[..., Tensor], heads: int, kv_heads: int, dim: int, page: int, dtype: torch.dtype,
                         device: str, fp8: bool = False) -> float:
     """Relative error of a decode step of 75 rows, two groups of which share 5 and 3 pages; unequal lengths."""
@@ -106,13 +116,9 @@ def shared_prefix_error(kernel: Callable[..., Tensor], heads: int, kv_heads: int
     pages = torch.randn(2, 120, kv_heads, page, dim, generator=gen).to(dtype)
     n, table = 75, torch.randint(1, 120, (80, 12), generator=gen).int()
     rows, positions = torch.randperm(80, generator=gen)[:n].int(), torch.randint(6 * page, 12 * page, (n,), generator=gen).int()
-    shared = torch.zeros(n, dtype=torch.int32)
-    for first, end, count in ((3, 40, 5), (45, 65, 3)):
-        shared[first:end] = count * page
-        table[rows[first:end].long(), :count] = table[rows[first].long(), :count]
-    tiles = torch.tensor([(3, 32), (35, 5), (45, 20), (0, 0)], dtype=torch.int32)
     q = torch.randn(n, heads, dim, generator=gen).to(dtype)
     case = Case(q, pages[0], pages[1], table, rows, dim**-0.5)
+    shared, tiles = share(case, ((3, 40, 5), (45, 65, 3)), page)
     if fp8:
         case = case.as_fp8()
     same = case.plain() if fp8 else case
@@ -125,14 +131,17 @@ def shared_prefix_error(kernel: Callable[..., Tensor], heads: int, kv_heads: int
 
 def rope_and_decode_error(kernels: ModuleType, contexts: Sequence[int], heads: int, kv_heads: int, dim: int, page: int,
                           dtype: torch.dtype, device: str, window: int = 0, softcap: float = 0.0, rotary: int = 0,
-                          norm: bool = False, fp8: bool = False, shifted: bool = False, max_context: int = 4096) -> float:
+                          norm: bool = False, fp8: bool = False, shifted: bool = False, max_context: int = 4096,
+                          groups: Sequence[tuple[int, int, int]] | None = None) -> float:
     """Relative error of a step with one new token a row, whose key and value are not in the cache yet (NaN, but in FP8).
 
-    Also checks that these are written where they belong, and nothing else is.
+    Also checks that these are written where they belong, and nothing else is. groups: (first, end, pages) of those rows that
+    share so many.
     """
     firsts = [max(c - window, 0) if window else 0 for c in contexts]
     n, seed = len(contexts), sum(contexts) + dim
     case = make_case(contexts, n, heads, kv_heads, dim, page, dtype, seed=seed, firsts=firsts)
+    shared, prefix_tiles = share(case, groups, page) if groups is not None else (None, None)
     if fp8:
         case = case.as_fp8()
     g = torch.Generator().manual_seed(seed)
@@ -165,7 +174,8 @@ def rope_and_decode_error(kernels: ModuleType, contexts: Sequence[int], heads: i
     wide = qkv.as_strided((n, qkv.stride(0)), qkv.stride()).to(device)[:, : qkv.shape[1]]
     got = kernels.rope_and_decode(wide, *map(there, weights), 1e-6, False, there(cos_sin), there(positions), there(slots),
                                   k_cache, v_cache, heads, there(case.block_table), there(case.rows), case.scale, window,
-                                  softcap, max_context, there(case.kv_scales), there(shift))
+                                  softcap, max_context, there(case.kv_scales), there(shift), there(shared),
+                                  there(prefix_tiles))
     assert got.shape == q.shape
     for cache, expected in ((k_cache, case.k_cache), (v_cache, case.v_cache)):
         torch.testing.assert_close(cache.float().cpu(), expected.float(), rtol=1e-2, atol=1e-2, equal_nan=True)

@@ -29,7 +29,7 @@ class StepInputs:
     num_decode: int
     max_context: int           # upper bound of a decode row's context, in tokens
     shared: Tensor | None = None         # [num_decode] tokens of the prefix that the row shares with its neighbours ...
-    prefix_tiles: Tensor | None = None   # ... [M, 2] and the tiles of rows that share one; see ops.decode_attention
+    prefix_tiles: Tensor | None = None   # ... [M, 2] and the tiles of rows that share one; see ref.decode_attention
     rest_rows: Tensor | None = None      # [N]
     rest_starts: Tensor | None = None    # [N] first position of the row's queries
     rest_cu_q: Tensor | None = None      # [N + 1] where the row's queries stand among the rest's
@@ -85,7 +85,9 @@ class Attention(nn.Module):
         n, out = step.num_decode, qkv.new_empty(qkv.shape[0], self.num_heads, cache.k.shape[-1])
         # Neither part reads what the other one writes in this step.
         if n:
-            self._decode(qkv[:n], step, cache, cos_sin, out[:n])
+            ops.rope_and_decode(*self._rope(qkv[:n], step.positions[:n], step.slots[:n], cache, cos_sin), step.block_table,
+                                step.decode_rows, self.scale, self.window, self.softcap, step.max_context, cache.scales,
+                                cache.k_shift, step.shared, step.prefix_tiles, out[:n])
         if (step.rest_rows is not None and step.rest_starts is not None and step.rest_cu_q is not None
                 and step.tiles is not None):
             q = ops.rope_and_cache(*self._rope(qkv[n:], step.positions[n:], step.slots[n:], cache, cos_sin), cache.scales,
@@ -93,18 +95,6 @@ class Attention(nn.Module):
             ops.prefill_attention(q, cache.k, cache.v, step.block_table, step.rest_rows, step.rest_starts, step.rest_cu_q,
                                   step.tiles, self.scale, self.window, self.softcap, out[n:], cache.scales)
         return out.flatten(1)
-
-    def _decode(self, qkv: Tensor, step: StepInputs, cache: LayerCache, cos_sin: Tensor, out: Tensor) -> None:
-        positions = step.positions[: step.num_decode]
-        rope = self._rope(qkv, positions, step.slots[: step.num_decode], cache, cos_sin)
-        rows = step.block_table, step.decode_rows
-        if step.shared is None:
-            ops.rope_and_decode(*rope, *rows, self.scale, self.window, self.softcap, step.max_context, cache.scales,
-                                cache.k_shift, out)
-        else:
-            q = ops.rope_and_cache(*rope, cache.scales, cache.k_shift)
-            ops.decode_attention(q, cache.k, cache.v, *rows, positions, self.scale, self.window, self.softcap, step.max_context,
-                                 step.shared, step.prefix_tiles, out, cache.scales)
 
     def _rope(self, qkv: Tensor, positions: Tensor, slots: Tensor, cache: LayerCache, cos_sin: Tensor) -> RopeInputs:
         q_weight = self.q_norm.weight if self.q_norm is not None else None

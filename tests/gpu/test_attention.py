@@ -10,6 +10,7 @@ if not torch.cuda.is_available():
     pytest.skip("needs CUDA", allow_module_level=True)
 
 from kernels import ops, ref
+from kernels.attention import decode_attention
 
 LIMIT = {torch.bfloat16: 8e-3, torch.float16: 1e-3, torch.float32: 2e-6}
 DTYPES = list(LIMIT)
@@ -26,8 +27,8 @@ def check_decode(contexts: list[int], heads: int, kv_heads: int, dim: int, page:
     firsts = [max(c - window, 0) if window else 0 for c in contexts]
     case = make_case(contexts, len(contexts), heads, kv_heads, dim, page, dtype, "cuda", sum(contexts), firsts)
     positions = torch.tensor(contexts, dtype=torch.int32, device="cuda") - 1
-    got = ops.decode_attention(case.q, case.k_cache, case.v_cache, case.block_table, case.rows, positions, case.scale, window,
-                               softcap, 8192)
+    got = decode_attention(case.q, case.k_cache, case.v_cache, case.block_table, case.rows, positions, case.scale, window,
+                           softcap, 8192)
     assert error(got, exact(case, list(range(len(contexts) + 1)), [c - 1 for c in contexts], window, softcap)) < LIMIT[dtype]
 
 
@@ -67,10 +68,10 @@ def test_decode_in_a_graph_follows_the_lengths_on_the_device():
     case = make_case([c + steps for c in contexts], 4, 8, 2, 128, 32, torch.float16, "cuda")
     positions = torch.tensor(contexts, dtype=torch.int32, device="cuda") - 1
     inputs = (case.q, case.k_cache, case.v_cache, case.block_table, case.rows, positions, case.scale, 0, 0.0, 8192)
-    ops.decode_attention(*inputs)
+    decode_attention(*inputs)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        out = ops.decode_attention(*inputs)
+        out = decode_attention(*inputs)
     for step in range(0, steps, 13):
         positions.copy_(torch.tensor(contexts, device="cuda") - 1 + step)
         graph.replay()
@@ -82,8 +83,8 @@ def test_decode_gives_the_same_bits_again():
     case = make_case(contexts, 50, 8, 2, 128, 32, torch.bfloat16, "cuda")
     positions = torch.tensor(contexts, dtype=torch.int32, device="cuda") - 1
     inputs = (case.q, case.k_cache, case.v_cache, case.block_table, case.rows, positions, case.scale, 0, 0.0, 4096)
-    first = ops.decode_attention(*inputs)
-    assert all(torch.equal(first, ops.decode_attention(*inputs)) for _ in range(20))
+    first = decode_attention(*inputs)
+    assert all(torch.equal(first, decode_attention(*inputs)) for _ in range(20))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -105,7 +106,7 @@ def test_prefill_window_and_softcap(dim, window, softcap):
 
 @pytest.mark.parametrize("heads, kv_heads, dim, page", [(32, 8, 128, 32), (9, 3, 64, 16), (12, 2, 128, 64)])
 def test_decode_reads_a_shared_prefix_once(heads, kv_heads, dim, page):
-    assert shared_prefix_error(ops.decode_attention, heads, kv_heads, dim, page, torch.bfloat16, "cuda") < 5e-3
+    assert shared_prefix_error(decode_attention, heads, kv_heads, dim, page, torch.bfloat16, "cuda") < 5e-3
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -117,8 +118,8 @@ def test_fp8_caches(dtype, heads, kv_heads, dim, window, softcap):
     case = make_case(contexts, len(contexts), heads, kv_heads, dim, 32, dtype, "cuda", sum(contexts), firsts).as_fp8()
     want = exact(case.plain(), list(range(len(contexts) + 1)), [c - 1 for c in contexts], window, softcap)
     positions = torch.tensor(contexts, dtype=torch.int32, device="cuda") - 1
-    got = ops.decode_attention(case.q, case.k_cache, case.v_cache, case.block_table, case.rows, positions, case.scale, window,
-                               softcap, 8192, kv_scales=case.kv_scales)
+    got = decode_attention(case.q, case.k_cache, case.v_cache, case.block_table, case.rows, positions, case.scale, window,
+                           softcap, 8192, kv_scales=case.kv_scales)
     assert error(got, want) < LIMIT[dtype]
 
 
@@ -138,4 +139,4 @@ def test_fp8_prefill(dtype, dim, page, window):
 
 
 def test_decode_reads_a_shared_fp8_prefix_once():
-    assert shared_prefix_error(ops.decode_attention, 32, 8, 128, 32, torch.bfloat16, "cuda", fp8=True) < 5e-3
+    assert shared_prefix_error(decode_attention, 32, 8, 128, 32, torch.bfloat16, "cuda", fp8=True) < 5e-3

@@ -76,6 +76,17 @@ def test_window_and_softcap(window, softcap):
     assert rope_and_decode_error(ops, ragged(40, 1, 2000, 7), 8, 2, 64, 32, torch.bfloat16, "cuda", window, softcap) < 8e-3
 
 
+@pytest.mark.parametrize("heads, kv_heads, dim", [(32, 8, 128), (9, 3, 64), (12, 2, 128), (16, 1, 64), (8, 2, 80)])
+def test_prefixes_that_rows_share(heads, kv_heads, dim):
+    """Of 40 rows and of 300, in the ways that the rule has for them; of one KV head by clusters."""
+    for rows in (40, 300):
+        contexts = [161, 170, 1000, 192, 161, 3, *ragged(rows - 6, 33, 900, dim)]
+        for dtype, fp8 in ((torch.bfloat16, False), (torch.float32, False), (torch.float16, True)):
+            found = rope_and_decode_error(ops, contexts, heads, kv_heads, dim, 32, dtype, "cuda", fp8=fp8,
+                                          groups=[(0, 5, 5), (6, rows, 1)])
+            assert found < LIMIT[dtype], (dtype, fp8, rows)
+
+
 @pytest.mark.parametrize("rows", [3, 15, 40])
 @pytest.mark.parametrize("heads, kv_heads, dim", [(32, 8, 128), (8, 2, 64), (40, 4, 128), (8, 2, 80)])
 def test_fp8_cache(rows, heads, kv_heads, dim):

@@ -110,13 +110,13 @@ def check_decode(constants: dict, fp8: bool, programs: int, most: int, registers
     from kernels import decode_few
 
     stored = "*fp8e4nv" if fp8 else "*bf16"
-    kinds = {"cos_sin": "*fp32", "kv_scales": "*fp32", "k_shift": "*fp32", "scale": "fp32", "eps": "fp32", "window": "i32",
-             "k_cache": stored, "v_cache": stored, "table_stride": "i32", "qkv_stride": "i32",
-             **dict.fromkeys(("qkv", "q_weight", "k_weight", "out"), "*bf16")}
+    kinds = {"scale": "fp32", "eps": "fp32", "window": "i32", "k_cache": stored, "v_cache": stored, "table_stride": "i32",
+             "qkv_stride": "i32", **dict.fromkeys(("qkv", "q_weight", "k_weight", "out"), "*bf16"),
+             **dict.fromkeys(("cos_sin", "prefix", "kv_scales", "k_shift"), "*fp32")}
     function = decode_few._decode_few_kernel
     dim = constants.get("D", 128)
-    constants = {"H": 32, "K": 8, "P": 32, "D": 128, "ROTARY": dim, "ROWS": 8, "WINDOW": False, "Q_NORM": False,
-                 "K_NORM": False, "PLUS_ONE": False, "FP8": fp8, "SHIFT": False, "OVERLAP": True, **constants}
+    constants = {"H": 32, "K": 8, "P": 32, "D": 128, "ROTARY": dim, "ROWS": 8, "WINDOW": False, "SHARED": False,
+                 "Q_NORM": False, "K_NORM": False, "PLUS_ONE": False, "FP8": fp8, "SHIFT": False, "OVERLAP": True, **constants}
     signature = {name: kinds.get(name, "*i32") for name in function.arg_names if name not in constants}
     options = {"num_warps": constants["WARPS"], "num_ctas": programs, "launch_pdl": True}
     built = compiled(function, signature, constants, options)
@@ -262,6 +262,8 @@ def compile_all() -> None:
         ({**decode, "WARPS": 8, "AHEAD": 2}, True, 4, 260, 184),
         ({**decode, "WARPS": 8, "ROWS": 16, "H": 128}, True, 16, 365, 240),
         ({**decode, "D": 64, "WINDOW": True}, False, 8, 230, 128),
+        ({**decode, "GROUPS": 2, "SHARED": True}, True, 1, 280, 184),
+        ({**decode, "SHARED": True}, False, 8, 280, 168),
     ):
         check_decode(constants, fp8, programs, most, registers)
 

@@ -19,6 +19,13 @@ LIMIT = {torch.float16: 2e-3, torch.float32: 2e-6}
 pytestmark = pytest.mark.usefixtures("poisoned", "few_programs")
 
 
+@pytest.mark.parametrize("softcap", [0.0, 30.0])
+def test_prefixes_that_rows_share(softcap):
+    contexts = [81, 90, 200, 96, 81, 3, *[20 + i for i in range(36)]]
+    assert rope_and_decode_error(decode_step, contexts, 4, 2, 80, 16, torch.float32, "cpu", softcap=softcap,
+                                 groups=[(0, 5, 5), (6, 42, 1)]) < 2e-6
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 @pytest.mark.parametrize("heads, kv_heads, dim, rotary, norm", [
     (8, 2, 64, 64, False), (4, 1, 80, 32, True), (2, 2, 128, 128, True), (2, 1, 256, 256, False), (20, 1, 64, 64, False)])
