@@ -1,8 +1,9 @@
 """Gluon kernels with warp specialisation on a CPU: every partition is a thread, and what is asynchronous comes late.
 
-A copy lands when its group is waited for, and holds NaN until then; a product reads its operands at once, or when it is waited
-for. So a kernel that waits too little, hands memory over too early or waits for what cannot come gives NaN or fails here. Layouts
-are left out: tests/kernels/test_compile.py has them.
+A copy lands when its group is waited for, and holds NaN until then; TMA's lands as late as it likes, and what it takes back from
+shared memory it reads when that is waited for; a product reads its operands at once, or when it is waited for. So a kernel that
+waits too little, hands memory over too early or waits for what cannot come gives NaN or fails here. Layouts are left out:
+tests/kernels/test_compile.py has them.
 """
 
 from __future__ import annotations
@@ -106,12 +107,36 @@ class Memory:
 
 @dataclass
 class Barrier:
-    """An mbarrier (PTX ISA): a phase ends when `count` have arrived, and the next begins."""
+    """An mbarrier (PTX ISA): a phase ends when `count` have arrived and as many bytes as are expected, and the next begins."""
 
     count: int = 0
     left: int = 0
+    expected: int = 0       # bytes that are not there yet
     phase: int = 0
     change: threading.Condition = field(default_factory=threading.Condition)
+
+
+@dataclass
+class Described:
+    """A matrix as TMA has it, in blocks."""
+
+    base: Tensor
+    block: Sequence[int]
+    layout: object
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.base.dtype
+
+    @classmethod
+    def from_tensor(cls, base: Tensor, block: Sequence[int], layout: object) -> Described:
+        assert base.stride(1) == 1
+        return cls(base, block, layout)
+
+    def part(self, at: Sequence[Number]) -> Tensor:
+        """What there is of the block that begins there."""
+        row, column = map(int, at)
+        return self.base[row : row + self.block[0], column : column + self.block[1]]
 
 
 @dataclass
@@ -145,6 +170,7 @@ class Partition(threading.local):
     copies: list[tuple[Memory, Tensor]]
     groups: list[list[tuple[Memory, Tensor]]]
     products: list[Product]
+    stores: list[tuple[Described, Sequence[Number], Memory, bool]]
     landing: list[threading.Thread]
     threads: int
 
@@ -180,7 +206,11 @@ class Chip:
             "fence_async_shared": lambda: None, "after": lambda overlap: None, "prefetch": lambda pointers: None,
             "async_copy": SimpleNamespace(commit_group=self._commit, wait_group=self._wait_group),
             "arrive_when_copied": self._arrive_when_copied,
-            "mbarrier": SimpleNamespace(init=_init, wait=self._wait, arrive=self._arrive, MBarrierLayout=lambda: None),
+            "mbarrier": SimpleNamespace(init=_init, wait=self._wait, arrive=self._arrive, expect=self._expect,
+                                        MBarrierLayout=lambda: None),
+            "TensorDescriptor": Described, "tma_load": self._bring, "tma": SimpleNamespace(store_wait=self._wait_stores),
+            "tma_store": lambda target, at, source: self._mine.stores.append((target, at, source, False)),
+            "tma_add": lambda target, at, source: self._mine.stores.append((target, at, source, True)),
             "warpgroup_mma": self._multiply, "warpgroup_mma_wait": self._wait_products,
         }
 
@@ -190,12 +220,12 @@ class Chip:
         def run(function: Callable[..., None], args: tuple, threads: int) -> None:
             mine = self._mine
             mine.threads = threads
-            mine.copies, mine.groups, mine.products, mine.landing = [], [], [], []
+            mine.copies, mine.groups, mine.products, mine.stores, mine.landing = [], [], [], [], []
             try:
                 function(*args)
                 for thread in mine.landing:
                     thread.join()
-                assert not mine.copies and not any(mine.groups) and not mine.products, "not waited for"
+                assert not (mine.copies or any(mine.groups) or mine.products or mine.stores), "not waited for"
             except BaseException as error:
                 errors.append(error)
                 self._broken.set()
@@ -219,12 +249,14 @@ class Chip:
             done = barrier.change.wait_for(lambda: barrier.phase != phase or self._broken.is_set(), SECONDS)
         assert done and not self._broken.is_set(), "deadlock, or another partition has failed"
 
-    def _arrive(self, barrier: Barrier, count: int) -> None:
+    def _arrive(self, barrier: Barrier, count: int, size: int = 0) -> None:
+        """size: bytes that have arrived."""
         self._pause()
         with barrier.change:
             barrier.left -= count
+            barrier.expected -= size
             assert barrier.left >= 0, "too many have arrived"
-            if not barrier.left:
+            if not barrier.left and not barrier.expected:
                 barrier.left, barrier.phase = barrier.count, barrier.phase ^ 1
                 barrier.change.notify_all()
 
@@ -253,6 +285,35 @@ class Chip:
         self._mine.copies = []
         self._mine.landing.append(threading.Thread(target=land))
         self._mine.landing[-1].start()
+
+    def _expect(self, barrier: Barrier, size: int) -> None:
+        with barrier.change:
+            barrier.expected += size
+        self._arrive(barrier, 1)
+
+    def _bring(self, source: Described, at: Sequence[Number], ready: Barrier, target: Memory) -> None:
+        """In a thread of its own, as late as it likes; 0 past the matrix."""
+        assert list(source.block) == target.shape
+        target.data.fill_(float("nan"))
+
+        def land() -> None:
+            self._pause()
+            part = source.part(at)
+            target.data.zero_()
+            target.data[: part.shape[0], : part.shape[1]] = part
+            self._arrive(ready, 0, target.data.nbytes)
+
+        self._mine.landing.append(threading.Thread(target=land))
+        self._mine.landing[-1].start()
+
+    def _wait_stores(self, outstanding: int) -> None:
+        self._pause()
+        while len(self._mine.stores) > outstanding:
+            target, at, source, added = self._mine.stores.pop(0)
+            assert list(target.block) == source.shape
+            part = target.part(at)
+            values = source.data[: part.shape[0], : part.shape[1]]
+            part.copy_(part + values if added else values)
 
     def _wait_group(self, outstanding: int) -> None:
         self._pause()
@@ -335,6 +396,6 @@ def emulated(module: ModuleType, kernel: str, **others: Any) -> SimpleNamespace:
         function = getattr(value, "fn", value)      # of what is compiled, also what another module has
         mine = isinstance(function, FunctionType) and (function is not value or function.__module__ == module.__name__)
         if mine and name not in names and name not in others:
-            space[name] = FunctionType(function.__code__, space, name, function.__defaults__)
+            space[name] = FunctionType(function.__code__, space, name, function.__defaults__, function.__closure__)
     space[kernel] = Launch(space[kernel], names["gl"])
     return SimpleNamespace(**space)
