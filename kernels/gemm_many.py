@@ -249,3 +249,11 @@ def gated_linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str
     if bias is None and takes_gated(x, weight):
         return gated_product(x, weight, activation)
     return gated_act(ref.linear(x, weight, bias, None), activation)
+
+
+def linear_onto(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor) -> Tensor | None:
+    """See ref.linear_onto, likewise."""
+    if bias is None and takes_added(x, weight, residual):
+        add_product(x, weight, residual)
+        return None
+    return ref.linear(x, weight, bias, None)

@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels import gemm_few, gemm_w4_ring
-from kernels.gemm_many import gated_linear
+from kernels.gemm_many import gated_linear, linear_onto
 from kernels.overlap import after, launch_options, overlaps, prefetch
 from kernels.pointwise import gated_act
 from kernels.ref import in_input_order
@@ -401,6 +401,15 @@ def _unpack_weight(packed: Tensor, scales: Tensor, zeros: Tensor | None, group: 
 def w4_matmul(x: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor | None, group: int, bias: Tensor | None,
               perm: Tensor | None, unpacked: Tensor | None) -> Tensor:
     """See ref.w4_matmul. scales and zeros [N, groups] have the same strides; with N contiguous they are read fastest."""
+    return _matmul(x, packed, scales, zeros, group, bias, perm, unpacked, 4)
+
+
+def w4_matmul_onto(x: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor | None, group: int, residual: Tensor,
+                   bias: Tensor | None, perm: Tensor | None, unpacked: Tensor | None) -> Tensor | None:
+    """See ref.w4_matmul_onto."""
+    dense = _as_dense(x, packed, scales, zeros, group, perm, unpacked, 4)
+    if dense is not None:
+        return linear_onto(*dense, bias, residual)
     return _matmul(x, packed, scales, zeros, group, bias, perm, unpacked, 4)
 
 

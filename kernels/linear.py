@@ -109,7 +109,5 @@ def gated_linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str
 
 def linear_onto(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor) -> Tensor | None:
     """See ref.linear_onto; rows of x may be strided."""
-    if bias is None and gemm_many.takes_added(x, weight, residual):
-        gemm_many.add_product(x, weight, residual)
-        return None
-    return linear(x, weight, bias, None)
+    y = _product(x, weight, bias, "", None)
+    return gemm_many.linear_onto(x, weight, bias, residual) if y is None else y

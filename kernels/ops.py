@@ -113,6 +113,12 @@ def w4_matmul(x: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor | None, g
     return (gemm_w4 if x.is_cuda else ref).w4_matmul(x, packed, scales, zeros, group, bias, perm, unpacked)
 
 
+def w4_matmul_onto(x: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor | None, group: int, residual: Tensor,
+                   bias: Tensor | None = None, perm: Tensor | None = None, unpacked: Tensor | None = None) -> Tensor | None:
+    return (gemm_w4 if x.is_cuda else ref).w4_matmul_onto(
+        x, packed, scales, zeros, group, residual, bias, perm, unpacked)
+
+
 def w4_gated_matmul(x: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor | None, group: int, activation: str,
                     bias: Tensor | None = None, perm: Tensor | None = None, unpacked: Tensor | None = None) -> Tensor:
     return (gemm_w4 if x.is_cuda else ref).w4_gated_matmul(

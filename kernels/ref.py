@@ -194,6 +194,12 @@ def w4_matmul(x: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor | None, g
     return w8_matmul(x, w4_unpack(packed), scales, zeros, group, bias, perm)
 
 
+def w4_matmul_onto(x: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor | None, group: int, residual: Tensor,
+                   bias: Tensor | None = None, perm: Tensor | None = None, unpacked: Tensor | None = None) -> Tensor | None:
+    """w4_matmul as linear_onto has it."""
+    return w4_matmul(x, packed, scales, zeros, group, bias, perm, unpacked)
+
+
 def w4_gated_matmul(x: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor | None, group: int, activation: str,
                     bias: Tensor | None = None, perm: Tensor | None = None, unpacked: Tensor | None = None) -> Tensor:
     """w4_matmul with the weight [gate | up], [2 I, K], then gated_act -> [M, I]."""

@@ -84,6 +84,13 @@ def check_integer(like: Tensor, bits: int, rows: int, outputs: int, inputs: int,
         weight = unpack(packed, scales, zero, group, order, inputs)
         assert error(weight if order is None else weight[:, order.long()], exact) < limit
         assert error(matmul(x, packed, scales, zero, group, b, order, weight), want) < limit
+        if bits == 4:
+            for copy in (None, weight):
+                before = randn(rows, outputs, like=like)
+                residual = before.clone()
+                left = gemm_w4.w4_matmul_onto(x, packed, scales, zero, group, residual, b, order, copy)
+                assert left is None or torch.equal(residual, before)
+                assert error(residual.double() if left is None else residual.double() + left, before.double() + want) < 2 * limit
         twin = ref.w4_matmul if bits == 4 else ref.w8_matmul
         assert error(twin(x, own(codes), scales, zero, group, b, order), want) < 2 * limit
     assert got.dtype == like.dtype

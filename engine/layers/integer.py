@@ -44,6 +44,12 @@ class IntegerMethod(LinearMethod):
         matmul = ops.w4_matmul if self.bits == 4 else ops.w8_matmul
         return matmul(x, layer.codes, layer.scales, layer.zeros, group_of(layer), layer.bias, layer.perm, layer.unpacked)
 
+    def apply_onto(self, layer: Linear, x: Tensor, residual: Tensor) -> Tensor | None:
+        if self.bits == 8:
+            return LinearMethod.apply_onto(self, layer, x, residual)
+        return ops.w4_matmul_onto(x, layer.codes, layer.scales, layer.zeros, group_of(layer), residual, layer.bias, layer.perm,
+                                  layer.unpacked)
+
     def apply_gated(self, layer: Linear, x: Tensor, activation: str) -> Tensor:
         if self.bits == 8:
             return LinearMethod.apply_gated(self, layer, x, activation)

@@ -49,6 +49,12 @@ def test_rows(like, rows):
     check_integer(like, 4, rows, 960, 576, 64)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_many_rows_that_are_added_at_once(dtype):
+    """On Hopper, by the rule of gemm_many.py."""
+    check_integer(torch.empty(0, dtype=dtype, device="cuda"), 4, 4096, 4096, 512, 128)
+
+
 TILES = [gemm_few.Tile(warps, outputs, ahead, registers) for warps in (1, 4, 8, 16) for outputs in (16, 32, 64)
          for ahead in (1, 2, 4) for registers in (0, 64) if outputs * ahead <= 64]
 HOPPER = pytest.mark.skipif(torch.cuda.get_device_capability()[0] != 9, reason="these kernels are for Hopper")

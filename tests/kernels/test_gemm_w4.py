@@ -10,7 +10,7 @@ import pytest
 import torch
 from quantized_products import check_integer
 
-from kernels import gemm_w4
+from kernels import gemm_many, gemm_w4
 from kernels.split_k import Tile
 
 HALF = torch.empty(0, dtype=torch.float16)
@@ -44,6 +44,19 @@ def test_many_rows_go_to_the_dequantized_weights(monkeypatch):
     monkeypatch.setattr(gemm_w4, "MOST_ROWS", 4)
     monkeypatch.setattr(gemm_w4, "MOST_BESIDE_COPY", 4)
     check_integer(HALF, 4, 5, 130, 256, 128, bias=True, perm=True)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_many_rows_are_added_at_once(monkeypatch, bias):
+    added = []
+    monkeypatch.setattr(gemm_w4, "MOST_ROWS", 4)
+    monkeypatch.setattr(gemm_w4, "MOST_BESIDE_COPY", 4)
+    monkeypatch.setattr(gemm_many, "takes_added", lambda *tensors: True)
+    monkeypatch.setattr(gemm_many, "add_product",
+                        lambda x, weight, residual: added.append(len(x)) or residual.add_(x @ weight.T))
+    for rows in (4, 5):
+        check_integer(HALF, 4, rows, 130, 256, 128, bias=bias, perm=True)
+    assert added == ([] if bias else [5, 5])
 
 
 def test_groups_that_no_block_holds_are_refused():
