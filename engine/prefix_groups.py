@@ -17,7 +17,7 @@ from kernels import ops
 EVERY = 16               # steps between two looks at who shares what
 MIN_ROWS = 16            # of a group: fewer leave most of a tile of the prefix pass empty
 MIN_TOKENS = 128         # of its prefix
-MIN_BYTES = 64 << 20     # of keys and values that a layer need not read: at the memory's speed, what the extra launch takes
+MIN_BYTES = 64 << 20     # of keys and values that a layer need not read: at the memory's speed, what two more launches take
 
 
 class PrefixGroups:

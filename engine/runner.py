@@ -22,6 +22,7 @@ from engine.row_table import RING, RowTable
 from kernels import ops
 
 MEASURED = 1024         # rows up to which decode steps of every size are timed; those of more take as long as they have FLOP
+FEW = 64                # rows below which decode attention has several ways
 TWO = np.array([2], dtype=np.int32)
 
 
@@ -106,12 +107,14 @@ class Runner:
     def _compile(self, graphs: Graphs) -> None:
         """Compile what steps launch, which would be one kernel after another when they are first launched.
 
-        Decode steps of more than MEASURED rows have no kernels of their own.
+        Decode steps of more than MEASURED rows have no kernels of their own. Beside prompts any number of rows decodes, for which
+        attention has ways of its own between two sizes, if few.
         """
+        plain = sorted({n for size in graphs.sizes for n in (size, size - 1) if n and (n == size or n < FEW)})
         with ops.compiling(), self.model.one_block_of_each_kind():
             for plan in self._rehearsals():
                 self._forward_mixed(shape_of(plan))
-            for sizes, sharing in ((graphs.sizes, False), (self._shared_sizes(graphs), True)):
+            for sizes, sharing in ((plain, False), (self._shared_sizes(graphs), True)):
                 for n in sizes:
                     if n <= MEASURED:
                         self._decode(n, sharing)

@@ -1,4 +1,5 @@
-"""Attention of rows with one query each, from the fused projection on, in one launch (here two where keys are split).
+"""Attention of rows with one query each, from the fused projection on, in one launch (here two where keys are split;
+three, or four here, where rows share a prefix).
 
 It does what kv_cache.rope_and_cache and attention.decode_attention do one after the other: of few rows a launch takes as long as
 its work. The softmax sums begin with the new token, so that no program reads what another writes.

@@ -11,7 +11,6 @@ from torch import Tensor
 from kernels import ref
 
 ahead: ModuleType = ref
-attention: ModuleType = ref
 automaton: ModuleType = ref
 decode_step: ModuleType = ref
 dequantize: ModuleType = ref

@@ -171,12 +171,13 @@ def rope_and_decode_error(kernels: ModuleType, contexts: Sequence[int], heads: i
         return x if x is None else x.to(device)
 
     k_cache, v_cache = k_cache.to(device), v_cache.to(device)
+    longer = torch.full((n + 2, heads, dim), float("nan"), dtype=dtype, device=device)
     wide = qkv.as_strided((n, qkv.stride(0)), qkv.stride()).to(device)[:, : qkv.shape[1]]
     got = kernels.rope_and_decode(wide, *map(there, weights), 1e-6, False, there(cos_sin), there(positions), there(slots),
                                   k_cache, v_cache, heads, there(case.block_table), there(case.rows), case.scale, window,
                                   softcap, max_context, there(case.kv_scales), there(shift), there(shared),
-                                  there(prefix_tiles))
-    assert got.shape == q.shape
+                                  there(prefix_tiles), longer[1:-1])
+    assert got.shape == q.shape and got.data_ptr() == longer[1].data_ptr() and longer[[0, -1]].isnan().all()
     for cache, expected in ((k_cache, case.k_cache), (v_cache, case.v_cache)):
         torch.testing.assert_close(cache.float().cpu(), expected.float(), rtol=1e-2, atol=1e-2, equal_nan=True)
     return error(got, want)

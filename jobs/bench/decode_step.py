@@ -1,4 +1,4 @@
-"""Attention of small decode steps on one GPU, in microseconds: decode_step.py's kernel, and ways of decode_few.py's.
+"""Attention of decode steps on one GPU, in microseconds: decode_step.py's kernel, and ways of decode_few.py's.
 
     python jobs/bench/decode_step.py [--rows N --context N ...] [--dim 64] [--chain]
 
@@ -33,7 +33,7 @@ from kernels.fragments import MOST_ROWS
 DEVICE, DTYPE, PAGE, MAX_MODEL_LEN = "cuda", torch.float16, 32, 4096
 HEADS, KV_HEADS = 32, 8
 LAYERS = 16         # of a chain: their weights are more than fits in L2
-SHAPES = [(1, 150), (1, 300), (1, 640), (1, 2000), (4, 300), (16, 400), (50, 256), (50, 384), (128, 300)]
+SHAPES = [(1, 150), (1, 300), (1, 640), (1, 2000), (4, 300), (16, 400), (50, 256), (50, 384), (128, 300), (512, 600)]
 STORED = torch.float8_e4m3fn, DTYPE
 WAYS = [*(Way(warps, groups, ahead) for warps in (2, 4, 8, 16) for groups, ahead in ((1, 1), (2, 1), (1, 2))),
         *(Way(warps, 1, 1, programs) for warps in (2, 4, 8) for programs in (2, 4, 8, 16)), Way(4, 2, 1, 8), Way(4, 1, 2, 8)]

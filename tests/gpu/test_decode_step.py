@@ -1,4 +1,4 @@
-"""The kernel of small decode steps as compiled for this GPU, in bf16, fp16 and fp32, against float64."""
+"""The kernel of rows with one query each as compiled for this GPU, in bf16, fp16 and fp32, against float64."""
 
 from __future__ import annotations
 
@@ -46,13 +46,17 @@ def test_programs_that_share_keys(contexts, heads, kv_heads, dim):
             assert found < LIMIT[dtype], (dtype, fp8, window, most)
 
 
-@pytest.mark.parametrize("rows", [1, 4])
-def test_same_bits_each_time(rows):
-    """In a graph too, with launches that overlap."""
+@pytest.mark.parametrize("rows, shared", [(1, 0), (4, 0), (20, 3)])
+def test_same_bits_each_time(rows, shared):
+    """In a graph too, with launches that overlap. shared: pages that all rows have in common."""
     page, heads, kv_heads, dim = 32, 32, 8, 128
     caches = [torch.randn(100 * rows, kv_heads, page, dim, device="cuda", dtype=torch.float16) for _ in range(2)]
     table = torch.arange(100 * rows, device="cuda", dtype=torch.int32).view(rows, 100)
     index = torch.arange(rows, device="cuda", dtype=torch.int32)
+    table[:, :shared] = table[0, :shared]
+    prefix = (None, None)
+    if shared:
+        prefix = torch.full_like(index, shared * page), torch.tensor([(0, rows)], device="cuda", dtype=torch.int32)
     positions = 2900 // (index + 1)
     slots = (table[index.long(), positions.long() // page] * page + positions % page).int()
     qkv = torch.randn(rows, (heads + 2 * kv_heads) * dim, device="cuda", dtype=torch.float16)
@@ -60,7 +64,7 @@ def test_same_bits_each_time(rows):
 
     def step() -> torch.Tensor:
         return ops.rope_and_decode(qkv, None, None, 1e-6, False, cos_sin, positions, slots, *caches, heads, table, index,
-                                   dim**-0.5, 0, 0.0, 4096)
+                                   dim**-0.5, 0, 0.0, 4096, None, None, *prefix)
 
     want = step().clone()
     graph = torch.cuda.CUDAGraph()
@@ -76,10 +80,10 @@ def test_window_and_softcap(window, softcap):
     assert rope_and_decode_error(ops, ragged(40, 1, 2000, 7), 8, 2, 64, 32, torch.bfloat16, "cuda", window, softcap) < 8e-3
 
 
-@pytest.mark.parametrize("heads, kv_heads, dim", [(32, 8, 128), (9, 3, 64), (12, 2, 128), (16, 1, 64), (8, 2, 80)])
+@pytest.mark.parametrize("heads, kv_heads, dim", [(32, 8, 128), (9, 3, 64), (12, 2, 128), (16, 1, 64), (8, 1, 64), (8, 2, 80)])
 def test_prefixes_that_rows_share(heads, kv_heads, dim):
-    """Of 40 rows and of 300, in the ways that the rule has for them; of one KV head by clusters."""
-    for rows in (40, 300):
+    """In the ways that the rule has for so many rows; of few KV heads by clusters of all sizes."""
+    for rows in (16, 20, 40, 300):
         contexts = [161, 170, 1000, 192, 161, 3, *ragged(rows - 6, 33, 900, dim)]
         for dtype, fp8 in ((torch.bfloat16, False), (torch.float32, False), (torch.float16, True)):
             found = rope_and_decode_error(ops, contexts, heads, kv_heads, dim, 32, dtype, "cuda", fp8=fp8,

@@ -99,7 +99,7 @@ def compile_all() -> None:
         (quantize, "_quantize_kernel", {**row, "STATIC": False}),
         (quantize, "_add_rms_norm_kernel", {**row, "PLUS_ONE": False, "STATIC": True}),
         (quantize, "_gated_act_kernel", {**row, "GELU": False, "STATIC": False}),
-        (attention, "_decode_kernel", {**paged, "BLOCK_M": 16, "SPLIT": True, "SHARED": False, "OVERLAP": True}),
+        (attention, "_decode_kernel", {**paged, "BLOCK_M": 16, "SPLIT": True, "SHARED": True, "OVERLAP": True}),
         (decode_step, "_decode_step_kernel",
          {**paged, "ROTARY": 128, "BLOCK_M": 16, "SPLIT": True, "Q_NORM": True, "K_NORM": True, "PLUS_ONE": False,
           "SHIFT": True, "OVERLAP": True}),

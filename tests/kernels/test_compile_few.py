@@ -264,6 +264,7 @@ def compile_all() -> None:
         ({**decode, "D": 64, "WINDOW": True}, False, 8, 230, 128),
         ({**decode, "GROUPS": 2, "SHARED": True}, True, 1, 280, 184),
         ({**decode, "SHARED": True}, False, 8, 280, 168),
+        ({**decode, "GROUPS": 2, "SHARED": True}, False, 1, 260, 255),
     ):
         check_decode(constants, fp8, programs, most, registers)
 

@@ -1,4 +1,4 @@
-"""The kernel of small decode steps in Triton's interpreter, in fp16 and fp32 (its bf16 dot product is wrong), against float64."""
+"""The kernel of rows with one query each in Triton's interpreter, in fp16 and fp32 (its bf16 dot is wrong), against float64."""
 
 from __future__ import annotations
 
