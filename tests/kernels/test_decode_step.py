@@ -21,9 +21,9 @@ pytestmark = pytest.mark.usefixtures("poisoned", "few_programs")
 
 @pytest.mark.parametrize("softcap", [0.0, 30.0])
 def test_prefixes_that_rows_share(softcap):
-    contexts = [81, 90, 200, 96, 81, 3, *[20 + i for i in range(36)]]
+    contexts = [81, 90, 200, 96, 81, 3, *[20 + i for i in range(8)]]
     assert rope_and_decode_error(decode_step, contexts, 4, 2, 80, 16, torch.float32, "cpu", softcap=softcap,
-                                 groups=[(0, 5, 5), (6, 42, 1)]) < 2e-6
+                                 groups=[(0, 5, 5), (6, 14, 1)]) < 2e-6
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
