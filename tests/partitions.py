@@ -354,10 +354,14 @@ def _where(condition: Tensor | bool, a: Number, b: Number) -> Tensor:
     return torch.where(torch.as_tensor(condition), a, b)
 
 
+def activate(x: Tensor, gelu: bool) -> Tensor:
+    """See pointwise.activate, which is for Triton's interpreter: for `others` of `emulated`."""
+    return functional.gelu(x, approximate="tanh") if gelu else functional.silu(x)
+
+
 def gate(low: Tensor, up: Tensor, gelu: bool, dtype: torch.dtype) -> Tensor:
-    """See pointwise.gate, which is for Triton's interpreter: for `others` of `emulated`."""
-    act = functional.gelu(low, approximate="tanh") if gelu else functional.silu(low)
-    return (act.to(dtype).float() * up).to(dtype)
+    """See pointwise.gate, likewise."""
+    return (activate(low, gelu).to(dtype).float() * up).to(dtype)
 
 
 def _init(barrier: Barrier, count: int) -> None:

@@ -6,19 +6,12 @@ import sys
 
 import pytest
 import torch
-import torch.nn.functional as F
-from partitions import emulated
+from partitions import activate, emulated
 from torch import Tensor
 
 from kernels import gemm_many
 
 programs = 132      # at most
-
-
-def activate(gate: Tensor, gelu: bool) -> Tensor:
-    return F.gelu(gate, approximate="tanh") if gelu else F.silu(gate)
-
-
 many = emulated(gemm_many, "_product_kernel", processors=lambda device: programs, activate=activate,
                 _rounded=lambda x, dtype: x.to(dtype).float())
 
