@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
+import gguf
+import numpy as np
 import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -120,6 +124,17 @@ def load_reference(model: Path) -> Any:
         kwargs["gguf_file"] = model.name
         if hasattr(transformers, "GgufConfig"):        # older releases always unpack
             kwargs["quantization_config"] = transformers.GgufConfig(dequantize=True)
-    reference = AutoModelForCausalLM.from_pretrained(model.parent if model.suffix == ".gguf" else model, **kwargs)
+    with _gguf_read_quickly():
+        reference = AutoModelForCausalLM.from_pretrained(model.parent if model.suffix == ".gguf" else model, **kwargs)
     reference.generation_config = GenerationConfig(pad_token_id=0)
     return reference.eval()
+
+
+@contextmanager
+def _gguf_read_quickly() -> Iterator[None]:
+    """gguf's reader, once a file and over a plain array: slices of np.memmap, of which a vocabulary takes millions, are slow, and
+    transformers reads a file twice."""
+    mapped = np.memmap
+    with (patch.object(gguf, "GGUFReader", functools.cache(gguf.GGUFReader)),
+          patch.object(np, "memmap", lambda *args, **kwargs: np.asarray(mapped(*args, **kwargs)))):
+        yield
