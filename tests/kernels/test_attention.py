@@ -137,8 +137,8 @@ def test_prefill_chunks_agree_with_decode_of_every_position():
     assert error(one, whole.double()) < 2e-6
 
 
-@pytest.mark.parametrize("programs", [1, 4096], ids=["one split", "several splits"])
-@pytest.mark.parametrize("heads, kv_heads, dim, page", [(9, 3, 64, 16), (8, 2, 32, 32)])
+@pytest.mark.parametrize("heads, kv_heads, dim, page, programs", [(9, 3, 64, 16, 1), (8, 2, 32, 32, 4096)],
+                         ids=["one split", "several splits"])
 def test_decode_reads_a_shared_prefix_once(heads, kv_heads, dim, page, programs, monkeypatch):
     monkeypatch.setattr(attention, "DECODE_PROGRAMS", programs)
     assert shared_prefix_error(attention.decode_attention, heads, kv_heads, dim, page, torch.float32, "cpu") < 2e-6
