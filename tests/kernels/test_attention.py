@@ -137,7 +137,7 @@ def test_prefill_chunks_agree_with_decode_of_every_position():
     assert error(one, whole.double()) < 2e-6
 
 
-@pytest.mark.parametrize("heads, kv_heads, dim, page, programs", [(9, 3, 64, 16, 1), (8, 2, 32, 32, 4096)],
+@pytest.mark.parametrize("heads, kv_heads, dim, page, programs", [(9, 3, 64, 16, 1), (8, 2, 32, 32, 128)],
                          ids=["one split", "several splits"])
 def test_decode_reads_a_shared_prefix_once(heads, kv_heads, dim, page, programs, monkeypatch):
     monkeypatch.setattr(attention, "DECODE_PROGRAMS", programs)
