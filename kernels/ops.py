@@ -12,6 +12,7 @@ from kernels import ref
 
 ahead: ModuleType = ref
 automaton: ModuleType = ref
+chain: ModuleType = ref
 decode_step: ModuleType = ref
 dequantize: ModuleType = ref
 gemm_fp8: ModuleType = ref
@@ -27,6 +28,7 @@ if torch.cuda.is_available():
     from kernels import (
         ahead,
         automaton,
+        chain,
         decode_step,
         dequantize,
         gemm_fp8,
@@ -86,6 +88,11 @@ def linear_onto(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor
 
 def gated_linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
     return (dense if x.is_cuda else ref).gated_linear(x, weight, bias, activation)
+
+
+def between(h: Tensor, residual: Tensor, o: Tensor, mlp_norm: Tensor, gate_up: Tensor, down: Tensor, norm: Tensor,
+            qkv: Tensor | None, eps: float, plus_one: bool, activation: str) -> Tensor | None:
+    return (chain if h.is_cuda else ref).between(h, residual, o, mlp_norm, gate_up, down, norm, qkv, eps, plus_one, activation)
 
 
 def rope_and_cache(qkv: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, eps: float, plus_one: bool, cos_sin: Tensor,

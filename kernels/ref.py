@@ -100,6 +100,19 @@ def gated_linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str
     return gated_act(linear(x, weight, bias, None), activation)
 
 
+def between(h: Tensor, residual: Tensor, o: Tensor, mlp_norm: Tensor, gate_up: Tensor, down: Tensor, norm: Tensor,
+            qkv: Tensor | None, eps: float, plus_one: bool, activation: str) -> Tensor | None:
+    """What stands between one attention and the next, of plain weights [N, K] and norms' weights [hidden].
+
+    residual [T, hidden] += h o^T in place, then the gated MLP of its norm; of the norm of that the product with qkv, without one
+    the norm. h: what the heads have made, [T, K of o]. None: nothing was done, as others do it faster, product by product.
+    """
+    x = add_rms_norm(linear(h, o, None, None), residual, mlp_norm, eps, plus_one)
+    x = linear(gated_linear(x, gate_up, None, activation), down, None, None)
+    x = add_rms_norm(x, residual, norm, eps, plus_one)
+    return x if qkv is None else linear(x, qkv, None, None)
+
+
 def rope_and_cache(qkv: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, eps: float, plus_one: bool, cos_sin: Tensor,
                    positions: Tensor, slots: Tensor, k_cache: Tensor, v_cache: Tensor, num_heads: int,
                    kv_scales: Tensor | None = None, k_shift: Tensor | None = None) -> Tensor:

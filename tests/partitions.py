@@ -12,6 +12,7 @@ import random
 import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import product
 from types import FunctionType, ModuleType, SimpleNamespace
@@ -26,6 +27,7 @@ from torch import Tensor
 from kernels import hopper
 
 SECONDS = 60        # a wait of this long is a deadlock
+_counting = threading.Lock()
 
 Number = int | float | Tensor
 
@@ -62,14 +64,15 @@ def _load(pointer: Pointer, mask: Tensor | bool | None = None, other: float = 0,
     return torch.where(there, values, torch.tensor(other).to(values.dtype))
 
 
-def _store(pointer: Pointer, value: Number, mask: Tensor | bool | None = None) -> None:
+def _store(pointer: Pointer, value: Number, mask: Tensor | bool | None = None, eviction_policy: str = "") -> None:
     at, there = pointer.place(mask)
     _flat(pointer.base)[at[there]] = torch.as_tensor(value).expand(at.shape)[there].to(pointer.base.dtype)
 
 
 def _atomic_add(pointer: Pointer, value: int, sem: str) -> Tensor:
-    before = _load(pointer)
-    _store(pointer, before + value)
+    with _counting:
+        before = _load(pointer)
+        _store(pointer, before + value)
     return before
 
 
@@ -118,7 +121,7 @@ class Barrier:
 
 @dataclass
 class Described:
-    """A matrix as TMA has it, in blocks."""
+    """A tensor as TMA has it, in blocks."""
 
     base: Tensor
     block: Sequence[int]
@@ -130,13 +133,12 @@ class Described:
 
     @classmethod
     def from_tensor(cls, base: Tensor, block: Sequence[int], layout: object) -> Described:
-        assert base.stride(1) == 1
+        assert base.stride(-1) == 1
         return cls(base, block, layout)
 
     def part(self, at: Sequence[Number]) -> Tensor:
         """What there is of the block that begins there."""
-        row, column = map(int, at)
-        return self.base[row : row + self.block[0], column : column + self.block[1]]
+        return self.base[tuple(slice(int(first), int(first) + size) for first, size in zip(at, self.block, strict=True))]
 
 
 @dataclass
@@ -173,6 +175,7 @@ class Partition(threading.local):
     stores: list[tuple[Described, Sequence[Number], Memory, bool]]
     landing: list[threading.Thread]
     threads: int
+    program: tuple[int, ...]        # that it is of
 
 
 class Chip:
@@ -187,8 +190,8 @@ class Chip:
                                  "SwizzledSharedLayout"), lambda *args: None)
         gl = SimpleNamespace(
             **types, **layouts, float8e4nv=torch.float8_e4m3fn, load=_load, store=_store, atomic_add=_atomic_add,
-            static_range=range, exp2=torch.exp2, where=_where, zeros_like=torch.zeros_like, reshape=torch.reshape,
-            permute=lambda x, order: x.permute(*order), split=lambda x: x.unbind(-1),
+            static_range=range, exp2=torch.exp2, rsqrt=torch.rsqrt, where=_where, zeros_like=torch.zeros_like,
+            reshape=torch.reshape, permute=lambda x, order: x.permute(*order), split=lambda x: x.unbind(-1),
             constexpr=object, NVMMASharedLayout=SimpleNamespace(get_default_for=lambda shape, dtype: None),
             arange=lambda start, end, layout: torch.arange(start, end),
             zeros=lambda shape, dtype, layout: torch.zeros(shape, dtype=dtype),
@@ -199,7 +202,8 @@ class Chip:
             convert_layout=lambda x, layout, assert_trivial=False: x,
             inline_asm_elementwise=_inline_assembly, join=lambda a, b: torch.stack((a, b), -1),
             broadcast=lambda a, b: torch.broadcast_tensors(a, b),
-            allocate_shared_memory=_allocate, warp_specialize=self._run)
+            allocate_shared_memory=_allocate, warp_specialize=self._run,
+            program_id=lambda axis: self._mine.program[axis])
         return {
             "gl": gl, "lines": lambda width, each, warps=4: None, "async_load": self._copy, "barrier": lambda: None,
             "reinterpret": lambda memory, dtype, shape, layout: Memory(memory.data.view(dtype).view(*shape)),
@@ -214,12 +218,17 @@ class Chip:
             "warpgroup_mma": self._multiply, "warpgroup_mma_wait": self._wait_products,
         }
 
+    def begin(self, program: tuple[int, ...]) -> None:
+        """What this thread does from here on is the program's."""
+        self._mine.program = program
+
     def _run(self, partitions: list[tuple[Callable[..., None], tuple]], warps: list[int], registers: list[int]) -> None:
         errors: list[BaseException] = []
+        program = self._mine.program
 
         def run(function: Callable[..., None], args: tuple, threads: int) -> None:
             mine = self._mine
-            mine.threads = threads
+            mine.threads, mine.program = threads, program
             mine.copies, mine.groups, mine.products, mine.stores, mine.landing = [], [], [], [], []
             try:
                 function(*args)
@@ -243,7 +252,9 @@ class Chip:
         if self._draw.random() < 0.3:
             time.sleep(self._draw.random() * 2e-3)
 
-    def _wait(self, barrier: Barrier, phase: int) -> None:
+    def _wait(self, barrier: Barrier, phase: int, pred: bool = True) -> None:
+        if not pred:
+            return
         self._pause()
         with barrier.change:
             done = barrier.change.wait_for(lambda: barrier.phase != phase or self._broken.is_set(), SECONDS)
@@ -300,7 +311,7 @@ class Chip:
             self._pause()
             part = source.part(at)
             target.data.zero_()
-            target.data[: part.shape[0], : part.shape[1]] = part
+            target.data[tuple(map(slice, part.shape))] = part
             self._arrive(ready, 0, target.data.nbytes)
 
         self._mine.landing.append(threading.Thread(target=land))
@@ -376,23 +387,31 @@ def _allocate(dtype: torch.dtype, shape: list[int], layout: object) -> Any:
 
 
 class Launch:
-    """A kernel that is launched as ever: kernel[grid](...). Programs run one after the other."""
+    """A kernel that is launched as ever: kernel[grid](...). Programs run one after the other, or `together`."""
 
-    def __init__(self, function: FunctionType, gl: SimpleNamespace) -> None:
-        self._function, self._gl = function, gl
+    def __init__(self, function: FunctionType, chip: Chip, gl: SimpleNamespace, together: bool) -> None:
+        self._function, self._chip, self._gl, self._together = function, chip, gl, together
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
         def launch(*args: Any, num_warps: int, maxnreg: int, **constants: Any) -> None:
-            self._gl.num_programs = lambda axis: grid[axis]
-            for program in product(*map(range, grid)):
-                self._gl.program_id = lambda axis, program=program: program[axis]
+            def run(program: tuple[int, ...]) -> None:
+                self._chip.begin(program)
                 self._function(*(Pointer(arg) if isinstance(arg, Tensor) else arg for arg in args), **constants)
+
+            self._gl.num_programs = lambda axis: grid[axis]
+            programs = list(product(*map(range, grid)))
+            with ThreadPoolExecutor(len(programs) if self._together else 1) as pool:
+                list(pool.map(run, programs))
         return launch
 
 
-def emulated(module: ModuleType, kernel: str, **others: Any) -> SimpleNamespace:
-    """The module's functions over a Chip; `kernel` is launched by them; `others` take the place of names in it."""
-    names = Chip(seed=0).names()
+def emulated(module: ModuleType, kernel: str, together: bool = False, **others: Any) -> SimpleNamespace:
+    """The module's functions over a Chip; `kernel` is launched by them; `others` take the place of names in it.
+
+    together: its programs wait for each other.
+    """
+    chip = Chip(seed=0)
+    names = chip.names()
     known = vars(hopper) | vars(module)         # what the module has from there may use more of it
     space: dict[str, Any] = {name: value.value if type(value).__name__ == "constexpr" else value
                              for name, value in known.items()} | names | others
@@ -401,5 +420,5 @@ def emulated(module: ModuleType, kernel: str, **others: Any) -> SimpleNamespace:
         mine = isinstance(function, FunctionType) and (function is not value or function.__module__ == module.__name__)
         if mine and name not in names and name not in others:
             space[name] = FunctionType(function.__code__, space, name, function.__defaults__, function.__closure__)
-    space[kernel] = Launch(space[kernel], names["gl"])
+    space[kernel] = Launch(space[kernel], chip, names["gl"], together)
     return SimpleNamespace(**space)

@@ -78,10 +78,8 @@ class Attention(nn.Module):
         else:
             self.q_norm = self.k_norm = None
 
-    def forward(self, x: Tensor | None, residual: Tensor, norm: RMSNorm, step: StepInputs, cache: LayerCache,
-                cos_sin: Tensor) -> Tensor:
-        """residual += x in place, if any; what the heads make of its norm, [T, heads * head dim], for `out` to project."""
-        qkv = self.qkv.after_norm(x, residual, norm)
+    def forward(self, qkv: Tensor, step: StepInputs, cache: LayerCache, cos_sin: Tensor) -> Tensor:
+        """What the heads make of self.qkv's product, [T, heads * head dim], for `out` to project."""
         n, out = step.num_decode, qkv.new_empty(qkv.shape[0], self.num_heads, cache.k.shape[-1])
         # Neither part reads what the other one writes in this step.
         if n:

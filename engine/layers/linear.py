@@ -56,6 +56,10 @@ class LinearMethod(Protocol):
     def apply(self, layer: Linear, x: Tensor) -> Tensor:
         """x [T, in_features] -> [T, out_features]."""
 
+    def plain(self, layer: Linear) -> Tensor | None:
+        """The weight [out_features, in_features] of a layer that is x W^T and no more."""
+        return None
+
     def unpack(self, layer: Linear) -> Tensor:
         """The weight [out_features, in_features] in the model's dtype; of methods that pack it."""
         raise TypeError(f"{layer.sources[0][0]} is not packed")
@@ -104,6 +108,10 @@ class DenseMethod(LinearMethod):
 
     def finalize(self, layer: Linear, stored: dict[str, Tensor]) -> dict[str, Tensor | None]:
         return {"weight": stored["weight"], "bias": stored.get("bias")}
+
+    def plain(self, layer: Linear) -> Tensor | None:
+        weight: Tensor = layer.weight
+        return weight if layer.bias is None else None
 
     def apply(self, layer: Linear, x: Tensor) -> Tensor:
         return ops.linear(x, layer.weight, layer.bias)
@@ -165,6 +173,11 @@ class Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.method.apply(self, x)
 
+    @property
+    def plain(self) -> Tensor | None:
+        """See LinearMethod.plain."""
+        return self.method.plain(self)
+
     def onto(self, x: Tensor, residual: Tensor) -> Tensor | None:
         """See LinearMethod.apply_onto."""
         return self.method.apply_onto(self, x, residual)
@@ -194,6 +207,8 @@ class Linear(nn.Module):
 
 class Joined(nn.Module):
     """Linear layers side by side: the parts of a merged layer that are stored in different formats."""
+
+    plain = None
 
     def __init__(self, parts: Sequence[Linear]) -> None:
         super().__init__()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -12,12 +12,13 @@ from torch import Tensor, nn
 from engine.layers.attention import Attention, KVCache, LayerCache, StepInputs
 from engine.layers.embedding import Embedding
 from engine.layers.kv_scales import KVScales
-from engine.layers.linear import Linear, MethodOf
+from engine.layers.linear import Joined, Linear, MethodOf
 from engine.layers.mlp import MLP
 from engine.layers.norm import RMSNorm
 from engine.layers.quantized import linear_methods
 from engine.layers.rope import cos_sin_table
 from engine.models.spec import ModelSpec
+from kernels import ops
 
 if TYPE_CHECKING:
     from engine.weights import Checkpoint
@@ -45,20 +46,28 @@ class Block(nn.Module):
             self.attention_out = self.mlp_out = None
             self.mlp_norm = norm("post_attention_layernorm")
 
-    def forward(self, x: Tensor | None, residual: Tensor, step: StepInputs, cache: LayerCache, cos_sin: Tensor,
-                ends: Tensor | None = None) -> tuple[Tensor | None, Tensor]:
-        """x: what the block before left to be added to `residual`, which is updated in place; returns the same for the next.
-
-        `ends`: the tokens to go on with once all have left their keys and values.
-        """
-        h = self.attention(x, residual, self.input_norm, step, cache, cos_sin)
-        if ends is not None:
-            h, residual = h.index_select(0, ends), residual.index_select(0, ends)
+    def forward(self, h: Tensor, residual: Tensor, norm: RMSNorm, qkv: Linear | Joined | None) -> Tensor:
+        """h: what the attention's heads have made. Updates the residual in place; what `qkv`, the next block's, makes of its
+        `norm`, or without one that norm."""
+        after = self._in_one(h, residual, norm, qkv)
+        if after is not None:
+            return after
         project, mlp = self.attention.out, self.mlp
         left = project.onto(h, residual) if self.attention_out is None else self.attention_out(project(h))
         if self.mlp_out is None:
-            return mlp.onto(left, residual, self.mlp_norm), residual
-        return self.mlp_out(mlp(left, residual, self.mlp_norm)), residual
+            left = mlp.onto(left, residual, self.mlp_norm)
+        else:
+            left = self.mlp_out(mlp(left, residual, self.mlp_norm))
+        return norm.add(left, residual) if qkv is None else qkv.after_norm(left, residual, norm)
+
+    def _in_one(self, h: Tensor, residual: Tensor, norm: RMSNorm, qkv: Linear | Joined | None) -> Tensor | None:
+        """The same by ops.between; None: nothing was done, as it is not for these layers, or not for so many rows."""
+        o, gate_up, down = self.attention.out.plain, self.mlp.gate_up.plain, self.mlp.down.plain
+        into = None if qkv is None else qkv.plain
+        if self.mlp_out is not None or o is None or gate_up is None or down is None or (into is None) != (qkv is None):
+            return None
+        return ops.between(h, residual, o, self.mlp_norm.weight, gate_up, down, norm.weight, into, norm.eps, norm.plus_one,
+                           self.mlp.activation)
 
 
 class Decoder(nn.Module):
@@ -122,12 +131,18 @@ class Decoder(nn.Module):
 
         In the last block the other tokens need no more than their keys and values: of a prompt, nearly a layer is saved.
         """
-        x, residual = None, self.embedding(step.ids)
-        layers = list(zip(self.blocks, caches, self.cos_sin, strict=True))
-        for i in self._running:
-            block, cache, cos_sin = layers[i]
-            x, residual = block(x, residual, step, cache, cos_sin, step.ends if i == len(layers) - 1 else None)
-        return self.norm.add(x, residual)
+        residual = self.embedding(step.ids)
+        blocks: list[Any] = [self.blocks[i] for i in self._running]
+        qkv = blocks[0].attention.qkv.after_norm(None, residual, blocks[0].input_norm)
+        for n, i in enumerate(self._running):
+            h = blocks[n].attention(qkv, step, caches[i], self.cos_sin[i])
+            if n + 1 < len(blocks):
+                following = blocks[n + 1]
+                qkv = blocks[n](h, residual, following.input_norm, following.attention.qkv)
+        if step.ends is not None:
+            h, residual = h.index_select(0, step.ends), residual.index_select(0, step.ends)
+        hidden: Tensor = blocks[-1](h, residual, self.norm, None)
+        return hidden
 
     @contextmanager
     def one_block_of_each_kind(self) -> Iterator[None]:

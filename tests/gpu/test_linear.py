@@ -11,7 +11,7 @@ from kernel_cases import check_linear, randn
 if not torch.cuda.is_available():
     pytest.skip("needs CUDA", allow_module_level=True)
 
-from kernels import dense_few, dense_row, gemm_many, ops, ref
+from kernels import chain, dense_few, dense_row, gemm_many, ops, ref
 from kernels.gemm_skinny import Tile, product
 from kernels.split_k import counters
 
@@ -206,3 +206,59 @@ def test_overlapping_launches_change_nothing(m):
         out.fill_(float("nan"))
         graph.replay()
         assert torch.equal(out, alone)
+
+
+@HOPPER
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rows", [9, 16, 33, 50, 64])
+@pytest.mark.parametrize("hidden, inner, heads, qkv, activation, plus_one", [
+    (4096, 14336, 4096, 6144, "silu", False),       # Mistral-7B, Llama-3-8B
+    (4096, 12288, 4096, 6144, "silu", False),       # Qwen3-8B
+    (3072, 8192, 3072, 5120, "gelu_tanh", True),    # Llama-3.2-3B, but for the activation and the norm
+    (4096, 14336, 4096, 0, "silu", False),
+])
+def test_between_attentions(dtype, rows, hidden, inner, heads, qkv, activation, plus_one):
+    """As near to float64 as one product after the other, and the same bits every time."""
+    def draw(*shape):
+        return (torch.randn(*shape, device="cuda") / shape[-1] ** 0.5).to(dtype)
+
+    h, residual = draw(rows, heads) * heads**0.5, draw(rows, hidden) * hidden**0.5
+    o, gate_up, down = draw(hidden, heads), draw(2 * inner, hidden), draw(hidden, inner)
+    mlp_norm, norm = 1 + draw(hidden), 1 + draw(hidden)
+    into = draw(qkv, hidden) if qkv else None
+
+    def error(got, want):
+        return float((got.double() - want).norm() / want.norm())
+
+    exact = residual.double()
+    want = ref.between(h.double(), exact, o.double(), mlp_norm.double(), gate_up.double(), down.double(), norm.double(),
+                       None if into is None else into.double(), 1e-5, plus_one, activation)
+    beside = residual.clone()
+    one_by_one = ref.between(h, beside, o, mlp_norm, gate_up, down, norm, into, 1e-5, plus_one, activation)
+    results = []
+    for _ in range(8):
+        after = residual.clone()
+        y = ops.between(h, after, o, mlp_norm, gate_up, down, norm, into, 1e-5, plus_one, activation)
+        assert y is not None
+        results.append((y, after))
+    y, after = results[0]
+    assert error(y, want) < 1.05 * error(one_by_one, want) and error(after, exact) < 1.05 * error(beside, exact)
+    assert all(torch.equal(y, again) and torch.equal(after, left) for again, left in results[1:])
+    assert not counters(h.device).any()
+
+
+@HOPPER
+def test_between_attentions_of_other_layers():
+    """Of too many or few rows, of small weights, or such as cannot be cut, nothing is done."""
+    def between(rows, hidden, inner, dtype=torch.bfloat16):
+        h, residual = (torch.ones(rows, hidden, dtype=dtype, device="cuda") for _ in range(2))
+        shapes = (hidden, hidden), (2 * inner, hidden), (hidden, inner)
+        weights = [torch.ones(shape, dtype=dtype, device="cuda") for shape in shapes]
+        norm = torch.ones(hidden, dtype=dtype, device="cuda")
+        after = ops.between(h, residual, weights[0], norm, *weights[1:], norm, None, 1e-5, False, "silu")
+        assert after is not None or bool((residual == 1).all())
+        return after is not None
+
+    assert between(chain.LEAST_ROWS, 4096, 8192) and between(chain.MOST_ROWS, 4096, 8192)
+    assert not between(chain.LEAST_ROWS - 1, 4096, 8192) and not between(chain.MOST_ROWS + 1, 4096, 8192)
+    assert not between(16, 576, 1536) and not between(16, 4096, 11008) and not between(16, 4096, 8192, torch.float32)

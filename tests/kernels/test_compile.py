@@ -161,7 +161,7 @@ def compile_gluon() -> None:
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
     from triton.runtime.jit import mangle_type
 
-    from kernels import gemm_fp8_ring, gemm_many, gemm_w4_ring, prefill_hopper
+    from kernels import chain, gemm_fp8_ring, gemm_many, gemm_w4_ring, prefill_hopper
 
     spills = re.compile(r"\b(?:STL|LDL)\b")
 
@@ -254,6 +254,26 @@ def compile_gluon() -> None:
         # In each group: four blocks, all but the last of which are waited for when the next one has been asked for.
         assert re.findall("HGMMA|WARPGROUP.DEPBAR", sass) == 2 * (4 * ["HGMMA"] + 3 * [*4 * ["HGMMA"], "WARPGROUP.DEPBAR"]
                                                                  + ["WARPGROUP.DEPBAR"])
+
+    plan = chain.cuts_of(tuple(map(torch.Size, ((4096, 4096), (28672, 4096), (4096, 14336), (6144, 4096)))), 132)
+    assert plan is not None
+    for dtype, rows, products in ((torch.bfloat16, 64, 4), (torch.float16, 16, 3), (torch.bfloat16, 32, 4)):
+        constants = {"WIDTH": 4096, "N": 6144, "BLOCK_M": rows, "CUTS": plan[1][:products], "PLUS_ONE": False, "GELU": False,
+                     "OVERLAP": True, "BRINGING": chain.BRINGING}
+        of_x = mangle_type(chain._described(torch.empty(256, 256, dtype=dtype), [rows, chain.PIECE_DEPTH]))
+        block = [1, chain.MOST_HEIGHT, chain.PIECE_DEPTH]
+        of_weight = mangle_type(chain._described(torch.empty(1, 256, 256, dtype=dtype), block))
+        kinds = {**dict.fromkeys(("h", "normed_x", "active_x"), of_x), "partial": "*fp32", "counts": "*i32", "eps": "fp32",
+                 **dict.fromkeys(("of_o", "of_gate_up", "of_down", "of_qkv"), of_weight),
+                 **dict.fromkeys(("residual", "mlp_norm", "next_norm", "normed", "active", "out"),
+                                 "*bf16" if dtype == torch.bfloat16 else "*fp16"), **dict.fromkeys(constants, "constexpr")}
+        signature = {name: kinds.get(name, "i32") for name in chain._chain_kernel.arg_names}
+        aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(signature) if signature[name].startswith("*")}
+        built = build(GluonASTSource(fn=chain._chain_kernel, signature=signature, constexprs=constants, attrs=aligned),
+                      target=GPUTarget("cuda", 90, 32), options={"num_warps": 8, "maxnreg": chain.REGISTERS, "launch_pdl": True})
+        assert built.metadata.shared <= 227 << 10
+        assert not spills.search(built.asm["sass"])
+        assert built.asm["ptx"].count("cp.async.bulk.tensor.3d") == 2 * (products + 1)
 
     for dim in (64, 128):
         constants = {"raw_layout": prefill_hopper.swizzled(dim), "widened": prefill_hopper.WIDENED.value, "D": dim,
