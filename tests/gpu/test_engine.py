@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +15,9 @@ from engine_cases import finish, full_logits, load_decoder, make_requests, mixed
 from models import TURN_END, VOCAB, load_reference, tiny_checkpoint, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
+from engine.layers.attention import StepInputs
 from engine.request import SamplingParams
+from kernels import ops
 
 if not torch.cuda.is_available():
     pytest.skip("needs CUDA", allow_module_level=True)
@@ -181,6 +184,49 @@ def largest_differences(model: Path, sequences: list[list[int]], decode: int) ->
 def test_bf16_logits_are_as_near_as_those_of_transformers(family: str, decode: int, folders: dict[str, Path]) -> None:
     ours, theirs = largest_differences(folders[family], random_prompts(8, seed=5, shortest=100, longest=200), decode)
     assert 0 < ours <= 2 * theirs
+
+
+@pytest.mark.skipif(torch.cuda.get_device_capability()[0] != 9, reason="the kernel is for Hopper")
+@torch.inference_mode()
+def test_decode_rows_whose_products_are_made_in_one_kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As near to float32 as one product after the other; replayed from a graph, the same bits."""
+    model = tiny_checkpoint("mistral", tmp_path, hidden_size=2048, intermediate_size=8192, num_hidden_layers=2,
+                            num_attention_heads=16, num_key_value_heads=4, head_dim=128)
+    rows, page, pages, position = 20, 16, 3, 40
+    index = torch.arange(rows, dtype=torch.int32, device="cuda")
+    table = torch.arange(1, rows * pages + 1, dtype=torch.int32, device="cuda").view(rows, pages)
+    slots = table[:, position // page] * page + position % page
+    step = StepInputs(index + 3, torch.full_like(index, position), slots, table, index, rows, position + 1)
+    seen = []
+
+    def observed(*args: Any) -> torch.Tensor | None:
+        after = between(*args)
+        seen.append(after is not None)
+        return after
+
+    def hidden(dtype: torch.dtype) -> Callable[[], torch.Tensor]:
+        decoder = load_decoder(model, dtype, "cuda")
+        cache = decoder.make_cache(rows * pages + 1, page)
+        cache.storage.normal_(generator=torch.Generator("cuda").manual_seed(1))
+        return lambda: decoder(step, cache.layers)
+
+    between = ops.between
+    monkeypatch.setattr(ops, "between", observed)
+    want, forward = hidden(torch.float32)(), hidden(torch.bfloat16)
+    at_once = forward()
+    assert seen == [False, False, True, True]
+    graph = torch.cuda.CUDAGraph()
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph):
+        replayed = forward()
+    for _ in range(3):
+        replayed.fill_(float("nan"))
+        graph.replay()
+        assert torch.equal(replayed, at_once)
+    monkeypatch.setattr(ops, "between", lambda *args: None)
+    one_by_one = forward()
+    assert (at_once - want).norm() < 1.1 * (one_by_one - want).norm()
+    assert (one_by_one - want).norm() < 0.1 * want.norm()
 
 
 @pytest.mark.skipif("GRISTMILL_MODEL" not in os.environ, reason="GRISTMILL_MODEL names no model")
