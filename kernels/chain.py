@@ -8,7 +8,8 @@ Another brings x, as soon as it is there, to a ring of its own, and two warp gro
 Of each product a program has one tile of the weight's rows, up to 128, and one split of K. [gate | up] is not split, and the
 program has the same rows of both, so that it makes the activation of its own sums. Of the others all leave their sums: of o and
 down a program a row of x adds them to the residual, split after split, and normalises; of qkv the programs of a tile share its
-rows of x. Counters in memory say what is there: all programs are on the chip at once.
+rows of x. Counters in memory say what is there: all programs are on the chip at once. So launches must run one after the other,
+as split_k.py's counters want it too: two that share the chip could wait for each other for ever.
 """
 
 from __future__ import annotations
