@@ -52,13 +52,16 @@ class Block(nn.Module):
         after = self._in_one(h, residual, norm, qkv)
         if after is not None:
             return after
+        left = self.onto(h, residual)
+        return norm.add(left, residual) if qkv is None else qkv.after_norm(left, residual, norm)
+
+    def onto(self, h: Tensor, residual: Tensor) -> Tensor | None:
+        """What is left to be added to the residual, after which the block is done; None: it has been."""
         project, mlp = self.attention.out, self.mlp
         left = project.onto(h, residual) if self.attention_out is None else self.attention_out(project(h))
         if self.mlp_out is None:
-            left = mlp.onto(left, residual, self.mlp_norm)
-        else:
-            left = self.mlp_out(mlp(left, residual, self.mlp_norm))
-        return norm.add(left, residual) if qkv is None else qkv.after_norm(left, residual, norm)
+            return mlp.onto(left, residual, self.mlp_norm)
+        return self.mlp_out(mlp(left, residual, self.mlp_norm))
 
     def _in_one(self, h: Tensor, residual: Tensor, norm: RMSNorm, qkv: Linear | Joined | None) -> Tensor | None:
         """The same by ops.between; None: nothing was done, as it is not for these layers, or not for so many rows."""

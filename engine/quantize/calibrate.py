@@ -78,5 +78,6 @@ class Calibration:
 
     def _run(self, block: Block, index: int, part: int) -> Tensor:
         residual = self._hidden[part].clone()
-        x, residual = block(None, residual, self._steps[part], self._cache, self._cos_sin[index])
-        return residual if x is None else residual.add_(x)
+        qkv = block.attention.qkv.after_norm(None, residual, block.input_norm)
+        left = block.onto(block.attention(qkv, self._steps[part], self._cache, self._cos_sin[index]), residual)
+        return residual if left is None else residual.add_(left)
