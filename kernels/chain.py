@@ -8,8 +8,10 @@ Another brings x, as soon as it is there, to a ring of its own, and two warp gro
 Of each product a program has one tile of the weight's rows, up to 128, and one split of K. [gate | up] is not split, and the
 program has the same rows of both, so that it makes the activation of its own sums. Of the others all leave their sums: of o and
 down a program a row of x adds them to the residual, split after split, and normalises; of qkv the programs of a tile share its
-rows of x. Counters in memory say what is there: all programs are on the chip at once. So launches must run one after the other,
-as split_k.py's counters want it too: two that share the chip could wait for each other for ever.
+rows of x. Where there are fewer tiles the last programs have some past the weight, for which TMA brings zeros.
+
+Counters in memory say what is there: all programs are on the chip at once. So launches must run one after the other, as
+split_k.py's counters want it too: two that share the chip could wait for each other for ever.
 """
 
 from __future__ import annotations
@@ -231,7 +233,7 @@ def _normalise(partial, residual, weight, normed, left, made, M, eps, BLOCK_M: g
         where = residual + (m * WIDTH + n)
         before = gl.load(where, mask=inside, other=0.0)
         w = gl.load(weight + n, mask=inside, other=0.0).to(gl.float32)
-        _await(left, WIDTH // ROWS * SPLITS)
+        _await(left, gl.num_programs(0))
         at = partial + (n // ROWS * (SPLITS * SIZE) + m * ROWS + n % ROWS)
         y = gl.zeros_like(n).to(gl.float32)
         for first in gl.static_range(0, SPLITS, AT_ONCE):
@@ -271,7 +273,7 @@ def _share(out, partial, left, M, BLOCK_M: gl.constexpr, N: gl.constexpr, CUTS: 
     tile, split = _place(CUTS, QKV)
     i, n = gl.arange(0, _power_of_2(EACH), gl.SliceLayout(1, BY)), gl.arange(0, TILE, gl.SliceLayout(0, BY))
     m = split * EACH + i
-    mask = ((i < EACH) & (m < M))[:, None] & (n < ROWS)[None, :]
+    mask = ((i < EACH) & (m < M))[:, None] & ((n < ROWS) & (tile * ROWS < N))[None, :]
     at = partial + (tile * (SPLITS * SIZE) + m[:, None] * ROWS + n[None, :])
     y = gl.zeros([i.shape[0], TILE], gl.float32, BY)
     _await(left, SPLITS)

@@ -215,6 +215,7 @@ def test_overlapping_launches_change_nothing(m):
     (4096, 14336, 4096, 6144, "silu", False),       # Mistral-7B, Llama-3-8B
     (4096, 12288, 4096, 6144, "silu", False),       # Qwen3-8B
     (3072, 8192, 3072, 5120, "gelu_tanh", True),    # Llama-3.2-3B, but for the activation and the norm
+    (4096, 12288, 4096, 3048, "silu", False),       # of whose last product there is nothing for the last program
     (4096, 14336, 4096, 0, "silu", False),
 ])
 def test_between_attentions(dtype, rows, hidden, inner, heads, qkv, activation, plus_one):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 
 import pytest
@@ -22,16 +23,19 @@ def awaited(counter: Pointer, count: int) -> None:
         time.sleep(1e-3)
 
 
-emulated_chain = emulated(chain, "_chain_kernel", together=True, processors=lambda device: 4, gate=gate, LEAST_BYTES=0,
+chips = 4       # multiprocessors
+emulated_chain = emulated(chain, "_chain_kernel", together=True, processors=lambda device: chips, gate=gate, LEAST_BYTES=0,
                           _await=awaited, _fence=lambda pointer: None)
 
 
-@pytest.mark.parametrize("rows, heads, hidden, inner, qkv, activation, plus_one", [
-    (9, 256, 256, 512, 384, "silu", False),
-    (20, 512, 256, 384, 0, "gelu_tanh", True),
-    (64, 128, 384, 512, 256, "silu", True),
+@pytest.mark.parametrize("programs, rows, heads, hidden, inner, qkv, activation, plus_one", [
+    (4, 9, 256, 256, 512, 384, "silu", False),
+    (4, 20, 512, 256, 384, 0, "gelu_tanh", True),
+    (4, 64, 128, 384, 512, 256, "silu", True),
+    (3, 12, 256, 128, 384, 16, "silu", False),      # of o, down and qkv there is nothing left for the third
 ])
-def test_between(rows, heads, hidden, inner, qkv, activation, plus_one):
+def test_between(programs, rows, heads, hidden, inner, qkv, activation, plus_one, monkeypatch):
+    monkeypatch.setattr(sys.modules[__name__], "chips", programs)
     generator = torch.Generator().manual_seed(rows)
 
     def draw(*shape):
