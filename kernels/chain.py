@@ -29,6 +29,7 @@ from triton.runtime.jit import constexpr_function
 
 from kernels.gemm_many import tma_load
 from kernels.hopper import barrier, block_m, processors, reinterpret
+from kernels.linear import SMALL_BYTES
 from kernels.overlap import after, launch_options, overlaps
 from kernels.pointwise import gate
 from kernels.split_k import counters
@@ -178,7 +179,7 @@ def _add(acc, turn, x_turn, rings, bars):
 
 @gluon.jit
 def _sums(turns, rings, bars, CUTS: gl.constexpr, W: gl.constexpr):
-    """Of the program's blocks of a product: W x^T, float32 [TILE, rows of x]; of [gate | up] of both, else twice the same."""
+    """Of the program's blocks of a product: W x^T, float32 [TILE, rows of x]; of [gate | up] both, else zeros as well."""
     BLOCK_M: gl.constexpr = rings[1].shape[1]
     turn, x_turn = turns
     ready, free = bars[1]
@@ -334,7 +335,7 @@ def _chain_kernel(h, normed_x, active_x, of_o, of_gate_up, of_down, of_qkv, resi
 
 
 LEAST_ROWS, MOST_ROWS = 9, 64       # of x: with fewer the kernels of their own are as near to the memory's speed
-LEAST_BYTES = 8 << 20               # of each weight: as measured, those of Mistral-7B
+LEAST_BUSY = 0.9                    # of multiprocessors, and of the programs, that have work of each product
 REGISTERS, BRINGING = 168, 96       # of a thread: on average, and of those that bring
 
 
@@ -342,8 +343,8 @@ def _cut(shape: torch.Size, programs: int) -> Cut | None:
     """How a weight [features, depth] is cut among so many programs: so that each has the least; of these, the highest tiles."""
     features, depth = shape
     cuts = [(rows, splits, depth // (splits * BLOCK_DEPTH)) for rows, splits in product(range(MOST_HEIGHT, 0, -8), range(1, 17))
-            if features % rows == 0 and features // rows * splits <= programs and programs % splits == 0
-            and depth % (splits * BLOCK_DEPTH) == 0]
+            if features % rows == 0 and LEAST_BUSY * programs <= features // rows * splits <= programs
+            and programs % splits == 0 and depth % (splits * BLOCK_DEPTH) == 0]
     return min(cuts, key=lambda cut: cut[0] * cut[2], default=None)
 
 
@@ -354,7 +355,7 @@ def cuts_of(shapes: tuple[torch.Size, ...], chips: int) -> Plan | None:
     o, (features, depth), *others = shapes
     inner = features // 2
     rows = next((rows for rows in range(8, MOST_HEIGHT + 1, 8) if inner % rows == 0 and inner // rows <= chips), 0)
-    if not rows or inner // rows < 0.9 * chips or depth % BLOCK_DEPTH:
+    if not rows or inner // rows < LEAST_BUSY * chips or depth % BLOCK_DEPTH:
         return None
     programs = inner // rows
     cuts = [_cut(o, programs), (rows, 1, depth // BLOCK_DEPTH), *(_cut(shape, programs) for shape in others)]
@@ -368,7 +369,7 @@ def plan_of(h: Tensor, residual: Tensor, weights: list[Tensor]) -> Plan | None:
     if not chips or h.dtype.itemsize != 2 or not LEAST_ROWS <= h.shape[0] <= MOST_ROWS:
         return None
     fit = all(t.dtype == h.dtype and t.is_contiguous() and t.data_ptr() % 16 == 0 for t in (h, residual, *weights))
-    large = all(weight.nbytes >= LEAST_BYTES for weight in weights)
+    large = all(weight.nbytes > SMALL_BYTES for weight in weights)
     return cuts_of(tuple(weight.shape for weight in weights), chips) if fit and large else None
 
 

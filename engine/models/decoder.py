@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
@@ -134,26 +134,30 @@ class Decoder(nn.Module):
 
         In the last block the other tokens need no more than their keys and values: of a prompt, nearly a layer is saved.
         """
-        residual = self.embedding(step.ids)
-        blocks: list[Any] = [self.blocks[i] for i in self._running]
+        residual, blocks = self.embedding(step.ids), cast("Sequence[Block]", self.blocks)
         qkv = blocks[0].attention.qkv.after_norm(None, residual, blocks[0].input_norm)
-        for n, i in enumerate(self._running):
-            h = blocks[n].attention(qkv, step, caches[i], self.cos_sin[i])
-            if n + 1 < len(blocks):
-                following = blocks[n + 1]
-                qkv = blocks[n](h, residual, following.input_norm, following.attention.qkv)
+        *others, last = self._running
+        for i in others:
+            h, following = blocks[i].attention(qkv, step, caches[i], self.cos_sin[i]), blocks[i + 1]
+            qkv = blocks[i](h, residual, following.input_norm, following.attention.qkv)
+        h = blocks[last].attention(qkv, step, caches[last], self.cos_sin[last])
         if step.ends is not None:
             h, residual = h.index_select(0, step.ends), residual.index_select(0, step.ends)
-        hidden: Tensor = blocks[-1](h, residual, self.norm, None)
+        hidden: Tensor = blocks[last](h, residual, self.norm, None)
         return hidden
 
     @contextmanager
     def one_block_of_each_kind(self) -> Iterator[None]:
-        """Within, one block of each kind runs, and the last: they launch every kernel that all of them do."""
+        """Within, one block of each kind runs, and the last: they launch every kernel that all of them do.
+
+        A block makes the product that the next one begins with.
+        """
         kinds: dict[object, int] = {}
-        for i, block in enumerate(self.blocks):
+        blocks = cast("Sequence[Block]", self.blocks)
+        for i, block in enumerate(blocks):
+            products = [block, *(following.attention.qkv for following in blocks[i + 1 : i + 2])]
             linears = tuple((layer.method, layer.in_features, layer.out_features, layer.unpacked is None)
-                            for layer in block.modules() if isinstance(layer, Linear))
+                            for module in products for layer in module.modules() if isinstance(layer, Linear))
             kinds.setdefault((self.spec.layers[i], linears), i)
         self._running = sorted({*kinds.values(), len(self.blocks) - 1})
         try:

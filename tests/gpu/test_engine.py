@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM
 from engine.layers.attention import StepInputs
 from engine.request import SamplingParams
 from kernels import ops
+from kernels.hopper import processors
 
 if not torch.cuda.is_available():
     pytest.skip("needs CUDA", allow_module_level=True)
@@ -186,12 +187,12 @@ def test_bf16_logits_are_as_near_as_those_of_transformers(family: str, decode: i
     assert 0 < ours <= 2 * theirs
 
 
-@pytest.mark.skipif(torch.cuda.get_device_capability()[0] != 9, reason="the kernel is for Hopper")
+@pytest.mark.skipif(processors(torch.device("cuda")) != 132, reason="the shapes are for 132 multiprocessors")
 @torch.inference_mode()
 def test_decode_rows_whose_products_are_made_in_one_kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As near to float32 as one product after the other; replayed from a graph, the same bits."""
     model = tiny_checkpoint("mistral", tmp_path, hidden_size=2048, intermediate_size=8192, num_hidden_layers=2,
-                            num_attention_heads=16, num_key_value_heads=4, head_dim=128)
+                            num_attention_heads=24, num_key_value_heads=4, head_dim=128)
     rows, page, pages, position = 20, 16, 3, 40
     index = torch.arange(rows, dtype=torch.int32, device="cuda")
     table = torch.arange(1, rows * pages + 1, dtype=torch.int32, device="cuda").view(rows, pages)

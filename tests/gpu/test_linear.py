@@ -13,9 +13,11 @@ if not torch.cuda.is_available():
 
 from kernels import chain, dense_few, dense_row, gemm_many, ops, ref
 from kernels.gemm_skinny import Tile, product
+from kernels.hopper import processors
 from kernels.split_k import counters
 
 HOPPER = pytest.mark.skipif(torch.cuda.get_device_capability()[0] != 9, reason="these kernels are for Hopper")
+WHOLE_HOPPER = pytest.mark.skipif(processors(torch.device("cuda")) != 132, reason="the shapes are for 132 multiprocessors")
 
 
 def run(tile, x, weight, bias, activation, out):
@@ -208,7 +210,7 @@ def test_overlapping_launches_change_nothing(m):
         assert torch.equal(out, alone)
 
 
-@HOPPER
+@WHOLE_HOPPER
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("rows", [9, 16, 33, 50, 64])
 @pytest.mark.parametrize("hidden, inner, heads, qkv, activation, plus_one", [
@@ -248,7 +250,7 @@ def test_between_attentions(dtype, rows, hidden, inner, heads, qkv, activation, 
     assert not counters(h.device).any()
 
 
-@HOPPER
+@WHOLE_HOPPER
 def test_between_attentions_of_other_layers():
     """Of too many or few rows, of small weights, or such as cannot be cut, nothing is done."""
     def between(rows, hidden, inner, dtype=torch.bfloat16):

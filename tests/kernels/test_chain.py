@@ -24,7 +24,7 @@ def awaited(counter: Pointer, count: int) -> None:
 
 
 chips = 4       # multiprocessors
-emulated_chain = emulated(chain, "_chain_kernel", together=True, processors=lambda device: chips, gate=gate, LEAST_BYTES=0,
+emulated_chain = emulated(chain, "_chain_kernel", together=True, processors=lambda device: chips, gate=gate, SMALL_BYTES=0,
                           _await=awaited, _fence=lambda pointer: None)
 
 
@@ -36,6 +36,7 @@ emulated_chain = emulated(chain, "_chain_kernel", together=True, processors=lamb
 ])
 def test_between(programs, rows, heads, hidden, inner, qkv, activation, plus_one, monkeypatch):
     monkeypatch.setattr(sys.modules[__name__], "chips", programs)
+    monkeypatch.setattr(chain, "LEAST_BUSY", 0.6)
     generator = torch.Generator().manual_seed(rows)
 
     def draw(*shape):
@@ -69,3 +70,5 @@ def test_shapes_are_cut_among_programs():
             assert features // (rows * halves) * splits <= programs and programs % splits == 0
     assert chain.cuts_of(shapes(5120, 13824, 5120, 7168), 132) is None     # for 108 programs
     assert chain.cuts_of(shapes(3584, 18944, 3584, 4608), 132) is None     # for more than there are
+    assert chain.cuts_of(shapes(4096, 11520, 4096, 6144), 132) is None     # o for 64 of 120
+    assert chain.cuts_of(shapes(4096, 14336, 4096, 6144), 114) is None     # o for 64 of 112
