@@ -25,10 +25,9 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
-from triton.runtime.jit import constexpr_function
 
 from kernels.gemm_many import tma_load
-from kernels.hopper import barrier, block_m, processors, reinterpret
+from kernels.hopper import barrier, block_m, least_power_of_2, processors, reinterpret
 from kernels.linear import SMALL_BYTES
 from kernels.overlap import after, launch_options, overlaps
 from kernels.pointwise import gate
@@ -49,15 +48,9 @@ O_PROJ, GATE_UP, DOWN, QKV = (gl.constexpr(i) for i in range(4))
 # have left their part of the activation, by the split of down that reads it; those that have left their sums of a tile of qkv.
 O_LEFT, MLP_READY, DOWN_LEFT, QKV_READY, DONE, ACTIVE = (gl.constexpr(i) for i in range(6))
 OF_QKV, COUNTED = gl.constexpr(128), gl.constexpr(COUNTERS)
-AT_ONCE = gl.constexpr(4)       # splits' sums of a row whose loads are in flight together
 
 Cut = tuple[int, int, int]      # of a product: rows of the weight in a tile, splits of K, blocks of K in a split
 Plan = tuple[int, tuple[Cut, ...]]      # programs, and how each product is cut
-
-
-@constexpr_function
-def _power_of_2(n):
-    return 1 << (n - 1).bit_length()
 
 
 @gluon.jit
@@ -79,8 +72,7 @@ def _await(counter, count):
 
 @gluon.jit
 def _sign(counter):
-    """What this group has stored can be read by who awaits its signature, by TMA too."""
-    _fence(counter)
+    """What this group has stored can be read by who awaits its signature; by TMA if _fence stands before."""
     barrier()
     gl.atomic_add(counter, 1, sem="release")
 
@@ -215,9 +207,17 @@ def _leave(partial, counter, M, turns, rings, bars, CUTS: gl.constexpr, W: gl.co
     at = partial + (gl.program_id(0) * (ROWS * BLOCK_M) + m[None, :] * ROWS + row[:, None])
     # To stay in the L2, or weights drive them out, to memory.
     gl.store(at, acc, mask=(m < M)[None, :] & (row < ROWS)[:, None], eviction_policy="evict_last")
-    barrier()
-    gl.atomic_add(counter, 1, sem="release")
+    _sign(counter)
     return turns
+
+
+@gluon.jit
+def _gather(at, mask, SIZE: gl.constexpr, SPLITS: gl.constexpr):
+    """The sums of all splits, SIZE apart, in their order."""
+    y = 0.0
+    for split in gl.static_range(SPLITS):
+        y += gl.load(at + split * SIZE, mask=mask, other=0.0, cache_modifier=".cg")
+    return y
 
 
 @gluon.jit
@@ -228,7 +228,7 @@ def _normalise(partial, residual, weight, normed, left, made, M, eps, BLOCK_M: g
     SPLITS: gl.constexpr = CUTS[W][1]
     SIZE: gl.constexpr = ROWS * BLOCK_M
     DTYPE: gl.constexpr = normed.dtype.element_ty
-    n = gl.arange(0, _power_of_2(WIDTH), gl.BlockedLayout([4], [32], [WARPS], [0]))
+    n = gl.arange(0, least_power_of_2(WIDTH), gl.BlockedLayout([4], [32], [WARPS], [0]))
     inside = n < WIDTH
     for m in range(gl.program_id(0), M, gl.num_programs(0)):
         where = residual + (m * WIDTH + n)
@@ -236,16 +236,14 @@ def _normalise(partial, residual, weight, normed, left, made, M, eps, BLOCK_M: g
         w = gl.load(weight + n, mask=inside, other=0.0).to(gl.float32)
         _await(left, gl.num_programs(0))
         at = partial + (n // ROWS * (SPLITS * SIZE) + m * ROWS + n % ROWS)
-        y = gl.zeros_like(n).to(gl.float32)
-        for first in gl.static_range(0, SPLITS, AT_ONCE):
-            for split in gl.static_range(first, min(first + AT_ONCE, SPLITS)):
-                y += gl.load(at + split * SIZE, mask=inside, other=0.0, cache_modifier=".cg")
+        y = _gather(at, inside, SIZE, SPLITS)
         h = (y.to(DTYPE).to(gl.float32) + before.to(gl.float32)).to(DTYPE)
         gl.store(where, h, mask=inside)
         h = h.to(gl.float32)
         h *= gl.rsqrt(gl.sum(h * h, 0) / WIDTH + eps)
         h = h * (1.0 + w) if PLUS_ONE else h.to(DTYPE).to(gl.float32) * w
         gl.store(normed + (m * WIDTH + n), h.to(DTYPE), mask=inside, eviction_policy="evict_last")
+        _fence(made)
         _sign(made)
 
 
@@ -259,6 +257,7 @@ def _activate(active, counter, M, turns, rings, bars, GELU: gl.constexpr, CUTS: 
     row, m = gl.arange(0, TILE, gl.SliceLayout(1, ALONG)), gl.arange(0, y.shape[1], gl.SliceLayout(0, ALONG))
     at = active + (m[None, :] * (gl.num_programs(0) * ROWS) + (gl.program_id(0) * ROWS + row)[:, None])
     gl.store(at, y, mask=(m < M)[None, :] & (row < ROWS)[:, None], eviction_policy="evict_last")
+    _fence(counter)
     _sign(counter)
     return turns
 
@@ -272,14 +271,12 @@ def _share(out, partial, left, M, BLOCK_M: gl.constexpr, N: gl.constexpr, CUTS: 
     EACH: gl.constexpr = (BLOCK_M + SPLITS - 1) // SPLITS
     BY: gl.constexpr = gl.BlockedLayout([1, 4], [1, 32], [WARPS, 1], [1, 0])
     tile, split = _place(CUTS, QKV)
-    i, n = gl.arange(0, _power_of_2(EACH), gl.SliceLayout(1, BY)), gl.arange(0, TILE, gl.SliceLayout(0, BY))
+    i, n = gl.arange(0, least_power_of_2(EACH), gl.SliceLayout(1, BY)), gl.arange(0, TILE, gl.SliceLayout(0, BY))
     m = split * EACH + i
     mask = ((i < EACH) & (m < M))[:, None] & ((n < ROWS) & (tile * ROWS < N))[None, :]
     at = partial + (tile * (SPLITS * SIZE) + m[:, None] * ROWS + n[None, :])
-    y = gl.zeros([i.shape[0], TILE], gl.float32, BY)
     _await(left, SPLITS)
-    for other in gl.static_range(SPLITS):
-        y += gl.load(at + other * SIZE, mask=mask, other=0.0, cache_modifier=".cg")
+    y = _gather(at, mask, SIZE, SPLITS)
     gl.store(out + (m[:, None] * N + (tile * ROWS + n)[None, :]), y.to(out.dtype.element_ty), mask=mask)
 
 

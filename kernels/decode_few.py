@@ -26,7 +26,7 @@ from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 from kernels import cluster
 from kernels.attention import LOWEST, MASKED, key_scaled, log2_scales
 from kernels.fragments import alike, count, halves, numbers, operand_layout, sums_layout
-from kernels.hopper import processors
+from kernels.hopper import least_power_of_2, processors
 from kernels.kv_cache import rotated, rotation, scaled, shifted
 from kernels.overlap import after, launch_options, overlaps
 from kernels.shapes import next_power_of_2
@@ -59,11 +59,6 @@ def values_layout(warps, words, paired, programs):
     return gl.DistributedLinearLayout((pair + along if paired else along + pair) + apart, lanes,
                                       [[1 << i, 0, 0] for i in range(warps.bit_length() - 1)], alike(programs, 3),
                                       [warps, words, 16])
-
-
-@gluon.constexpr_function
-def least_power_of_2(n):
-    return 1 << (n - 1).bit_length()
 
 
 @gluon.constexpr_function

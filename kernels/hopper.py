@@ -28,6 +28,12 @@ MOST_BESIDE = 64                # rows of x for two programs on a multiprocessor
 
 
 @constexpr_function
+def least_power_of_2(n):
+    """As shapes.next_power_of_2, for kernels."""
+    return 1 << (n - 1).bit_length()
+
+
+@constexpr_function
 def lines(width, each, warps=4):
     """Rows of `width` elements over a warp group, or so many warps, `each` together in a thread."""
     return gl.BlockedLayout([1, each], [32 * each // width, width // each], [warps, 1], [1, 0])

@@ -7,12 +7,10 @@ import time
 
 import pytest
 import torch
-from partitions import Pointer, emulated, gate
+from partitions import SECONDS, Pointer, emulated, gate
 
 from kernels import chain, ref
 from kernels.split_k import counters
-
-SECONDS = 60        # a wait of this long is a deadlock
 
 
 def awaited(counter: Pointer, count: int) -> None:
